@@ -1,0 +1,1 @@
+"""A fine-tuning launcher that plans memory before it launches."""

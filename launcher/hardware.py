@@ -1,0 +1,79 @@
+"""The hardware: what a device can hold and do. Facts come from `conf/hardware/`, each with its source there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated
+
+from annotated_types import Ge
+
+
+class DeviceKind(StrEnum):
+    """Family of the device; decides which kernels run and which meter measures."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    ROCM = "rocm"
+
+
+@dataclass(frozen=True)
+class MatrixFlops:
+    """Dense matrix rates, floating-point operations per second; 0 where the hardware has none."""
+
+    bf16: float = 0.0
+    """bf16 inputs."""
+    fp16: float = 0.0
+    """fp16 inputs."""
+    fp32: float = 0.0
+    """fp32 inputs, without TF32."""
+    tf32: float = 0.0
+    """fp32 inputs rounded to TF32."""
+
+
+@dataclass(frozen=True)
+class HardwareSpec:
+    """One kind of device, and how many of it."""
+
+    name: str = "auto"
+    """Name of the file in conf/hardware."""
+    kind: DeviceKind = DeviceKind.AUTO
+    """`auto` reads this machine."""
+    product: str = ""
+    """The maker's name of the device."""
+    memory_bytes: Annotated[int, Ge(0)] = 0
+    """Usable bytes per device, as the driver reports them; 0: read this machine."""
+    compute_capability: str = ""
+    """CUDA compute capability or AMD architecture."""
+    supports_bf16: bool = True
+    """Whether bf16 matrix instructions exist."""
+    supports_flash_attention: bool = False
+    """Whether FlashAttention-2 kernels run."""
+    matrix_flops: MatrixFlops = field(default_factory=MatrixFlops)
+    """Dense matrix rates per second."""
+    memory_bandwidth_bytes_per_second: Annotated[float, Ge(0)] = 0.0
+    """Device memory bandwidth."""
+    device_link_bytes_per_second: Annotated[float, Ge(0)] = 0.0
+    """Between devices of one node, both directions together."""
+    host_link_bytes_per_second: Annotated[float, Ge(0)] = 0.0
+    """Between host and device, one direction."""
+    network_bytes_per_second: Annotated[float, Ge(0)] = 0.0
+    """Between nodes, per device, one direction."""
+    host_memory_bytes: Annotated[int, Ge(0)] = 0
+    """Host memory per device; 0: unknown."""
+    num_devices: Annotated[int, Ge(1)] = 1
+    """Devices per node."""
+    num_nodes: Annotated[int, Ge(1)] = 1
+    """Nodes."""
+    context_bytes: Annotated[int, Ge(0)] = 0
+    """What the runtime takes before the first tensor."""
+    blas_workspace_bytes: Annotated[int, Ge(0)] = 0
+    """One matrix-library workspace; a training process holds two, for the forward and the backward thread."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where each fact was published, by field name."""
+
+    @property
+    def world_size(self) -> int:
+        """Devices over all nodes."""
+        return self.num_devices * self.num_nodes

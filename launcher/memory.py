@@ -1,0 +1,148 @@
+"""Memory over phases and categories, in bytes: what a prediction says and what a measurement says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """A stretch of a run with a peak of its own, in the order in which they happen."""
+
+    LOAD = "load"
+    TRAIN_STEP = "train_step"
+    OPTIMIZER_STEP = "optimizer_step"
+    EVALUATION = "evaluation"
+    SAVE = "save"
+
+
+class Category(StrEnum):
+    """What a block of memory is for."""
+
+    PARAMETERS = "parameters"
+    BUFFERS = "buffers"
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATE = "optimizer_state"
+    ACTIVATIONS = "activations"
+    LOGITS_AND_LOSS = "logits_and_loss"
+    TEMPORARIES = "temporaries"
+    INPUTS = "inputs"
+
+
+RESIDENT = (Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+"""Categories that outlive a forward and backward pass, and can be weighed on the live objects of a run."""
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """The highest moment of one phase.
+
+    Raises:
+        ValueError: When the categories do not sum to the peak.
+    """
+
+    phase: Phase
+    """Which phase."""
+    allocated_bytes: int
+    """Bytes of live tensors at the highest moment."""
+    by_category_bytes: Mapping[Category, int]
+    """What they are for; sums to `allocated_bytes`."""
+
+    def __post_init__(self) -> None:
+        total = sum(self.by_category_bytes.values())
+        if total != self.allocated_bytes:
+            raise ValueError(
+                f"phase {self.phase}: categories sum to {total} bytes, the peak is {self.allocated_bytes}"
+            )
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """A prediction: the peak of every phase, on one device.
+
+    Raises:
+        ValueError: When there is no phase.
+    """
+
+    phases: tuple[PhasePeak, ...]
+    """One peak per phase, in order."""
+    resident_bytes: Mapping[Category, int]
+    """Full size of each resident category, whenever it is complete (see `RESIDENT`)."""
+    context_bytes: int
+    """Runtime context and library workspaces, outside the tensors."""
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("an estimate without phases")
+
+    @property
+    def peak(self) -> PhasePeak:
+        """The phase with the highest peak; the earliest of equals."""
+        return max(self.phases, key=lambda phase: phase.allocated_bytes)
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Highest bytes of live tensors over all phases."""
+        return self.peak.allocated_bytes
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """Highest bytes on the device: live tensors and context.
+
+        Left out: what the caching allocator holds beyond live tensors.
+        """
+        return self.peak_allocated_bytes + self.context_bytes
+
+    def phase(self, phase: Phase) -> PhasePeak | None:
+        """The peak of one phase; None when the run has no such phase."""
+        return next((peak for peak in self.phases if peak.phase is phase), None)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Shape of one measured forward pass."""
+
+    micro_batch_size: int
+    """Sequences."""
+    length: int
+    """Tokens per sequence, padding included."""
+
+
+@dataclass(frozen=True)
+class MeasuredPhase:
+    """What the meter saw in one phase."""
+
+    phase: Phase
+    """Which phase."""
+    allocated_bytes: int
+    """Peak bytes of live tensors."""
+    reserved_bytes: int | None
+    """Peak bytes held by the caching allocator; None where there is none (CPU)."""
+    device_bytes: int | None
+    """Peak bytes used on the device by this process; None where no meter exists."""
+
+
+@dataclass(frozen=True)
+class MemoryMeasurement:
+    """What the meter saw on one rank. Never computed by the tracer."""
+
+    rank: int
+    """Global rank."""
+    meter: str
+    """How it was measured."""
+    phases: tuple[MeasuredPhase, ...]
+    """Peaks, in order."""
+    resident_bytes: Mapping[Category, int]
+    """Bytes of the live objects of each resident category."""
+    shapes: tuple[StepShape, ...]
+    """Shapes of the forward passes under the meter."""
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Highest peak over all phases."""
+        return max(phase.allocated_bytes for phase in self.phases)
+
+    def phase(self, phase: Phase) -> MeasuredPhase | None:
+        """The peak of one phase; None when it was not measured."""
+        return next((peak for peak in self.phases if peak.phase is phase), None)

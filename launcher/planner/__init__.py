@@ -1,0 +1,1 @@
+"""Computes plans in the parent process: trace, skyline, search."""

@@ -1,0 +1,81 @@
+"""Regimes: within one, the step is one polynomial in batch and length; across its lines it is another.
+
+Lines come from three places: a batch of one takes other code paths (no-op `contiguous`), TRL's chunked loss works
+on tiles of a fixed number of tokens, and sliding-window attention needs a mask from the window's length on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.planner.polynomial import TracedShape, symbol_prime
+from launcher.planner.skyline import Domain
+
+FIRST_LENGTH = 211
+"""Shortest length traced for a symbol, where the regime allows: long enough to divide no small dimension."""
+BATCH_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71)
+SINGLE_TOKENS = 2503
+"""Length traced when the batch is one."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Where the regimes of a job meet."""
+
+    token_tile: int | None
+    """Predicted tokens that the loss handles at a time; None when it handles all at once."""
+    lengths: tuple[int, ...]
+    """Lengths at which other code begins to run, ascending."""
+    dimensions: tuple[int, ...]
+    """The model's own dimensions, which no symbol may divide."""
+
+
+def domain_of(batch: int, length: int, lines: Lines) -> Domain:
+    """The regime that holds a shape."""
+    below = [line for line in lines.lengths if line <= length]
+    above = [line for line in lines.lengths if line > length]
+    tile = lines.token_tile
+    over = tile is not None and batch * (length - 1) > tile
+    return Domain(
+        batch_min=1 if batch == 1 else 2,
+        batch_max=1 if batch == 1 else None,
+        length_min=below[-1] if below else 2,
+        length_max=above[0] - 1 if above else None,
+        tokens_min=tile + 1 if tile is not None and over else 1,
+        tokens_max=tile if not over else None,
+    )
+
+
+def symbolic_shape(domain: Domain, lines: Lines) -> TracedShape | None:
+    """A shape inside the regime whose batch and length can serve as symbols; None when there is none."""
+    if domain.batch_max == 1:
+        return _with_length(domain, lines, 1)
+    for batch in BATCH_PRIMES:
+        if all(size % batch for size in lines.dimensions if size > 1):
+            shape = _with_length(domain, lines, batch)
+            if shape is not None:
+                return shape
+    return None
+
+
+def _with_length(domain: Domain, lines: Lines, batch: int) -> TracedShape | None:
+    lowest = max(domain.length_min, -(-domain.tokens_min // batch) + 1)
+    preferred = SINGLE_TOKENS if batch == 1 else FIRST_LENGTH
+    for minimum in (max(lowest, preferred), max(lowest, FIRST_LENGTH), max(lowest, 31)):
+        length = symbol_prime(minimum, lines.dimensions, taken=(batch,))
+        if domain.contains(batch, length):
+            return TracedShape(batch, length, batch_is_symbol=batch > 1, length_is_symbol=True)
+    return None
+
+
+def config_dimensions(config: Mapping[str, Any]) -> Iterator[int]:
+    """All integers of a model config, nested ones included."""
+    for value in config.values():
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, int):
+            yield abs(value)
+        elif isinstance(value, Mapping):
+            yield from config_dimensions(value)

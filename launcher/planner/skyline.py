@@ -1,0 +1,186 @@
+"""The skyline of a step: the few moments that can be its highest, as polynomials in batch and length.
+
+A trace is a list of births and releases. Its prefix sums say, for every instant, how many bytes of each category
+are alive, as a polynomial; the peak at any (batch, length) is the maximum over the instants. An instant that no
+batch and length can make the highest is dropped; what stays answers every shape of the skyline's domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launcher.errors import UnsupportedByPlanner
+from launcher.memory import Category, Phase, PhasePeak
+from launcher.planner.polynomial import Exponents
+
+CATEGORIES = tuple(Category)
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The shapes for which a trace holds: batch and length within inclusive bounds, tokens on one side of a line."""
+
+    batch_min: int
+    """Fewest sequences."""
+    batch_max: int | None
+    """Most sequences; None: no bound."""
+    length_min: int
+    """Fewest tokens per sequence."""
+    length_max: int | None
+    """Most tokens per sequence; None: no bound."""
+    tokens_min: int
+    """Fewest predicted tokens, batch x (length - 1)."""
+    tokens_max: int | None
+    """Most predicted tokens; None: no bound."""
+
+    def contains(self, batch: int, length: int) -> bool:
+        """Whether a shape lies in the domain."""
+        tokens = batch * (length - 1)
+        return (
+            self.batch_min <= batch <= (self.batch_max or batch)
+            and self.length_min <= length <= (self.length_max or length)
+            and self.tokens_min <= tokens <= (self.tokens_max or tokens)
+        )
+
+
+@dataclass(frozen=True)
+class Instant:
+    """One moment of the trace, right after an operation allocated."""
+
+    signature: tuple[object, ...]
+    """What happened, for matching instants of traces of different depth."""
+    phase: Phase
+    """Phase of the moment."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Memory over a whole trace: one row per instant."""
+
+    instants: tuple[Instant, ...]
+    """What each row is."""
+    exponents: tuple[Exponents, ...]
+    """The monomials, last axis of `live`."""
+    live: NDArray[np.float64]
+    """Live bytes; shape (instants, categories, monomials)."""
+    resident: Mapping[Category, Mapping[Exponents, int]]
+    """Full size of each resident category, bytes."""
+    batch_inputs: Mapping[Exponents, int]
+    """Bytes of the inputs of one micro batch."""
+
+
+@dataclass(frozen=True)
+class PhaseSkyline:
+    """The moments of one phase that can be its highest."""
+
+    phase: Phase
+    """Which phase."""
+    rows: NDArray[np.float64]
+    """Live bytes; shape (rows, categories, monomials)."""
+
+
+@dataclass(frozen=True)
+class Skyline:
+    """Peak memory of a step for every shape in a domain."""
+
+    domain: Domain
+    """Shapes for which it holds."""
+    exponents: tuple[Exponents, ...]
+    """The monomials `batch**i * length**j`, last axis of every `rows`."""
+    phases: tuple[PhaseSkyline, ...]
+    """One per phase, in order."""
+    resident: Mapping[Category, Mapping[Exponents, int]]
+    """Full size of each resident category, bytes."""
+    batch_inputs: Mapping[Exponents, int]
+    """Bytes of the inputs of one micro batch."""
+    traced_accumulation: int
+    """Micro batches per optimizer step in the trace: 1 or 2; 2 stands for every larger number."""
+
+    def peaks(self, batch: int, length: int, accumulation: int) -> tuple[PhasePeak, ...]:
+        """Peak of each phase.
+
+        Args:
+            batch: Sequences per micro batch.
+            length: Tokens per sequence.
+            accumulation: Micro batches per optimizer step; the loop holds the inputs of all of them.
+
+        Raises:
+            UnsupportedByPlanner: When the shape lies outside the domain.
+        """
+        self._check(batch, length, accumulation)
+        monomials = np.array([float(batch) ** i * float(length) ** j for i, j in self.exponents])
+        waiting = (accumulation - self.traced_accumulation) * _value(self.batch_inputs, batch, length)
+        peaks = []
+        for skyline in self.phases:
+            by_category = skyline.rows @ monomials
+            row = by_category[int(by_category.sum(axis=1).argmax())]
+            amounts = {category: round(value) for category, value in zip(CATEGORIES, row, strict=True)}
+            amounts[Category.INPUTS] += waiting
+            peaks.append(PhasePeak(skyline.phase, sum(amounts.values()), amounts))
+        return tuple(peaks)
+
+    def resident_bytes(self, batch: int, length: int) -> dict[Category, int]:
+        """Full size of each resident category at a shape, bytes."""
+        return {category: _value(size, batch, length) for category, size in self.resident.items()}
+
+    def _check(self, batch: int, length: int, accumulation: int) -> None:
+        legal = accumulation == 1 if self.traced_accumulation == 1 else accumulation >= 2
+        if not (legal and self.domain.contains(batch, length)):
+            raise UnsupportedByPlanner(
+                f"no trace answers batch {batch} x length {length} with accumulation {accumulation}; this one "
+                f"holds for {self.domain} with accumulation {'1' if self.traced_accumulation == 1 else '>= 2'}",
+                "trace the regime that holds this shape",
+            )
+
+
+def _value(polynomial: Mapping[Exponents, int], batch: int, length: int) -> int:
+    return sum(c * batch**i * length**j for (i, j), c in polynomial.items())
+
+
+def build_skyline(
+    domain: Domain, profile: Profile, rows: Sequence[NDArray[np.float64]], accumulation: int
+) -> Skyline:
+    """Keeps the moments that can be the highest of their phase.
+
+    Args:
+        domain: Shapes for which the trace holds.
+        profile: Where phases, monomials and residents are read from.
+        rows: One or more versions of `profile.live`; each version's moments all count.
+        accumulation: Micro batches per optimizer step in the trace.
+    """
+    phases = []
+    for phase in Phase:
+        chosen = [i for i, instant in enumerate(profile.instants) if instant.phase is phase]
+        if chosen:
+            candidates = np.concatenate([version[chosen] for version in rows])
+            phases.append(PhaseSkyline(phase, undominated(candidates)))
+    return Skyline(
+        domain,
+        profile.exponents,
+        tuple(phases),
+        profile.resident,
+        profile.batch_inputs,
+        min(accumulation, 2),
+    )
+
+
+def undominated(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Drops every row whose total is, monomial by monomial, at most that of another row.
+
+    Batch and length are positive, so such a row is never higher than the other one.
+
+    Args:
+        rows: Live bytes; shape (rows, categories, monomials).
+    """
+    totals = rows.sum(axis=1)
+    order = np.lexsort(totals.T[::-1])[::-1]  # a row can only be dominated by one that sorts before it
+    kept: list[int] = []
+    for index in order:
+        if not kept or not (totals[kept] >= totals[index]).all(axis=1).any():
+            kept.append(int(index))
+    return rows[sorted(kept)]

@@ -1,0 +1,163 @@
+"""The tape: writes down every storage that is born and freed while the workload runs on fake tensors.
+
+Fake tensors have shapes and lifetimes and no data. A `TorchDispatchMode` above `FakeTensorMode` sees each
+operation with its outputs; a storage that was not alive before is an allocation, and a finalizer on the
+storage object is its release. Left out: scratch memory that a kernel takes and gives back within one operation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launcher.memory import Category, Phase
+from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
+
+aten = torch.ops.aten
+
+
+class Region(StrEnum):
+    """Where in the training step an allocation happened."""
+
+    OUTSIDE = "outside"
+    BACKBONE = "backbone"
+    HEAD = "head"
+    BACKWARD = "backward"
+    RECOMPUTE = "recompute"
+
+
+@dataclass(slots=True)
+class Block:
+    """One storage, from its birth to its release."""
+
+    num_bytes: int
+    size: dict[Exponents, int]
+    operation: str
+    phase: Phase
+    region: Region
+    category: Category | None = None
+    alive: bool = True
+
+
+@dataclass(slots=True)
+class Event:
+    """A birth or a release, in the order of time."""
+
+    block: Block
+    birth: bool
+    instant: int
+    """Number of the operation that allocated; releases belong to the operation before them."""
+    phase: Phase
+
+
+@dataclass
+class Tape(TorchDispatchMode):
+    """Records the life of storages.
+
+    Args:
+        shape: The traced shape, for writing sizes as polynomials.
+        twins: What to run in place of an operation; NotImplemented from a twin means the operation itself.
+        padded: Whether padding masks have padding in them.
+    """
+
+    shape: TracedShape
+    twins: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
+    padded: bool = False
+    phase: Phase = Phase.LOAD
+    region: Region = Region.OUTSIDE
+    events: list[Event] = field(default_factory=list)
+    num_instants: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, Block] = {}
+        self._mask_checks: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs one operation on fake tensors and records what it allocated."""
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # by far the most frequent call, and no operation at all
+        if func is aten._local_scalar_dense.default:
+            return self._answer(args[0])
+        output = self._run(func, args, kwargs)
+        tensors = [leaf for leaf in _leaves(output) if isinstance(leaf, torch.Tensor)]
+        if func is aten.all.default:
+            self._mask_checks.update(tensors)
+        births = [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in self._live]
+        if births:
+            self.num_instants += 1
+            for tensor in births:
+                self._record(tensor, str(func))
+        return output
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        twin = self.twins.get(func)
+        if twin is not None:
+            with self:  # the twin's own operations are recorded like any other
+                output = twin(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        return func(*args, **kwargs)
+
+    def _answer(self, tensor: torch.Tensor) -> bool | int | float:
+        """What `.item()` returns: there is no data, so a value that leads on through the step."""
+        if tensor in self._mask_checks:
+            return not self.padded
+        if tensor.dtype is torch.bool:
+            return True
+        return 1.0 if tensor.dtype.is_floating_point else 1
+
+    def _record(self, tensor: torch.Tensor, operation: str) -> None:
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._live:
+            return  # two outputs of one operation share it
+        itemsize = tensor.element_size()
+        dense = tensor.numel() * itemsize == num_bytes
+        sizes = tuple(tensor.shape) if dense else (num_bytes // itemsize,)
+        block = Block(
+            num_bytes, factor_shape(sizes, itemsize, self.shape), operation, self.phase, self.region
+        )
+        self._live[key] = block
+        self.events.append(Event(block, True, self.num_instants, self.phase))
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        block = self._live.pop(key)
+        block.alive = False
+        self.events.append(Event(block, False, self.num_instants, self.phase))
+
+    def mark(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
+        """Says what the storages of these tensors are for; the first word counts."""
+        for tensor in tensors:
+            block = self._live.get(tensor.untyped_storage()._cdata)
+            if block is not None and block.category is None:
+                block.category = category
+
+    def size_of(self, tensors: Iterable[torch.Tensor]) -> list[Block]:
+        """The distinct live blocks behind these tensors."""
+        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return [self._live[key] for key in keys if key in self._live]
+
+    def settle(self, born_in: Region, category: Category) -> None:
+        """Gives a category to every live, unmarked block that was born in a region."""
+        for block in self._live.values():
+            if block.category is None and block.region is born_in:
+                block.category = category
+
+
+def _leaves(output: Any) -> Iterable[Any]:
+    if isinstance(output, (tuple, list)):
+        for item in output:
+            yield from _leaves(item)
+    else:
+        yield output

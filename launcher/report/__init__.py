@@ -1,0 +1,1 @@
+"""Renders plans and run records for people and programs."""

@@ -1,0 +1,76 @@
+"""Names of the files in a run directory: all that parent and child share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """One run directory."""
+
+    root: Path
+    """The directory itself."""
+
+    @property
+    def job(self) -> Path:
+        """The job, as composed."""
+        return self.root / "job.json"
+
+    @property
+    def plan(self) -> Path:
+        """The plan document, as `output=json` prints it before the run."""
+        return self.root / "plan.json"
+
+    @property
+    def worker(self) -> Path:
+        """What the worker needs: job, plan, and where the weights lie."""
+        return self.root / "worker.json"
+
+    @property
+    def accelerate_config(self) -> Path:
+        """Configuration file of `accelerate launch`."""
+        return self.root / "accelerate.yaml"
+
+    @property
+    def command(self) -> Path:
+        """The exact command, as a script that a person can run."""
+        return self.root / "command.sh"
+
+    @property
+    def log(self) -> Path:
+        """Everything the worker printed."""
+        return self.root / "worker.log"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def record(self) -> Path:
+        """The reconciled run record."""
+        return self.root / "record.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Trainer output: checkpoints and event files."""
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained weights or adapter, with the tokenizer."""
+        return self.root / "model"
+
+    def measured(self, rank: int) -> Path:
+        """What the meter saw on one rank."""
+        return self.root / f"measured.rank{rank}.json"
+
+    def outcome(self, rank: int) -> Path:
+        """How one rank ended."""
+        return self.root / f"outcome.rank{rank}.json"
+
+    def pid(self, rank: int) -> Path:
+        """Process id of one rank."""
+        return self.root / f"worker.rank{rank}.pid"

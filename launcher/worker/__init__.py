@@ -1,0 +1,1 @@
+"""Runs inside the launched process: data, training, the meter."""

@@ -1,0 +1,195 @@
+"""The workload: model, adapters, trainer and training loop. Traced AND trained: there is no second copy.
+
+The tracer calls these functions with fake tensors, the worker with real ones. What differs between the two is
+passed in (weights or none, a data set, an output folder), never decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from launcher.job import Checkpointing, JobSpec, Loss, Method, Precision
+from launcher.memory import Phase
+from launcher.plan import Plan
+
+LEARNING_RATES = {Method.LORA: 2e-4, Method.FULL: 2e-5}
+"""Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
+
+
+class PhaseCallback(TrainerCallback):  # type: ignore[misc]  # transformers exports it untyped
+    """Says when the training loop enters a phase. The tracer and the meter listen to the same calls.
+
+    Args:
+        enter: Called with the phase that begins.
+    """
+
+    def __init__(self, enter: Callable[[Phase], None]) -> None:
+        self._enter = enter
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The loop starts: batches are fetched, then the first step."""
+        self._enter(Phase.TRAIN_STEP)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are complete and clipped."""
+        self._enter(Phase.OPTIMIZER_STEP)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Weights are updated and gradients dropped; evaluation and saving come next, when they are due."""
+        self._enter(_next_phase(control, evaluated=False))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluation is over."""
+        self._enter(_next_phase(control, evaluated=True))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The checkpoint is written."""
+        self._enter(Phase.TRAIN_STEP)
+
+
+def _next_phase(control: TrainerControl, *, evaluated: bool) -> Phase:
+    if control.should_evaluate and not evaluated:
+        return Phase.EVALUATION
+    return Phase.SAVE if control.should_save else Phase.TRAIN_STEP
+
+
+class PlainLossTrainer(SFTTrainer):  # type: ignore[misc]  # trl exports it untyped
+    """TRL's trainer with the model's own loss: all logits at once, as transformers' Trainer computes it."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.compute_loss`."""
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """Dtype in which the weights are held."""
+    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+
+
+def model_config(source: Mapping[str, Any] | Path) -> PretrainedConfig:
+    """The transformers config of a catalogue entry (a mapping) or of a model folder."""
+    if isinstance(source, Path):
+        return AutoConfig.from_pretrained(source)
+    return AutoConfig.for_model(**source)
+
+
+def build_model(config: PretrainedConfig, plan: Plan, weights: Path | None) -> nn.Module:
+    """Builds the model: with its weights, or (None) with its shapes only, on the current default device."""
+    dtype = weight_dtype(plan.precision)
+    if weights is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=plan.attention.value)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            weights, config=config, dtype=dtype, attn_implementation=plan.attention.value
+        )
+    model.config.use_cache = False
+    return model  # type: ignore[no-any-return]  # transformers types the factory as Any
+
+
+def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
+    """Puts LoRA adapters on the model, if the plan has any; frozen weights stay as they are."""
+    if plan.method is not Method.LORA:
+        return model
+    targets = job.method.target_modules
+    config = LoraConfig(
+        r=plan.rank,
+        lora_alpha=job.method.alpha or 2 * plan.rank,
+        lora_dropout=job.method.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapping[str, Any]) -> SFTConfig:
+    """The trainer's arguments.
+
+    Args:
+        job: The job.
+        plan: The plan.
+        output_dir: Where checkpoints go.
+        changes: What the caller's circumstances add (device, saving, a shorter run).
+    """
+    training, evaluation = job.training, job.evaluation
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_length": plan.max_length,
+        "packing": job.data.packing,
+        "packing_strategy": "wrapped",
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "per_device_eval_batch_size": evaluation_batch_size(job, plan),
+        "gradient_checkpointing": plan.activation_checkpointing is Checkpointing.FULL,
+        "max_steps": training.max_steps or -1,
+        "num_train_epochs": training.num_epochs,
+        "learning_rate": training.learning_rate or LEARNING_RATES[plan.method],
+        "lr_scheduler_type": training.schedule,
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": plan.optimizer.value,
+        "bf16": plan.precision is Precision.BF16_MIXED,
+        "fp16": plan.precision is Precision.FP16_MIXED,
+        "seed": training.seed,
+        "logging_steps": training.logging_steps,
+        "eval_strategy": "no" if not evaluation.enabled else "steps" if evaluation.steps else "epoch",
+        "eval_steps": evaluation.steps,
+        "dataloader_drop_last": True,
+        "disable_tqdm": True,
+    }
+    return SFTConfig(**{**arguments, **changes})
+
+
+def evaluation_batch_size(job: JobSpec, plan: Plan) -> int:
+    """Sequences per evaluation batch."""
+    return job.evaluation.batch_size or plan.micro_batch_size
+
+
+def build_trainer(
+    model: nn.Module,
+    plan: Plan,
+    arguments: SFTConfig,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback],
+) -> SFTTrainer:
+    """Builds the trainer whose `train()` is both traced and run."""
+    trainer_class = PlainLossTrainer if plan.loss is Loss.PLAIN else SFTTrainer
+    return trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
