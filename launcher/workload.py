@@ -27,7 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from launcher.job import Checkpointing, JobSpec, Loss, Method, Precision
+from launcher.job import Checkpointing, JobSpec, Loss, Method, ModelSpec, Precision
 from launcher.memory import Phase
 from launcher.plan import Plan
 
@@ -95,21 +95,30 @@ def weight_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision is Precision.BF16 else torch.float32
 
 
-def model_config(source: Mapping[str, Any] | Path) -> PretrainedConfig:
-    """The transformers config of a catalogue entry (a mapping) or of a model folder."""
-    if isinstance(source, Path):
-        return AutoConfig.from_pretrained(source)
-    return AutoConfig.for_model(**source)
+def model_config(source: str, model: ModelSpec) -> PretrainedConfig:
+    """The transformers config: of a folder or hub id, or (empty source) of the catalogue's facts."""
+    if not source:
+        return AutoConfig.for_model(**model.architecture)
+    return AutoConfig.from_pretrained(
+        source, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
 
 
-def build_model(config: PretrainedConfig, plan: Plan, weights: Path | None) -> nn.Module:
-    """Builds the model: with its weights, or (None) with its shapes only, on the current default device."""
-    dtype = weight_dtype(plan.precision)
-    if weights is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=plan.attention.value)
+def build_model(config: PretrainedConfig, plan: Plan, weights: str, model_spec: ModelSpec) -> nn.Module:
+    """Builds the model: with the weights of a folder or hub id, or (empty) with its shapes only.
+
+    Without weights the tensors are on the current default device.
+    """
+    options: dict[str, Any] = {
+        "dtype": weight_dtype(plan.precision),
+        "attn_implementation": plan.attention.value,
+        "trust_remote_code": model_spec.trust_remote_code,
+    }
+    if not weights:
+        model = AutoModelForCausalLM.from_config(config, **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            weights, config=config, dtype=dtype, attn_implementation=plan.attention.value
+            weights, config=config, revision=model_spec.revision, **options
         )
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]  # transformers types the factory as Any

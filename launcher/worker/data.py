@@ -287,7 +287,7 @@ def _opens_array(stream: IO[bytes]) -> bool:
 
 def _values_of_array(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, object]]:
     """Parses a whole file as one JSON array; line numbers are unknown (0)."""
-    values = _parsed(stream.read(), file, first_line=1)
+    values = _parsed(stream.read().rstrip(), file, first_line=1)
     if isinstance(values, list):
         yield from ((0, value) for value in values)
 
@@ -296,7 +296,7 @@ def _values_of_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, objec
     """Parses one JSON value a line; blank lines are skipped. Lines count from 1."""
     for line_number, line in enumerate(stream, start=1):
         if line.strip():
-            yield line_number, _parsed(line, file, first_line=line_number)
+            yield line_number, _parsed(line.rstrip(), file, first_line=line_number)
 
 
 def _parsed(encoded: bytes, file: Path, first_line: int) -> object:

@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -87,7 +87,7 @@ def _write_model(gguf: Path, folder: Path) -> None:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
@@ -98,6 +98,7 @@ def _write_model(gguf: Path, folder: Path) -> None:
         raise DataError(f"{gguf} can't be read: {error}", hint="install the package `gguf`") from error
     except MALFORMED as error:
         raise DataError(f"{gguf} can't be read: {error}", hint="delete it if it may be damaged") from error
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise DataError(f"{gguf} lacks {len(missing)} weights of the model, such as `{missing[0]}`")
     model.save_pretrained(folder)

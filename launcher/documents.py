@@ -1,0 +1,54 @@
+"""Typed documents on disk: frozen dataclasses to JSON and back, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from launcher.errors import LaunchError
+
+T = TypeVar("T")
+
+
+def to_json(value: object, indent: int | None = 2) -> str:
+    """JSON text of a dataclass."""
+    return TypeAdapter(type(value)).dump_json(value, indent=indent).decode()
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """The dataclass that a JSON text describes.
+
+    Raises:
+        ValueError: When the text does not describe one.
+    """
+    return TypeAdapter(kind).validate_json(text)
+
+
+def write_document(path: Path, value: object) -> None:
+    """Writes a dataclass as JSON; a reader sees all of it or nothing."""
+    write_text(path, to_json(value) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_document(path: Path, kind: type[T]) -> T:
+    """Reads a dataclass from JSON.
+
+    Raises:
+        LaunchError: When the file is missing or does not hold one.
+    """
+    try:
+        return from_json(kind, path.read_text(encoding="utf-8"))
+    except FileNotFoundError as failure:
+        raise LaunchError(f"`{path}` does not exist", "is this a run directory?") from failure
+    except (ValidationError, ValueError) as failure:
+        raise LaunchError(f"`{path}` can't be read: {failure}", "remove it, or run again") from failure

@@ -1,0 +1,91 @@
+"""What passes between parent and worker, and what stays of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from launcher.job import JobSpec
+from launcher.memory import MemoryEstimate, MemoryMeasurement
+from launcher.plan import Plan
+
+
+class Status(StrEnum):
+    """How a worker ended."""
+
+    DONE = "done"
+    INTERRUPTED = "interrupted"
+    OUT_OF_MEMORY = "out_of_memory"
+    DATA_ERROR = "data_error"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class WorkerOrder:
+    """What the worker is asked to do."""
+
+    job: JobSpec
+    """The job."""
+    plan: Plan
+    """The plan."""
+    weights: str
+    """Folder or hub id of weights and tokenizer."""
+    packaged: bool
+    """Whether `weights` is a folder with a packaged GGUF file, to be converted at first use."""
+    cache_dir: str
+    """Where converted weights are kept."""
+    resume: bool
+    """Whether to continue from the last checkpoint in the run directory."""
+
+
+@dataclass(frozen=True)
+class WorkerOutcome:
+    """How one rank ended."""
+
+    status: Status
+    """Kind of end."""
+    message: str
+    """Details for a person; empty when done."""
+    steps: int
+    """Optimizer steps finished."""
+    first_loss: float | None
+    """First logged loss."""
+    last_loss: float | None
+    """Last logged loss."""
+    train_seconds: float
+    """Wall time of the training loop."""
+    tokens_per_second: float | None
+    """Tokens per second and device over the steps after the metered ones, padding included."""
+    step_seconds: float | None
+    """Median wall time of an optimizer step after the metered ones."""
+    world_size: int
+    """Processes that took part."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, reconciled: what was predicted and what was measured."""
+
+    run_dir: str
+    """Where the run lies."""
+    recipe: str
+    """Recipe of the job."""
+    model: str
+    """Path of the model."""
+    hardware: str
+    """Name of the hardware."""
+    started: str
+    """Start time, ISO 8601, UTC."""
+    plan: Plan
+    """What ran."""
+    predicted: MemoryEstimate
+    """The plan's prediction, for its largest batch."""
+    predicted_as_run: MemoryEstimate | None
+    """The same prediction at the largest shape that ran under the meter; None when they are the same shape."""
+    measured: MemoryMeasurement | None
+    """Rank 0; None when the run ended before the meter was read."""
+    outcome: WorkerOutcome
+    """How it ended."""
+    versions: Mapping[str, str]
+    """Library versions of the worker."""

@@ -1,0 +1,340 @@
+"""The worker: one process that trains, watched by the meter. Started by `accelerate launch`.
+
+It reads its order from the run directory and leaves there what it measured, how it ended, and the trained model.
+Its exit code is the launcher's: 0, 4 (out of memory), 5 (data), 6 (anything else), 130 (interrupted).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from launcher import workload
+from launcher.documents import read_document, write_document
+from launcher.errors import DataError, LauncherError
+from launcher.hardware import DeviceKind
+from launcher.job import JobSpec
+from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
+from launcher.plan import Plan
+from launcher.run_paths import RunPaths
+from launcher.run_record import Status, WorkerOrder, WorkerOutcome
+from launcher.units import format_bytes
+from launcher.worker.data import load_examples, require_chat_template, split_examples
+from launcher.worker.meter import (
+    METERED_STEPS,
+    CpuMeter,
+    CudaMeter,
+    Meter,
+    process_memory_bytes,
+    weigh_gradients,
+    weigh_residents,
+)
+from launcher.worker.weights import convert_gguf
+
+EXIT_CODES = {
+    Status.DONE: 0,
+    Status.OUT_OF_MEMORY: 4,
+    Status.DATA_ERROR: 5,
+    Status.FAILED: 6,
+    Status.INTERRUPTED: 130,
+}
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""How torch's CPU allocator words it, in a plain RuntimeError (c10/core/impl/alloc_cpu.cpp)."""
+
+
+@dataclass
+class Progress:
+    """What the training loop has shown so far."""
+
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    step_ends: list[float] = field(default_factory=list)
+    stop_asked: bool = False
+    shapes: set[StepShape] = field(default_factory=set)
+    gradient_bytes: int = 0
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers exports it untyped
+    """Prints a line per logged step, appends it to metrics.jsonl, and turns an interrupt into a saved stop."""
+
+    def __init__(self, progress: Progress, plan: Plan, metrics: Path | None, report: Callable[[str], None]):
+        self._progress = progress
+        self._plan = plan
+        self._metrics = metrics
+        self._report = report
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The clock starts."""
+        self._progress.step_ends.append(time.perf_counter())
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A micro batch is done."""
+        self._stop_if_asked(control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An optimizer step is done."""
+        self._progress.steps = state.global_step
+        self._progress.step_ends.append(time.perf_counter())
+        self._stop_if_asked(control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Metrics are out."""
+        if not logs or not state.is_world_process_zero:
+            return
+        memory = process_memory_bytes()
+        ends = self._progress.step_ends
+        seconds = ends[-1] - ends[-2] if len(ends) > 1 else None
+        rate = self._plan.tokens_per_step / seconds if seconds else None
+        line = {"step": state.global_step, **logs, "step_seconds": seconds, "tokens_per_second": rate}
+        line |= {f"memory_{name}_bytes": value for name, value in memory.items()}
+        if self._metrics is not None:
+            with self._metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        if "loss" in logs:
+            self._progress.losses.append(float(logs["loss"]))
+            words = [f"step {state.global_step}/{state.max_steps}", f"loss {float(logs['loss']):.4f}"]
+            words += [f"{rate:,.0f} tokens/s"] if rate else []
+            words += [f"memory {name} {format_bytes(value)}" for name, value in memory.items()]
+            self._report("  ".join(words))
+        elif "eval_loss" in logs:
+            self._report(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.4f}")
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        if self._progress.stop_asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What one training needs besides job and plan."""
+
+    load: Callable[[], nn.Module]
+    """Loads the model with its adapters; run under the meter."""
+    train_dataset: Dataset
+    """Training rows."""
+    eval_dataset: Dataset | None
+    """Held-out rows."""
+    tokenizer: PreTrainedTokenizerBase
+    """Tokenizer of the model."""
+    changes: Mapping[str, Any]
+    """Changes to the trainer's arguments."""
+    output_dir: Path
+    """Where checkpoints go."""
+    metrics: Path | None = None
+    """Where metrics.jsonl goes."""
+
+
+def train(
+    job: JobSpec,
+    plan: Plan,
+    ingredients: Ingredients,
+    progress: Progress,
+    report: Callable[[str], None],
+    resume: bool = False,
+) -> tuple[SFTTrainer, MemoryMeasurement]:
+    """Loads, trains, and measures. The only training in this project; the tracer runs the same workload."""
+    meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter()
+    with meter.measure_load():
+        model = ingredients.load()
+    arguments = workload.training_arguments(job, plan, ingredients.output_dir, ingredients.changes)
+
+    def enter(phase: Phase) -> None:
+        if phase is Phase.OPTIMIZER_STEP and not progress.gradient_bytes:
+            progress.gradient_bytes = weigh_gradients(model)
+        meter.enter(phase, trainer.state.global_step)
+
+    trainer = workload.build_trainer(
+        model,
+        plan,
+        arguments,
+        ingredients.train_dataset,
+        ingredients.eval_dataset,
+        ingredients.tokenizer,
+        [workload.PhaseCallback(enter), ProgressCallback(progress, plan, ingredients.metrics, report)],
+    )
+    _watch_shapes(trainer, progress, METERED_STEPS * plan.gradient_accumulation_steps)
+    trainer.train(resume_from_checkpoint=resume or None)
+    phases = meter.finish()
+    resident = weigh_residents(model, trainer.optimizer)
+    resident[Category.GRADIENTS] = progress.gradient_bytes
+    shapes = tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
+    return trainer, MemoryMeasurement(_rank(), meter.name, phases, resident, shapes)
+
+
+def _watch_shapes(trainer: SFTTrainer, progress: Progress, num_batches: int) -> None:
+    collate = trainer.data_collator
+    remaining = [num_batches]
+
+    def collate_and_note(examples: Sequence[Any]) -> Any:
+        batch = collate(examples)
+        if remaining[0] > 0:
+            remaining[0] -= 1
+            progress.shapes.add(StepShape(*batch["input_ids"].shape))
+        return batch
+
+    trainer.data_collator = collate_and_note
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
+    """Reads data, tokenizer and config; nothing of the model's weights yet."""
+    job, plan = order.job, order.plan
+    source = order.weights
+    if order.packaged:
+        folder = Path(source)
+        source = str(convert_gguf(folder, Path(order.cache_dir) / "converted" / folder.name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=job.model.revision)
+        config = workload.model_config(source, job.model)
+    except (OSError, ValueError) as failure:
+        raise DataError(
+            f"the model at `{source}` can't be read: {failure}",
+            "check `model.path`; a hub id needs the network (and, for gated models, an accepted licence)",
+        ) from failure
+    train_rows, eval_rows = split_examples(load_examples(job.data), job.data, job.evaluation)
+    require_chat_template(tokenizer, train_rows)
+
+    def load() -> nn.Module:
+        model = workload.build_model(config, plan, source, job.model)
+        return workload.attach_adapters(model, job, plan)
+
+    training = job.training
+    return Ingredients(
+        load=load,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        tokenizer=tokenizer,
+        changes={
+            "use_cpu": job.hardware.kind is DeviceKind.CPU,
+            "save_strategy": "steps" if training.save_steps else "no",
+            "save_steps": training.save_steps or 500,
+            "report_to": list(training.report_to),
+            "logging_dir": str(paths.root / "tensorboard"),
+            "dataloader_pin_memory": job.hardware.kind is not DeviceKind.CPU,
+        },
+        output_dir=paths.checkpoints,
+        metrics=paths.metrics,
+    )
+
+
+def run(order: WorkerOrder, paths: RunPaths) -> Status:
+    """Carries out an order and leaves its outcome in the run directory."""
+    progress = Progress()
+    signal.signal(signal.SIGINT, lambda number, frame: _ask_to_stop(progress, frame))
+    status, message, seconds = Status.DONE, "", 0.0
+    measurement: MemoryMeasurement | None = None
+    try:
+        _report("reading data and tokenizer")
+        ingredients = prepare(order, paths)
+        _report("loading the model")
+        began = time.perf_counter()
+        trainer, measurement = train(order.job, order.plan, ingredients, progress, _report, order.resume)
+        seconds = time.perf_counter() - began
+        if progress.stop_asked:
+            status, message = Status.INTERRUPTED, f"stopped after step {progress.steps}; a checkpoint was saved"
+        else:
+            trainer.save_model(str(paths.model))
+            ingredients.tokenizer.save_pretrained(str(paths.model))
+    except DataError as failure:
+        status, message = Status.DATA_ERROR, str(failure)
+    except LauncherError as failure:
+        status, message = Status.FAILED, str(failure)
+    except (MemoryError, RuntimeError) as failure:
+        status, message = _classify(failure), f"{type(failure).__name__}: {failure}"
+        traceback.print_exc()
+    except KeyboardInterrupt:
+        status, message = Status.INTERRUPTED, "stopped before the first step; there is nothing to save"
+    if measurement is not None:
+        write_document(paths.measured(_rank()), measurement)
+    write_document(paths.outcome(_rank()), _outcome(status, message, seconds, progress, order.plan))
+    return status
+
+
+def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
+    """The first interrupt asks the training loop to save and stop; outside of it, and the second time, it ends."""
+    if progress.stop_asked or not progress.step_ends:
+        raise KeyboardInterrupt
+    progress.stop_asked = True
+    _report("interrupted: saving a checkpoint after this micro batch (press again to stop at once)")
+
+
+def _classify(failure: BaseException) -> Status:
+    is_memory = isinstance(failure, (torch.OutOfMemoryError, MemoryError)) or CPU_OUT_OF_MEMORY in str(failure)
+    return Status.OUT_OF_MEMORY if is_memory else Status.FAILED
+
+
+def _outcome(
+    status: Status, message: str, seconds: float, progress: Progress, plan: Plan
+) -> WorkerOutcome:
+    ends = progress.step_ends
+    steps = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    settled = steps[METERED_STEPS:]  # the meter slows the first steps down
+    median = statistics.median(settled) if settled else None
+    return WorkerOutcome(
+        status=status,
+        message=message,
+        steps=progress.steps,
+        first_loss=progress.losses[0] if progress.losses else None,
+        last_loss=progress.losses[-1] if progress.losses else None,
+        train_seconds=seconds,
+        tokens_per_second=plan.tokens_per_step / median if median else None,
+        step_seconds=median,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def _report(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point: `python -m launcher.worker.train <run directory>`."""
+    paths = RunPaths(Path(argv[1]))
+    paths.pid(_rank()).write_text(str(os.getpid()))
+    order = read_document(paths.worker, WorkerOrder)
+    return EXIT_CODES[run(order, paths)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
