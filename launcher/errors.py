@@ -26,7 +26,7 @@ class LauncherError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
+        super().__init__(message, hint)  # both, so that the error survives the way out of a child process
         self.message = message
         self.hint = hint
 

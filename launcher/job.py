@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -242,7 +242,7 @@ class PlannerSpec:
     """Knobs the user fixed."""
     choices: ChoicesSpec = field(default_factory=ChoicesSpec)
     """Acceptable values of the knobs that change the result."""
-    headroom: Annotated[float, Ge(0), Le(0.9)] | str = "auto"
+    headroom: Annotated[float, Ge(0), Le(0.9)] | Literal["auto"] = "auto"
     """Share of the usable memory kept free; `auto` is 0.05."""
     objective: Objective = Objective.SPEED
     """`speed` or `memory`."""

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
 
 from launcher.memory import Category
 from launcher.planner.polynomial import Exponents
 from launcher.planner.skyline import Instant, Profile
+
+if TYPE_CHECKING:  # the parent process extends profiles without loading the heavy libraries
+    from transformers import PretrainedConfig
 
 WINDOW = 24
 """Instants that must agree after a gap before the gap is believed."""

@@ -80,7 +80,10 @@ def evaluate(polynomial: Polynomial, batch: int, length: int) -> int:
 
 
 def symbol_prime(minimum: int, dimensions: Iterable[int], taken: Iterable[int] = ()) -> int:
-    """The smallest prime from `minimum` on that, with its two neighbours, divides none of `dimensions`.
+    """The smallest prime from `minimum` on that can stand for the length.
+
+    Neither it nor its neighbours (length - 1 and length + 1 are factored too) may divide a dimension of the
+    model or a product of such dimensions. A neighbour is not prime, so its largest prime factor decides.
 
     Args:
         minimum: Lower bound, at least 2.
@@ -91,7 +94,18 @@ def symbol_prime(minimum: int, dimensions: Iterable[int], taken: Iterable[int] =
     used = set(taken)
     candidate = max(2, minimum)
     while True:
-        prime = all(candidate % divisor for divisor in range(2, int(candidate**0.5) + 1))
-        if prime and candidate not in used and all(size % candidate for size in known):
-            return candidate
+        telling = [candidate, largest_prime_factor(candidate - 1), largest_prime_factor(candidate + 1)]
+        if telling[0] == largest_prime_factor(candidate) and not used.intersection(telling):
+            if all(size % factor for size in known for factor in telling):
+                return candidate
         candidate += 1
+
+
+def largest_prime_factor(number: int) -> int:
+    """The largest prime that divides a number; 1 for 1."""
+    largest, rest, divisor = 1, number, 2
+    while divisor * divisor <= rest:
+        while rest % divisor == 0:
+            largest, rest = divisor, rest // divisor
+        divisor += 1
+    return max(largest, rest)

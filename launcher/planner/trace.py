@@ -21,7 +21,7 @@ from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models
 from torch import nn
 from launcher.planner.fast_fake import FastFakeTensorMode
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, PrinterCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
@@ -39,6 +39,7 @@ from launcher.planner.profile import build_profile, sum_blocks
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Region, Tape
+from launcher.planner.tracer import Subject, SubjectFacts
 
 STEPS = 2
 """Optimizer steps traced: the optimizer's state is born in the first, the peak is often in the second."""
@@ -238,6 +239,7 @@ class _Rehearsal:
         trainer = workload.build_trainer(
             self.model, self.plan, callbacks=[workload.PhaseCallback(self._enter)], **inputs
         )
+        trainer.remove_callback(PrinterCallback)  # prints metrics, and there are none
         self._trainer = trainer
         self._listen(trainer)
         trainer.train()
@@ -335,3 +337,16 @@ def blank_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of two words: the trainer asks for one, rows that are already token ids need none."""
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+
+
+def open_subject(subject: Subject) -> TraceSubject:
+    """Builds the transformers config of a subject described in plain data."""
+    config = workload.model_config("", subject.job.model)
+    return TraceSubject(subject.job, subject.plan, subject.hardware, config)
+
+
+def facts(subject: Subject) -> SubjectFacts:
+    """What the libraries say about a subject before anything is traced."""
+    opened = open_subject(subject)
+    text = opened.config.get_text_config()
+    return SubjectFacts(regime_lines(opened), plan_depths(text), text.num_hidden_layers)

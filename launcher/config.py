@@ -1,0 +1,294 @@
+"""From the command line and the YAML files to a JobSpec: the only place that knows Hydra and OmegaConf.
+
+Hydra composes, the dataclasses of job.py are the schema. All errors of a command line are collected and reported
+at once, each with the legal values; nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from launcher.errors import ConfigError
+from launcher.job import JobSpec
+
+PEER_SPELLINGS: Mapping[str, str] = {
+    "per_device_train_batch_size": "planner.pin.micro_batch_size",
+    "micro_batch_size": "planner.pin.micro_batch_size",
+    "batch_size": "training.global_batch_size",
+    "effective_batch_size": "training.global_batch_size",
+    "global_batch_size": "training.global_batch_size",
+    "gradient_accumulation_steps": "planner.pin.gradient_accumulation_steps",
+    "gradient_checkpointing": "planner.pin.activation_checkpointing",
+    "activation_checkpointing": "planner.pin.activation_checkpointing",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "sample_packing": "data.packing",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "lora_r": "method.rank",
+    "lora_rank": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "lora_target": "method.target_modules",
+    "lora_target_modules": "method.target_modules",
+    "target_modules": "method.target_modules",
+    "finetuning_type": "method",
+    "learning_rate": "training.learning_rate",
+    "lr": "training.learning_rate",
+    "num_train_epochs": "training.num_epochs",
+    "max_steps": "training.max_steps",
+    "save_steps": "training.save_steps",
+    "optim": "training.optimizer",
+    "optimizer": "training.optimizer",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "seed": "training.seed",
+    "output_dir": "run_dir",
+    "resume_from_checkpoint": "resume",
+    "attn_implementation": "planner.pin.attention",
+    "deepspeed": "planner.pin.zero_stage",
+    "num_gpus": "hardware.num_devices",
+    "report_to": "training.report_to",
+}
+"""How other launchers spell our keys (LLaMA-Factory, Axolotl, TRL, torchtune, ms-swift, Unsloth; read 2026-11)."""
+
+OPEN_KEYS = ("model.architecture", "hardware.sources")
+"""Mappings whose keys are not ours."""
+
+
+def config_root() -> Path:
+    """The folder that holds conf/ and recipes/: the checkout, or the installed package."""
+    package = Path(__file__).resolve().parent
+    return package if (package / "conf").is_dir() else package.parent
+
+
+def group_choices(group: str) -> tuple[str, ...]:
+    """The choices of a config group, sorted."""
+    root = config_root()
+    folder = root / "recipes" if group == "recipe" else root / "conf" / group
+    return tuple(sorted(file.stem for file in folder.glob("*.yaml")))
+
+
+def groups() -> tuple[str, ...]:
+    """The config groups."""
+    return ("recipe", *sorted(folder.name for folder in (config_root() / "conf").iterdir() if folder.is_dir()))
+
+
+def load_job(arguments: Sequence[str]) -> JobSpec:
+    """Composes the job that a command line describes.
+
+    Args:
+        arguments: Hydra overrides, `key=value`.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    overrides, mistakes = _check_overrides(arguments)
+    composed = _compose(overrides)
+    mistakes += _unknown_keys(composed, JobSpec, "")
+    try:
+        job = TypeAdapter(JobSpec).validate_python(composed)
+    except ValidationError as failure:
+        mistakes += [_explain(error) for error in failure.errors()]
+    if mistakes:
+        raise _all_of(list(dict.fromkeys(mistakes)))
+    return job
+
+
+def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides that can be composed, and the mistakes in the others."""
+    mistakes: list[str] = []
+    accepted: list[str] = []
+    parser = OverridesParser.create()
+    for argument in arguments:
+        if argument.startswith("-"):
+            mistakes.append(_dashes(argument))
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as failure:
+            mistakes.append(f"`{argument}` is not `key=value`: {str(failure).splitlines()[0]}")
+            continue
+        found = list(_check_override(override, argument))
+        mistakes += found
+        if not found:
+            accepted += _translate(override, argument)
+    return accepted, mistakes
+
+
+def _dashes(argument: str) -> str:
+    key = argument.lstrip("-").split("=")[0].replace("-", "_")
+    ours = PEER_SPELLINGS.get(key, key)
+    return f"`{argument}`: options are written `key=value` without dashes; try `{ours}=...`"
+
+
+def _translate(override: Override, argument: str) -> list[str]:
+    if override.key_or_group == "recipe":
+        return [f"recipes={override.value()}", argument]
+    return [argument]
+
+
+def _check_override(override: Override, argument: str) -> Iterator[str]:
+    key = override.key_or_group
+    if override.is_sweep_override():
+        yield f"`{argument}`: sweeps are not supported; give one value"
+    elif override.is_delete() or override.is_add():
+        yield f"`{argument}`: every key exists already; write `{key}=<value>`"
+    elif key in groups():
+        choices, value = group_choices(key), override.value()
+        if value not in choices:
+            yield _unknown_choice(key, value, choices)
+    elif key not in set(legal_keys(JobSpec)) and not key.startswith(tuple(f"{name}." for name in OPEN_KEYS)):
+        yield _unknown_key(key)
+
+
+def _unknown_choice(key: str, value: object, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), choices, 1)
+    suggestion = f"; did you mean `{close[0]}`?" if close else ""
+    return f"`{key}={value}` does not exist; legal: {', '.join(choices)}{suggestion}"
+
+
+def _unknown_key(key: str) -> str:
+    ours = PEER_SPELLINGS.get(key.rsplit(".", 1)[-1])
+    known = [*legal_keys(JobSpec), *groups()]
+    if ours is not None and ours in known:
+        return f"unknown key `{key}`; here it is `{ours}`"
+    parent = key.rsplit(".", 1)[0] if "." in key else ""
+    siblings = [name for name in known if name.startswith(f"{parent}.")] if parent else []
+    top = [name for name in known if "." not in name]
+    legal = [name for name in siblings if "." not in name[len(parent) + 1 :]] or sorted({*top, *groups()})
+    close = difflib.get_close_matches(key, known, 1, cutoff=0.7)
+    suggestion = f"; did you mean `{close[0]}`?" if close else ""
+    return f"unknown key `{key}`; legal: {', '.join(legal)}{suggestion}"
+
+
+def legal_keys(kind: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields of a dataclass, nested ones included."""
+    for name, field_kind in typing.get_type_hints(kind).items():
+        yield prefix + name
+        nested = _dataclass_of(field_kind)
+        if nested is not None:
+            yield from legal_keys(nested, f"{prefix}{name}.")
+
+
+def _dataclass_of(kind: Any) -> type | None:
+    return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
+
+
+def _compose(overrides: list[str]) -> dict[str, Any]:
+    ConfigStore.instance().store(name="job_defaults", node=_plain(dataclasses.asdict(JobSpec())))
+    OmegaConf.register_new_resolver("launcher_root", lambda: str(config_root()), replace=True)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
+            composed = compose("config", overrides=overrides)
+        container = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as failure:
+        raise ConfigError(
+            str(failure).strip(), "a recipe or a file under conf/ is malformed, or a value has the wrong form"
+        ) from failure
+    return typing.cast("dict[str, Any]", container)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            yield _unknown_key(prefix + name)
+            continue
+        nested = _dataclass_of(hints[name])
+        if nested is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(value, nested, f"{prefix}{name}.")
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One pydantic error in our words: key, value, what is legal."""
+    path = [str(part) for part in error["loc"] if not _is_union_branch(str(part))]
+    message = str(error["msg"])
+    message = message[0].lower() + message[1:]
+    legal = _legal_values(path)
+    return f"`{'.'.join(path)}={error['input']}`: {message}" + (f"; legal: {legal}" if legal else "")
+
+
+def _is_union_branch(part: str) -> bool:
+    return part.startswith(("constrained-", "tuple[", "function-", "literal[")) or part in ("str", "int", "float")
+
+
+def _legal_values(path: Sequence[str]) -> str:
+    kind: Any = JobSpec
+    for part in path:
+        if part.isdigit():
+            kind = next((item for item in typing.get_args(kind) if item is not Ellipsis), kind)
+            continue
+        hints = typing.get_type_hints(kind) if _dataclass_of(kind) else {}
+        if part not in hints:
+            return ""
+        kind = hints[part]
+    options = [item for item in (*_members(kind),)]
+    return ", ".join(options)
+
+
+def _members(kind: Any) -> Iterator[str]:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        yield from (str(member.value) for member in kind)
+    elif isinstance(kind, types.UnionType) or typing.get_origin(kind) is tuple:
+        for item in typing.get_args(kind):
+            yield from _members(item)
+
+
+def _all_of(mistakes: Sequence[str]) -> ConfigError:
+    hint = "`launch --help` lists the groups; launcher/job.py explains every key"
+    if len(mistakes) == 1:
+        return ConfigError(mistakes[0], hint)
+    listed = "\n".join(f"- {mistake}" for mistake in mistakes)
+    return ConfigError(f"{len(mistakes)} mistakes:\n{listed}", hint)
+
+
+def catalogue_entry(hub_id: str) -> Mapping[str, Any] | None:
+    """The built-in facts of a hub model; None when it is not built in."""
+    for file in sorted((config_root() / "conf" / "model").glob("*.yaml")):
+        entry: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if entry["id"] == hub_id:
+            return entry
+    return None
+
+
+def hardware_entries() -> Iterator[Mapping[str, Any]]:
+    """The built-in hardware facts."""
+    for file in sorted((config_root() / "conf" / "hardware").glob("*.yaml")):
+        yield yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -1,0 +1,160 @@
+"""Prices plans: finds or makes the skyline that answers for a plan, and reads the plan's memory off it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.hardware import HardwareSpec
+from launcher.job import DataSpec, EvaluationSpec, JobSpec, MethodSpec, ModelSpec, TrainingSpec
+from launcher.memory import MemoryEstimate
+from launcher.plan import Plan
+from launcher.planner.depth import DepthMismatch, extend
+from launcher.planner.polynomial import TracedShape
+from launcher.planner.regimes import domain_of, symbolic_shape
+from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
+from launcher.planner.trace_cache import TraceCache
+from launcher.planner.tracer import Subject, SubjectFacts, Tracer
+
+WORKSPACES = 2
+"""Matrix-library workspaces of a training process: one for the forward thread, one for autograd's."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One skyline that is wanted."""
+
+    subject: Subject
+    facts: SubjectFacts
+    domain: Domain
+    shape: TracedShape
+    accumulation: int
+    key: str
+
+
+class Forecaster:
+    """Prices the plans of one job on one kind of device.
+
+    Args:
+        job: The job.
+        tracer: Makes traces.
+        cache: Keeps them.
+    """
+
+    def __init__(self, job: JobSpec, tracer: Tracer, cache: TraceCache) -> None:
+        self._job = job
+        self._tracer = tracer
+        self._cache = cache
+        self._facts: dict[str, SubjectFacts] = {}
+        self._skylines: dict[str, Skyline] = {}
+        self._pending: dict[str, tuple[Future[Profile], ...]] = {}
+
+    def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
+        """Starts the traces that these plans need, side by side, without waiting for them."""
+        for plan in plans:
+            question = self._question(plan, exact)
+            if self._kept(question) is None and question.key not in self._pending:
+                self._pending[question.key] = self._tracer.records(
+                    question.subject, question.shape, question.facts.depths.depths, question.accumulation
+                )
+
+    def is_prepared(self, plan: Plan) -> bool:
+        """Whether a plan's price needs no new trace."""
+        question = self._question(plan, exact=False)
+        return question.key in self._pending or self._kept(question) is not None
+
+    def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        """Memory of a plan.
+
+        Args:
+            plan: The plan.
+            exact: Whether to trace at the plan's true shape, instead of reading it off its regime's skyline.
+
+        Raises:
+            UnsupportedByPlanner: When the tracer can't follow the plan.
+        """
+        question = self._question(plan, exact)
+        skyline = self._kept(question)
+        if skyline is None:
+            self.prepare([plan], exact=exact)
+            skyline = self._assemble(question)
+            self._skylines[question.key] = skyline
+            self._cache.keep_skyline(question.key, skyline)
+        return read_estimate(skyline, plan, self._job.hardware)
+
+    def _kept(self, question: _Question) -> Skyline | None:
+        known = self._skylines.get(question.key)
+        if known is None and question.key not in self._pending:
+            known = self._cache.skyline(question.key)
+            if known is not None:
+                self._skylines[question.key] = known
+        return known
+
+    def _assemble(self, question: _Question) -> Skyline:
+        profiles = [future.result() for future in self._pending.pop(question.key)]
+        if len(profiles) == 1:
+            return build_skyline(question.domain, profiles[0], [profiles[0].live], question.accumulation)
+        try:
+            profile, versions = extend(profiles[0], profiles[1], question.facts.depths.steps)
+        except DepthMismatch as mismatch:
+            logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
+            depth = (question.facts.num_layers,)
+            (future,) = self._tracer.records(question.subject, question.shape, depth, question.accumulation)
+            profile = future.result()
+            versions = [profile.live]
+        return build_skyline(question.domain, profile, versions, question.accumulation)
+
+    def _question(self, plan: Plan, exact: bool) -> _Question:
+        subject = subject_of(self._job, plan)
+        facts = self._facts_of(subject)
+        batch, length = plan.micro_batch_size, plan.max_length
+        accumulation = min(plan.gradient_accumulation_steps, 2)
+        domain = domain_of(batch, length, facts.lines)
+        shape = None if exact else symbolic_shape(domain, facts.lines)
+        if shape is None:
+            domain = Domain(batch, batch, length, length, 1, None)
+            shape = TracedShape(batch, length, batch_is_symbol=False, length_is_symbol=False)
+        what: Mapping[str, Any] = {"shape": vars(shape), "domain": vars(domain), "accumulation": accumulation}
+        return _Question(subject, facts, domain, shape, accumulation, self._cache.key(subject, what))
+
+    def _facts_of(self, subject: Subject) -> SubjectFacts:
+        key = self._cache.key(subject, {"facts": True})
+        facts = self._facts.get(key) or self._cache.facts(key)
+        if facts is None:
+            facts = self._tracer.facts(subject).result()
+            self._cache.keep_facts(key, facts)
+        self._facts[key] = facts
+        return facts
+
+
+def subject_of(job: JobSpec, plan: Plan) -> Subject:
+    """Reduces job and plan to what a trace depends on; everything else takes its default."""
+    reduced = JobSpec(
+        model=ModelSpec(architecture=job.model.architecture, trust_remote_code=job.model.trust_remote_code),
+        method=MethodSpec(dropout=job.method.dropout, target_modules=job.method.target_modules),
+        data=DataSpec(packing=job.data.packing),
+        training=TrainingSpec(
+            max_grad_norm=1.0 if job.training.max_grad_norm > 0 else 0.0,
+            weight_decay=job.training.weight_decay,
+        ),
+        evaluation=EvaluationSpec(enabled=job.evaluation.enabled, batch_size=job.evaluation.batch_size),
+        hardware=HardwareSpec(),
+    )
+    shapeless = replace(plan, micro_batch_size=1, gradient_accumulation_steps=1, max_length=8)
+    hardware = HardwareSpec(
+        kind=job.hardware.kind, supports_flash_attention=job.hardware.supports_flash_attention
+    )
+    return Subject(reduced, shapeless, hardware)
+
+
+def read_estimate(skyline: Skyline, plan: Plan, hardware: HardwareSpec) -> MemoryEstimate:
+    """Reads a plan's memory off a skyline."""
+    batch, length = plan.micro_batch_size, plan.max_length
+    return MemoryEstimate(
+        phases=skyline.peaks(batch, length, plan.gradient_accumulation_steps),
+        resident_bytes=skyline.resident_bytes(batch, length),
+        context_bytes=hardware.context_bytes + WORKSPACES * hardware.blas_workspace_bytes,
+    )

@@ -1,0 +1,146 @@
+"""Traces on disk: a trace is made once per job structure, library versions and tracer source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from launcher.documents import write_text
+from launcher.memory import Category, Phase
+from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
+from launcher.planner.tracer import Subject, SubjectFacts
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
+
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a trace runs through."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def source_digest(package: Path) -> str:
+    """Digest of the tracer's own source: another tracer, another trace."""
+    digest = hashlib.sha256()
+    files = [package / "workload.py", *sorted((package / "planner").glob("*.py"))]
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+class TraceCache:
+    """A folder of traces; without a folder, nothing is kept."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._environment = {
+            "versions": library_versions(),
+            "source": source_digest(Path(__file__).resolve().parent.parent),
+        }
+
+    def key(self, subject: Subject, what: Mapping[str, Any]) -> str:
+        """The name of an entry: a digest of everything the trace depends on."""
+        facts = {
+            "subject": json.loads(TypeAdapter(Subject).dump_json(subject)),
+            "what": what,
+            **self._environment,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def facts(self, key: str) -> SubjectFacts | None:
+        """A subject's facts, if they are kept."""
+        payload = self._read(key)
+        if payload is None:
+            return None
+        try:
+            return TypeAdapter(SubjectFacts).validate_python(payload)
+        except ValidationError:
+            return None
+
+    def keep_facts(self, key: str, facts: SubjectFacts) -> None:
+        """Keeps a subject's facts."""
+        self._write(key, TypeAdapter(SubjectFacts).dump_python(facts, mode="json"))
+
+    def skyline(self, key: str) -> Skyline | None:
+        """A skyline, if it is kept."""
+        payload = self._read(key)
+        if payload is None:
+            return None
+        try:
+            return _decode(payload)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def keep_skyline(self, key: str, skyline: Skyline) -> None:
+        """Keeps a skyline."""
+        self._write(key, _encode(skyline))
+
+    def _path(self, key: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{key}.json"
+
+    def _read(self, key: str) -> Any:
+        """The payload of an entry; None when there is none, or when it is not what was written."""
+        path = self._path(key)
+        if path is None:
+            return None
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            payload = entry["payload"]
+            return payload if entry["digest"] == _digest(payload) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _write(self, key: str, payload: Any) -> None:
+        path = self._path(key)
+        if path is not None:
+            write_text(path, json.dumps({"digest": _digest(payload), "payload": payload}))
+
+
+def _digest(payload: Any) -> str:
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(skyline: Skyline) -> dict[str, Any]:
+    return {
+        "domain": TypeAdapter(Domain).dump_python(skyline.domain),
+        "exponents": [list(pair) for pair in skyline.exponents],
+        "phases": [{"phase": item.phase.value, "rows": item.rows.tolist()} for item in skyline.phases],
+        "resident": {name.value: _encode_size(size) for name, size in skyline.resident.items()},
+        "batch_inputs": _encode_size(skyline.batch_inputs),
+        "traced_accumulation": skyline.traced_accumulation,
+    }
+
+
+def _decode(payload: Mapping[str, Any]) -> Skyline:
+    return Skyline(
+        domain=TypeAdapter(Domain).validate_python(payload["domain"]),
+        exponents=tuple((int(i), int(j)) for i, j in payload["exponents"]),
+        phases=tuple(
+            PhaseSkyline(Phase(item["phase"]), np.array(item["rows"], dtype=np.float64))
+            for item in payload["phases"]
+        ),
+        resident={Category(name): _decode_size(size) for name, size in payload["resident"].items()},
+        batch_inputs=_decode_size(payload["batch_inputs"]),
+        traced_accumulation=int(payload["traced_accumulation"]),
+    )
+
+
+def _encode_size(size: Mapping[tuple[int, int], int]) -> list[list[int]]:
+    return [[i, j, coefficient] for (i, j), coefficient in sorted(size.items())]
+
+
+def _decode_size(size: list[list[int]]) -> dict[tuple[int, int], int]:
+    return {(i, j): coefficient for i, j, coefficient in size}

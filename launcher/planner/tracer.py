@@ -1,0 +1,116 @@
+"""The door to the heavy libraries: traces run in child processes, two at a time.
+
+The planner's own process never imports torch. One server process imports the libraries once, and forks a child
+per trace worker, so that the traces of two depths (or of two plans) run side by side.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from launcher.hardware import HardwareSpec
+from launcher.job import JobSpec
+from launcher.plan import Plan
+from launcher.planner.depth import DepthPlan
+from launcher.planner.polynomial import TracedShape
+from launcher.planner.regimes import Lines
+from launcher.planner.skyline import Profile
+
+NUM_PROCESSES = 2
+UNUSED_LIBRARIES = ("bitsandbytes", "deepspeed")
+"""Optional libraries that no traced step calls yet; PEFT and accelerate load them at import when they can."""
+TRACE_MODULE = "launcher.planner.trace"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is traced, in plain data: everything but the shape."""
+
+    job: JobSpec
+    """The job, reduced to what a trace depends on."""
+    plan: Plan
+    """The plan; its batch and length are replaced by those of the trace."""
+    hardware: HardwareSpec
+    """Reduced to what decides the code paths."""
+
+
+@dataclass(frozen=True)
+class SubjectFacts:
+    """What the libraries say about a subject before anything is traced."""
+
+    lines: Lines
+    """Where its regimes meet."""
+    depths: DepthPlan
+    """Which depths to trace."""
+    num_layers: int
+    """Full depth."""
+
+
+def facts_of(subject: Subject) -> SubjectFacts:
+    """Reads a subject's facts off the libraries; runs in a child process."""
+    answer: SubjectFacts = importlib.import_module(TRACE_MODULE).facts(subject)
+    return answer
+
+
+def record(subject: Subject, shape: TracedShape, depth: int, accumulation: int) -> Profile:
+    """Traces once; runs in a child process."""
+    trace = importlib.import_module(TRACE_MODULE)
+    answer: Profile = trace.record(trace.open_subject(subject), shape, depth, accumulation)
+    return answer
+
+
+class Tracer:
+    """Two child processes that trace. Started at the first use; close it, or use it as a context."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def facts(self, subject: Subject) -> Future[SubjectFacts]:
+        """Starts reading a subject's facts."""
+        return self._started().submit(facts_of, subject)
+
+    def records(
+        self, subject: Subject, shape: TracedShape, depths: Sequence[int], accumulation: int
+    ) -> tuple[Future[Profile], ...]:
+        """Starts a trace at each depth."""
+        pool = self._started()
+        return tuple(pool.submit(record, subject, shape, depth, accumulation) for depth in depths)
+
+    def warm_up(self) -> None:
+        """Starts the child processes, so that they load the libraries while the parent does something else."""
+        self._started().submit(_load)
+
+    def close(self) -> None:
+        """Ends the child processes."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = get_context("forkserver")
+            context.set_forkserver_preload([f"{__package__}.tracer_preload"])
+            self._pool = ProcessPoolExecutor(NUM_PROCESSES, mp_context=context)
+        return self._pool
+
+
+def _load() -> None:
+    importlib.import_module(TRACE_MODULE)
+
+
+def hide_unused_libraries() -> None:
+    """Makes optional libraries look absent in this process, which halves the time that imports take."""
+    for name in UNUSED_LIBRARIES:
+        if name not in sys.modules:
+            sys.modules[name] = None  # type: ignore[assignment]  # how Python marks a module as absent
