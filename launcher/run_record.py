@@ -11,6 +11,10 @@ from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import Plan
 
 
+WORKER_MARK = "\x1elauncher: "
+"""What the worker's own lines begin with, so that the parent tells them from the libraries' output."""
+
+
 class Status(StrEnum):
     """How a worker ended."""
 
@@ -29,14 +33,12 @@ class WorkerOrder:
     """The job."""
     plan: Plan
     """The plan."""
+    predicted: MemoryEstimate
+    """The plan's prediction, for the reconciliation after the run."""
     weights: str
-    """Folder or hub id of weights and tokenizer."""
-    packaged: bool
-    """Whether `weights` is a folder with a packaged GGUF file, to be converted at first use."""
-    cache_dir: str
-    """Where converted weights are kept."""
-    resume: bool
-    """Whether to continue from the last checkpoint in the run directory."""
+    """Folder or hub id of weights and tokenizer; for a packaged model the folder of its GGUF file."""
+    converted: str
+    """Where a packaged model is converted to at its first use; empty for any other."""
 
 
 @dataclass(frozen=True)

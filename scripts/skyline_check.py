@@ -149,6 +149,8 @@ class Case:
     batch: int
     length: int
     accumulation: int
+    symbolic: bool = True
+    """False: no symbol fits into the regime, so the skyline is a trace of this very shape."""
     skyline_bytes: dict[str, int] = field(default_factory=dict)
     traced_bytes: dict[str, int] = field(default_factory=dict)
     full_depth_bytes: dict[str, int] = field(default_factory=dict)
@@ -228,6 +230,7 @@ def compare(architecture: str, count: int, seed: int) -> Iterator[Case]:
             if key not in skylines:
                 skylines[key] = trace_regime(subject, batch, length, accumulation)
             case = Case(architecture, setting, batch, length, accumulation)
+            case.symbolic = skylines[key].domain == domain
             case.skyline_bytes = _by_phase(skylines[key].peaks(batch, length, accumulation))
             exact = trace_shape(subject, batch, length, accumulation)
             case.traced_bytes = _by_phase(exact.peaks(batch, length, accumulation))
@@ -318,6 +321,7 @@ def main() -> None:
             print(
                 f"{name} {case.batch}x{case.length} accumulation={case.accumulation} {case.setting}: "
                 f"{case.error_percent():+.5f} % {by_phase} depth {case.depth_error_percent()} "
+                f"{'' if case.symbolic else 'not symbolic '}"
                 f"[{time.monotonic() - began:.0f} s]",
                 file=sys.stderr,
                 flush=True,

@@ -40,7 +40,7 @@ from launcher.job import JobSpec
 from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
 from launcher.run_paths import RunPaths
-from launcher.run_record import Status, WorkerOrder, WorkerOutcome
+from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 from launcher.units import format_bytes
 from launcher.worker.data import load_examples, require_chat_template, split_examples
 from launcher.worker.meter import (
@@ -220,9 +220,8 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     """Reads data, tokenizer and config; nothing of the model's weights yet."""
     job, plan = order.job, order.plan
     source = order.weights
-    if order.packaged:
-        folder = Path(source)
-        source = str(convert_gguf(folder, Path(order.cache_dir) / "converted" / folder.name))
+    if order.converted:
+        source = str(convert_gguf(Path(source), Path(order.converted)))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=job.model.revision)
         config = workload.model_config(source, job.model)
@@ -268,7 +267,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         ingredients = prepare(order, paths)
         _report("loading the model")
         began = time.perf_counter()
-        trainer, measurement = train(order.job, order.plan, ingredients, progress, _report, order.resume)
+        trainer, measurement = train(order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths))
         seconds = time.perf_counter() - began
         if progress.stop_asked:
             status, message = Status.INTERRUPTED, f"stopped after step {progress.steps}; a checkpoint was saved"
@@ -288,6 +287,11 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         write_document(paths.measured(_rank()), measurement)
     write_document(paths.outcome(_rank()), _outcome(status, message, seconds, progress, order.plan))
     return status
+
+
+def has_checkpoint(paths: RunPaths) -> bool:
+    """Whether the run directory holds a checkpoint to continue from."""
+    return any(paths.checkpoints.glob("checkpoint-*/trainer_state.json"))
 
 
 def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
@@ -324,7 +328,7 @@ def _outcome(
 
 
 def _report(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(WORKER_MARK + line + "\n")
     sys.stderr.flush()
 
 

@@ -1,0 +1,122 @@
+"""The machine-readable document that `output=json` prints: one shape for plans and for runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from launcher.memory import MemoryEstimate, MemoryMeasurement
+from launcher.plan import Plan, PlanChoice
+from launcher.run_record import RunRecord
+
+
+def plan_document(
+    choice: PlanChoice, versions: Mapping[str, str], planning_seconds: float, run_dir: str
+) -> dict[str, Any]:
+    """A plan, before its run."""
+    return {
+        "feasible": choice.feasible,
+        "plan": plan_fields(choice.plan) if choice.plan else None,
+        "reason": choice.reason,
+        "predicted": predicted_fields(choice.estimate) if choice.estimate else None,
+        "runner_up": plan_fields(choice.runner_up) if choice.runner_up else None,
+        "capacity_bytes": choice.capacity_bytes,
+        "headroom_bytes": choice.headroom_bytes,
+        "rejected": [
+            {
+                "plan": plan_fields(item.plan),
+                "reason": item.reason,
+                "short_by_bytes": item.short_by_bytes,
+                "peak_device_bytes": item.peak_bytes or None,
+            }
+            for item in choice.rejected
+        ],
+        "num_considered": choice.num_considered,
+        "notes": list(choice.notes),
+        "run_dir": run_dir,
+        "versions": dict(versions),
+        "planning_seconds": planning_seconds,
+    }
+
+
+def run_fields(record: RunRecord) -> dict[str, Any]:
+    """What a run adds to its plan's document."""
+    return {
+        "measured": measured_fields(record.measured, record) if record.measured else None,
+        "predicted_as_run": (
+            predicted_fields(record.predicted_as_run) if record.predicted_as_run is not None else None
+        ),
+        "outcome": {**asdict(record.outcome), "status": record.outcome.status.value},
+        "run_dir": record.run_dir,
+    }
+
+
+def record_document(record: RunRecord) -> dict[str, Any]:
+    """A past run."""
+    return {
+        "recipe": record.recipe,
+        "model": record.model,
+        "hardware": record.hardware,
+        "started": record.started,
+        "plan": plan_fields(record.plan),
+        "predicted": predicted_fields(record.predicted),
+        "versions": dict(record.versions),
+        **run_fields(record),
+    }
+
+
+def plan_fields(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values."""
+    return {
+        name: value.value if hasattr(value, "value") else value
+        for name, value in ((name, getattr(plan, name)) for name in plan.__dataclass_fields__)
+    }
+
+
+def predicted_fields(estimate: MemoryEstimate) -> dict[str, Any]:
+    """A prediction as plain values.
+
+    `peak_reserved_bytes`, `host_peak_bytes`, `step_seconds` and `tokens_per_second` are null: the caching
+    allocator, host memory and speed are not predicted yet.
+    """
+    return {
+        "peak_allocated_bytes": estimate.peak_allocated_bytes,
+        "peak_reserved_bytes": None,
+        "peak_device_bytes": estimate.peak_device_bytes,
+        "peak_phase": estimate.peak.phase.value,
+        "by_category_bytes": {name.value: size for name, size in estimate.peak.by_category_bytes.items()},
+        "by_phase_bytes": {peak.phase.value: peak.allocated_bytes for peak in estimate.phases},
+        "resident_bytes": {name.value: size for name, size in estimate.resident_bytes.items()},
+        "host_peak_bytes": None,
+        "step_seconds": None,
+        "tokens_per_second": None,
+    }
+
+
+def measured_fields(measured: MemoryMeasurement, record: RunRecord) -> dict[str, Any]:
+    """A measurement as plain values, with the keys of a prediction.
+
+    `by_category_bytes` holds what can be weighed on live objects (parameters, buffers, gradients, optimizer
+    state) and the rest of the peak as `working_set`.
+    """
+    reserved = [phase.reserved_bytes for phase in measured.phases if phase.reserved_bytes is not None]
+    device = [phase.device_bytes for phase in measured.phases if phase.device_bytes is not None]
+    highest = max(measured.phases, key=lambda phase: phase.allocated_bytes)
+    return {
+        "peak_allocated_bytes": measured.peak_allocated_bytes,
+        "peak_reserved_bytes": max(reserved, default=None),
+        "peak_device_bytes": max(device, default=None),
+        "peak_phase": highest.phase.value,
+        "by_category_bytes": {
+            **{name.value: size for name, size in measured.resident_bytes.items()},
+            "working_set": measured.peak_allocated_bytes - sum(measured.resident_bytes.values()),
+        },
+        "by_phase_bytes": {phase.phase.value: phase.allocated_bytes for phase in measured.phases},
+        "resident_bytes": {name.value: size for name, size in measured.resident_bytes.items()},
+        "host_peak_bytes": None,
+        "step_seconds": record.outcome.step_seconds,
+        "tokens_per_second": record.outcome.tokens_per_second,
+        "meter": measured.meter,
+        "shapes": [[shape.micro_batch_size, shape.length] for shape in measured.shapes],
+    }

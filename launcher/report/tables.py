@@ -1,0 +1,189 @@
+"""Tables for people: a plan, a reconciled run, the list of past runs. Pure text, at most 80 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher.job import JobSpec
+from launcher.memory import RESIDENT, MemoryEstimate, MemoryMeasurement, Phase
+from launcher.plan import Plan, PlanChoice
+from launcher.run_record import RunRecord
+from launcher.units import MIB, format_bytes, format_seconds, signed_percent
+
+WIDTH = 80
+REJECTED_SHOWN = 8
+
+
+def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
+    """A plan, what it needs, and what else was considered."""
+    hardware = job.hardware
+    lines = [
+        f"job       {job.recipe}: {job.model.path} on {hardware.name}"
+        + (f" ({hardware.product})" if hardware.product else ""),
+        f"memory    {format_bytes(choice.capacity_bytes)} usable, {format_bytes(choice.headroom_bytes)} headroom",
+    ]
+    if choice.plan is None or choice.estimate is None:
+        lines.append(_wrapped("no plan  ", choice.reason))
+    else:
+        lines += [
+            _wrapped("plan     ", plan_words(choice.plan)),
+            _wrapped("because  ", choice.reason),
+            "",
+            *_estimate_lines(choice.estimate),
+        ]
+    lines += [_wrapped("note     ", note) for note in choice.notes]
+    if choice.rejected:
+        lines += ["", f"not taken ({len(choice.rejected)} of {choice.num_considered} considered, nearest first)"]
+        lines += [_rejection(item.plan, item.reason) for item in choice.rejected[:REJECTED_SHOWN]]
+        hidden = len(choice.rejected) - REJECTED_SHOWN
+        if hidden > 0:
+            lines.append(f"  and {hidden} more; `output=json` lists all")
+    lines.append("")
+    lines.append(f"planned in {format_seconds(planning_seconds)}")
+    return "\n".join(lines)
+
+
+def plan_words(plan: Plan) -> str:
+    """A plan in one line."""
+    method = f"{plan.method.value} rank {plan.rank}" if plan.rank else plan.method.value
+    return (
+        f"{method}, micro batch {plan.micro_batch_size} x accumulation {plan.gradient_accumulation_steps}, "
+        f"length {plan.max_length}, checkpointing {plan.activation_checkpointing.value}, "
+        f"{plan.attention.value} attention, {plan.loss.value} loss, {plan.optimizer.value}, "
+        f"{plan.precision.value}"
+    )
+
+
+def _rejection(plan: Plan, reason: str) -> str:
+    words = [plan.method.value + (f" r{plan.rank}" if plan.rank else ""), f"length {plan.max_length}"]
+    words += [f"micro batch {plan.micro_batch_size}", f"checkpointing {plan.activation_checkpointing.value}"]
+    return _wrapped("  -", ", ".join(words) + ": " + reason)
+
+
+def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
+    peak = estimate.peak
+    rows = [["phase", "predicted peak"]]
+    rows += [[phase.phase.value, format_bytes(phase.allocated_bytes)] for phase in estimate.phases]
+    lines = aligned(rows)
+    lines += ["", f"what is alive at the highest moment ({peak.phase.value})"]
+    parts = sorted(peak.by_category_bytes.items(), key=lambda item: -item[1])
+    rows = [[f"  {name.value}", format_bytes(size), _share(size, peak.allocated_bytes)] for name, size in parts if size]
+    rows.append(["  tensors", format_bytes(peak.allocated_bytes), "100.0 %"])
+    if estimate.context_bytes:
+        rows.append(["  context and workspaces", format_bytes(estimate.context_bytes), ""])
+        rows.append(["  device", format_bytes(estimate.peak_device_bytes), ""])
+    return lines + aligned(rows)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100.0 * part / whole:.1f} %"
+
+
+def run_text(record: RunRecord) -> str:
+    """A finished run: how it went, and predicted against measured peak per phase and category."""
+    outcome = record.outcome
+    lines = [f"run       {record.run_dir}", f"outcome   {outcome.status.value} after {outcome.steps} steps"]
+    if outcome.message:
+        lines.append(_wrapped("         ", outcome.message.splitlines()[0]))
+    if outcome.first_loss is not None and outcome.last_loss is not None:
+        lines.append(f"loss      {outcome.first_loss:.4f} at first, {outcome.last_loss:.4f} at last")
+    if outcome.tokens_per_second is not None and outcome.step_seconds is not None:
+        lines.append(
+            f"speed     {outcome.tokens_per_second:,.0f} tokens/s, {format_seconds(outcome.step_seconds)} per step"
+        )
+    if record.measured is None:
+        lines.append("memory    not measured: the run ended before the meter was read")
+        return "\n".join(lines)
+    lines += ["", *reconciliation(record.predicted_as_run or record.predicted, record.measured)]
+    if record.predicted_as_run is not None:
+        shapes = ", ".join(f"{shape.micro_batch_size} x {shape.length}" for shape in record.measured.shapes)
+        lines.append(
+            _wrapped(
+                "note     ",
+                f"the metered batches were {shapes} tokens and the prediction above is for them; the plan "
+                f"allows for {record.plan.micro_batch_size} x {record.plan.max_length}, whose predicted peak is "
+                f"{format_bytes(record.predicted.peak_allocated_bytes)}",
+            )
+        )
+    return "\n".join(lines)
+
+
+def reconciliation(predicted: MemoryEstimate, measured: MemoryMeasurement) -> list[str]:
+    """Predicted against measured, in MiB, with the signed error."""
+    phases = [["peak of phase, MiB", "predicted", "measured", "error"]]
+    highest_predicted = highest_measured = 0
+    for phase in Phase:
+        ours, seen = predicted.phase(phase), measured.phase(phase)
+        if ours is None or seen is None:
+            continue
+        phases.append(_comparison(phase.value, ours.allocated_bytes, seen.allocated_bytes))
+        if phase is not Phase.LOAD:
+            highest_predicted = max(highest_predicted, ours.allocated_bytes)
+            highest_measured = max(highest_measured, seen.allocated_bytes)
+    phases.append(_comparison("highest after loading", highest_predicted, highest_measured))
+    categories = [["size of category, MiB", "predicted", "measured", "error"]]
+    for category in RESIDENT:
+        ours_bytes = predicted.resident_bytes.get(category, 0)
+        seen_bytes = measured.resident_bytes.get(category, 0)
+        if ours_bytes or seen_bytes:
+            categories.append(_comparison(category.value, ours_bytes, seen_bytes))
+    categories.append(
+        _comparison(
+            "working set at the peak",
+            highest_predicted - sum(predicted.resident_bytes.values()),
+            highest_measured - sum(measured.resident_bytes.values()),
+        )
+    )
+    lines = aligned([*phases, *categories])
+    return [*lines[: len(phases)], "", *lines[len(phases) :]]
+
+
+def _comparison(name: str, predicted: int, measured: int) -> list[str]:
+    error = f"{signed_percent(predicted, measured):+.3f} %" if measured else "-"
+    return [name, f"{predicted / MIB:.2f}", f"{measured / MIB:.2f}", error]
+
+
+def runs_text(records: Sequence[RunRecord], notes: Sequence[str]) -> str:
+    """Past runs, newest first: predicted, measured, error."""
+    if not records:
+        return "\n".join(["no runs", *notes])
+    rows = [["started", "recipe", "method", "outcome", "predicted", "measured", "error"]]
+    for record in records:
+        predicted = (record.predicted_as_run or record.predicted).peak_allocated_bytes
+        measured = record.measured.peak_allocated_bytes if record.measured else None
+        rows.append(
+            [
+                record.started[:16].replace("T", " "),
+                record.recipe,
+                record.plan.method.value,
+                record.outcome.status.value,
+                format_bytes(predicted),
+                format_bytes(measured) if measured else "-",
+                f"{signed_percent(predicted, measured):+.3f} %" if measured else "-",
+            ]
+        )
+    return "\n".join([*aligned(rows), *notes])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of text: the first left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _wrapped(label: str, text: str) -> str:
+    """A label and a text, wrapped to the width under the text's own column."""
+    indent = len(label) + 1
+    lines, line = [], label
+    for word in text.split():
+        if len(line) + 1 + len(word) > WIDTH and line.strip() != label.strip():
+            lines.append(line)
+            line = " " * (indent - 1)
+        line += " " + word
+    return "\n".join([*lines, line])

