@@ -29,6 +29,7 @@ from launcher.job import (
     Attention,
     Checkpointing,
     DataSpec,
+    EvaluationSpec,
     JobSpec,
     Loss,
     Method,
@@ -37,7 +38,7 @@ from launcher.job import (
     Precision,
     TrainingSpec,
 )
-from launcher.memory import PhasePeak
+from launcher.memory import Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.depth import plan_depths
 from launcher.planner.regimes import domain_of
@@ -128,13 +129,14 @@ class Setting:
     loss: str
     packing: bool
     precision: str = "bf16"
+    evaluation: bool = False
 
 
 SETTINGS = (
     Setting("cuda", "lora", "full", "chunked", packing=True),
     Setting("cuda", "full", "none", "plain", packing=False),
     Setting("cpu", "lora", "none", "chunked", packing=False, precision="fp32"),
-    Setting("cpu", "full", "full", "plain", packing=True),
+    Setting("cpu", "full", "full", "plain", packing=True, evaluation=True),
     Setting("cuda", "full", "none", "chunked", packing=True, precision="bf16_mixed"),
 )
 """Every value of every option at least once, in turn over the shapes of an architecture."""
@@ -176,6 +178,7 @@ def build_subject(architecture: str, setting: Setting) -> TraceSubject:
         model=ModelSpec(architecture=ARCHITECTURES[architecture]),
         data=DataSpec(packing=setting.packing),
         training=TrainingSpec(max_steps=2, report_to=()),
+        evaluation=EvaluationSpec(enabled=setting.evaluation),
     )
     method = Method(setting.method)
     plan = Plan(
@@ -245,16 +248,16 @@ def _by_phase(peaks: Sequence[PhasePeak]) -> dict[str, int]:
 
 
 def worst(cases: Sequence[Case], phase: str = "") -> float:
-    """The signed error that is largest in size, percent."""
-    return max((case.error_percent(phase) for case in cases), key=abs)
+    """The signed error that is largest in size, percent, among the cases that have the phase."""
+    return max((case.error_percent(phase) for case in cases if phase in ("", *case.traced_bytes)), key=abs)
 
 
 def table(cases: Sequence[Case]) -> str:
     """One line per architecture: worst signed errors, percent."""
-    phases = list(cases[0].traced_bytes)
+    phases = [phase.value for phase in Phase if any(phase.value in case.traced_bytes for case in cases)]
     lines = [
-        "| architecture | shapes | peak | " + " | ".join(phases) + " | peak, plain loss | depth |",
-        "|---|--:|" + "--:|" * (len(phases) + 3),
+        "| architecture | shapes | by symbols | peak | " + " | ".join(phases) + " | peak, plain loss | depth |",
+        "|---|" + "--:|" * (len(phases) + 5),
     ]
     for name in dict.fromkeys(case.architecture for case in cases):
         own = [case for case in cases if case.architecture == name]
@@ -263,12 +266,18 @@ def table(cases: Sequence[Case]) -> str:
         cells = [
             name,
             str(len(own)),
-            *(f"{worst(own, phase):+.4f} %" for phase in ("", *phases)),
+            str(sum(case.symbolic for case in own)),
+            *(_cell(own, phase) for phase in ("", *phases)),
             f"{worst(plain):+.5f} %" if plain else "-",
             f"{max(depths, key=abs):+.5f} %" if depths else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(cases: Sequence[Case], phase: str) -> str:
+    known = [case for case in cases if phase in ("", *case.traced_bytes)]
+    return f"{worst(known, phase):+.4f} %" if known else "-"
 
 
 def write_report(cases: Sequence[Case]) -> None:
@@ -291,7 +300,9 @@ def write_report(cases: Sequence[Case]) -> None:
         f"docs/accuracy/{target.name}. A skyline comes from traces at one prime shape and two small depths; each",
         "cell is its worst signed error against traces of the very shapes, at random shapes of every regime",
         f"({SHORTEST} to {LONGEST} tokens, batch 1 to 32), over devices, methods, checkpointing, losses, packing and",
-        "accumulation. `depth` compares extension over depth with a trace of every layer at the same shape.",
+        "accumulation. `by symbols` counts the shapes whose regime holds a prime shape; the others, in regimes too",
+        "narrow for one, were traced as they are. `depth` compares extension over depth with a trace of every layer",
+        "at the same shape.",
         "",
         f"{today}, " + ", ".join(f"{name} {number}" for name, number in versions.items()),
         "",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.optim.adam as torch_adam
 import torch.optim.sgd as torch_sgd
+import transformers.integrations.moe as transformers_moe
 import trl.kernels.chunked_logprob as trl_chunked
 import trl.trainer.utils as trl_utils
 from torch.nn import functional
@@ -149,6 +150,14 @@ def _prefer_foreach(params: list[torch.Tensor], differentiable: bool, use_fused:
     return False, True
 
 
+def _grouped_mm_from(supports_flash: bool) -> Callable[..., bool]:
+    """torch's grouped matrix product and FlashAttention-2 ask for the same devices: compute capability 8.0 or more
+    (transformers/integrations/moe.py). Elsewhere transformers' own loop over experts runs, whose backward pass
+    makes a gradient for every expert weight, frozen ones included.
+    """
+    return lambda *args: supports_flash
+
+
 @contextmanager
 def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
     """Replaces an attribute of a library module while it is open."""
@@ -179,6 +188,7 @@ def cuda_twin(hardware: HardwareSpec) -> Iterator[None]:
         (trl_chunked, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b))),
         (torch_adam, "_default_to_fused_or_foreach", _prefer_foreach),
         (torch_sgd, "_default_to_fused_or_foreach", _prefer_foreach),
+        (transformers_moe, "_can_use_grouped_mm", _grouped_mm_from(hardware.supports_flash_attention)),
     ]
     with ExitStack() as stack:
         for module, name, replacement in replacements:

@@ -3,8 +3,11 @@
 Two traces whose depths differ by one period are aligned instant by instant; what the deeper one has more of are
 whole periods of forward, backward and optimizer work. The bytes alive at an instant are affine in the number of
 periods when the instant keeps its distance from the first period, and when it keeps its distance from the last.
-So every instant is extended twice, once with the extra period aligned as late as possible and once as early as
-possible, and both versions count: the highest moment of a deep model lies in its first or its last period.
+So in every repeated stretch the extra period is put in the middle: what comes before keeps its distance from the
+stretch's begin, what comes after that from its end. Each instant is then far from the edge that moves; near it,
+something is released that a deeper model still needs (a mask, by its last user), and nothing is affine. The
+periods between grow or shrink from one edge to the other, so the highest moment of a deep model lies in one of
+the halves that are kept.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from launcher.planner.skyline import Instant, Profile
 if TYPE_CHECKING:  # the parent process extends profiles without loading the heavy libraries
     from transformers import PretrainedConfig
 
-WINDOW = 24
-"""Instants that must agree after a gap before the gap is believed."""
+WINDOWS = (24, 12, 6)
+"""Instants that must agree after a gap before the gap is believed; fewer where none agree for longer, because a
+list that grows with depth (one norm per parameter) follows soon."""
 
 
 class DepthMismatch(Exception):
@@ -87,7 +91,7 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> tuple[Profile, list
         steps: How many times the difference is added to the shallower one.
 
     Returns:
-        The profile with its residents extended, and the two versions of its live bytes.
+        The profile with its residents extended, and the live bytes of its instants at the full depth.
 
     Raises:
         DepthMismatch: When the traces do not differ by repeated periods.
@@ -97,12 +101,12 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> tuple[Profile, list
     left, right = _signatures(shallow.instants), _signatures(deep.instants)
     late = align(left, right)
     early = [len(right) - 1 - j for j in reversed(align(left[::-1], right[::-1]))]
-    versions = [low + steps * (high[matches] - low) for matches in (late, early)]
+    live = low + steps * (high[meet_in_the_middle(late, early)] - low)
     resident = {
         category: _extend_polynomial(size, deep.resident[category], steps)
         for category, size in shallow.resident.items()
     }
-    return Profile(shallow.instants, exponents, low, resident, shallow.batch_inputs), versions
+    return Profile(shallow.instants, exponents, low, resident, shallow.batch_inputs), [live]
 
 
 def _signatures(instants: Sequence[Instant]) -> list[int]:
@@ -127,11 +131,30 @@ def align(short: Sequence[int], long: Sequence[int]) -> list[int]:
     return matches
 
 
+def meet_in_the_middle(late: Sequence[int], early: Sequence[int]) -> list[int]:
+    """Joins two matchings: where they differ, the first half is matched late and the second half early.
+
+    Args:
+        late: For each instant its match when stretches are left out as late as possible.
+        early: The same, when they are left out as early as possible.
+    """
+    joined: list[int] = []
+    gaps = [second - first for first, second in zip(late, early, strict=True)]
+    begin = 0
+    for end in range(1, len(gaps) + 1):
+        if end == len(gaps) or gaps[end] != gaps[begin]:
+            middle = (begin + end) // 2
+            joined += [*late[begin:middle], *early[middle:end]]
+            begin = end
+    return joined
+
+
 def _gap(short: Sequence[int], long: Sequence[int]) -> int:
-    window = list(short[:WINDOW])
-    for gap in range(1, len(long) - len(window) + 1):
-        if list(long[gap : gap + len(window)]) == window:
-            return gap
+    for size in WINDOWS:
+        window = list(short[:size])
+        for gap in range(1, len(long) - len(window) + 1):
+            if list(long[gap : gap + len(window)]) == window:
+                return gap
     raise DepthMismatch(f"{len(short)} instants left of the shallower trace, {len(long)} of the deeper one")
 
 

@@ -27,6 +27,23 @@ class FastFakeTensorMode(FakeTensorMode):
         self._recipes: dict[Any, tuple[bool, Recipe]] = {}
         self._kinds: dict[Any, str] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it costs on every operation
+
+    def shortcut(self, func: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """The output of a plain operation that is known already; NotImplemented for any other."""
+        kind = self._kinds.get(func)
+        first = args[0] if args else None
+        if kind == "in_place":
+            return first if isinstance(first, FakeTensor) and first.constant is None else NotImplemented
+        if kind not in ("fresh", "view"):
+            return NotImplemented
+        known = self._recipes.get(_key(func, args, kwargs))
+        if known is None:
+            return NotImplemented
+        return self._view(first, known[1]) if kind == "view" else self._make(*known)
+
     def _cached_dispatch_impl(
         self, func: Any, types: Sequence[type], args: Sequence[object], kwargs: Mapping[str, object]
     ) -> object:
@@ -34,15 +51,10 @@ class FastFakeTensorMode(FakeTensorMode):
         if kind is None:
             kind = self._kinds[func] = _kind(func)
         first = args[0] if args else None
-        if kind == "in_place" and isinstance(first, FakeTensor):
-            return first
+        output = super()._cached_dispatch_impl(func, types, args, kwargs)
         key = _key(func, args, kwargs) if kind in ("fresh", "view") else None
         if key is None:
-            return super()._cached_dispatch_impl(func, types, args, kwargs)
-        known = self._recipes.get(key)
-        if known is not None:
-            return self._view(first, known[1]) if kind == "view" else self._make(*known)
-        output = super()._cached_dispatch_impl(func, types, args, kwargs)
+            return output
         leaves = output if isinstance(output, tuple) else (output,)
         if not all(isinstance(leaf, FakeTensor) for leaf in leaves):
             return output

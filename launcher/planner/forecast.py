@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.hardware import HardwareSpec
 from launcher.job import DataSpec, EvaluationSpec, JobSpec, MethodSpec, ModelSpec, TrainingSpec
-from launcher.memory import MemoryEstimate
+from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
 from launcher.planner.depth import DepthMismatch, extend
 from launcher.planner.polynomial import TracedShape
@@ -65,6 +65,20 @@ class Forecaster:
         """Whether a plan's price needs no new trace."""
         question = self._question(plan, exact=False)
         return question.key in self._pending or self._kept(question) is not None
+
+    def lower_bound_bytes(self, plan: Plan) -> int:
+        """A device peak that the plan reaches at least, from traces that exist; 0 when none says anything.
+
+        With one micro batch per step nothing is accumulated; otherwise the step is that of two micro batches,
+        whose second one has the whole gradients beside what it needs itself. Without them, and without the
+        inputs that wait, it needs no more than the plan.
+        """
+        accumulating = replace(plan, gradient_accumulation_steps=2)
+        if plan.gradient_accumulation_steps != 1 or not self.is_prepared(accumulating):
+            return 0
+        known = self.estimate(accumulating)
+        waiting = known.peak.by_category_bytes[Category.INPUTS]
+        return known.peak_device_bytes - known.resident_bytes[Category.GRADIENTS] - waiting
 
     def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
         """Memory of a plan.

@@ -12,7 +12,7 @@ from launcher.planner.skyline import CATEGORIES, Instant, Profile
 from launcher.planner.tape import Block, Event, Region
 
 SMALL_BYTES = 1 << 16
-"""Constant blocks up to this size do not identify an instant: lists of norms grow with depth."""
+"""Blocks up to this size do not identify an instant: stacked norms, one per tensor, grow with depth."""
 
 
 def sum_blocks(blocks: Sequence[Block]) -> dict[Exponents, int]:
@@ -69,6 +69,6 @@ def _signature(births: Sequence[Event]) -> tuple[object, ...]:
     sizes = frozenset(
         tuple(sorted(block.size.items()))
         for block in blocks
-        if set(block.size) != {CONSTANT} or block.num_bytes > SMALL_BYTES
+        if block.num_bytes > SMALL_BYTES
     )
     return (first.block.operation, first.phase, first.block.region, sizes)

@@ -7,7 +7,7 @@ on tiles of a fixed number of tokens, and sliding-window attention needs a mask 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.planner.polynomial import TracedShape, symbol_prime
@@ -33,12 +33,12 @@ class Lines:
 
 
 def domain_of(batch: int, length: int, lines: Lines) -> Domain:
-    """The regime that holds a shape."""
+    """The regime that holds a shape; narrowed to this batch where no prime fits that could stand for a batch."""
     below = [line for line in lines.lengths if line <= length]
     above = [line for line in lines.lengths if line > length]
     tile = lines.token_tile
     over = tile is not None and batch * (length - 1) > tile
-    return Domain(
+    regime = Domain(
         batch_min=1 if batch == 1 else 2,
         batch_max=1 if batch == 1 else None,
         length_min=below[-1] if below else 2,
@@ -46,27 +46,34 @@ def domain_of(batch: int, length: int, lines: Lines) -> Domain:
         tokens_min=tile + 1 if tile is not None and over else 1,
         tokens_max=tile if not over else None,
     )
+    if batch == 1 or symbolic_shape(regime, lines) is not None:
+        return regime
+    return replace(regime, batch_min=batch, batch_max=batch)
 
 
 def symbolic_shape(domain: Domain, lines: Lines) -> TracedShape | None:
-    """A shape inside the regime whose batch and length can serve as symbols; None when there is none."""
-    if domain.batch_max == 1:
-        return _with_length(domain, lines, 1)
+    """A shape inside the regime whose batch and length can serve as symbols; None when there is none.
+
+    The batch of a regime of one batch is a constant.
+    """
+    if domain.batch_max == domain.batch_min:
+        length = _symbolic_length(domain, lines, domain.batch_min)
+        return TracedShape(domain.batch_min, length, False, True) if length else None
     for batch in BATCH_PRIMES:
         if all(size % batch for size in lines.dimensions if size > 1):
-            shape = _with_length(domain, lines, batch)
-            if shape is not None:
-                return shape
+            length = _symbolic_length(domain, lines, batch)
+            if length:
+                return TracedShape(batch, length, batch_is_symbol=True, length_is_symbol=True)
     return None
 
 
-def _with_length(domain: Domain, lines: Lines, batch: int) -> TracedShape | None:
+def _symbolic_length(domain: Domain, lines: Lines, batch: int) -> int | None:
     lowest = max(domain.length_min, -(-domain.tokens_min // batch) + 1)
     preferred = SINGLE_TOKENS if batch == 1 else FIRST_LENGTH
     for minimum in (max(lowest, preferred), max(lowest, FIRST_LENGTH), max(lowest, 31)):
-        length = symbol_prime(minimum, lines.dimensions, taken=(batch,))
+        length = symbol_prime(minimum, (*lines.dimensions, batch), taken=(batch,))
         if domain.contains(batch, length):
-            return TracedShape(batch, length, batch_is_symbol=batch > 1, length_is_symbol=True)
+            return length
     return None
 
 

@@ -111,7 +111,7 @@ class _Search:
             if verified:
                 plan, estimate = verified[0]
                 left = len(semantics) - position - 1
-                return self._choice(verified, _reason(plan, estimate, position, self._budget, left))
+                return self._choice(verified, self._reason(plan, estimate, position, left))
         return self._choice([], self._why_none())
 
     def _fitting(self, semantic: Plan) -> list[Plan]:
@@ -157,6 +157,10 @@ class _Search:
                     continue
             if fitting and plan.micro_batch_size < fitting[-1].micro_batch_size:
                 fitting.append(plan)  # needs less than one that fits; priced when it is verified
+                continue
+            bound = self._forecaster.lower_bound_bytes(plan)
+            if bound > self._budget:
+                self._reject_by_bound(plan, bound)
                 continue
             short = self._forecaster.estimate(plan).peak_device_bytes - self._budget
             if short <= 0:
@@ -207,6 +211,11 @@ class _Search:
         )
         self._rejected.append(Rejection(plan, reason, short, short + self._budget))
 
+    def _reject_by_bound(self, plan: Plan, bound: int) -> None:
+        short = bound - self._budget
+        reason = f"needs at least {format_bytes(bound)}, {format_bytes(short)} over the budget"
+        self._rejected.append(Rejection(plan, reason, short, bound))
+
     def _reject_slower(self, plan: Plan, better: Plan) -> None:
         recomputes = plan.activation_checkpointing is not better.activation_checkpointing
         why = "recomputes activations" if recomputes else f"micro batch {plan.micro_batch_size}"
@@ -244,15 +253,22 @@ class _Search:
         )
 
 
-def _reason(plan: Plan, estimate: MemoryEstimate, position: int, budget: int, left: int) -> str:
-    free = budget - estimate.peak_device_bytes
-    words = ["first choice of the job" if position == 0 else f"choice {position + 1} of the job's ordered lists"]
-    if plan.activation_checkpointing is Checkpointing.NONE:
-        words.append("nothing is recomputed")
-    else:
-        words.append("activations are recomputed because no plan fits that keeps them")
-    words.append(f"micro batch {plan.micro_batch_size} is the largest that fits")
-    words.append(f"{format_bytes(free)} remain above the headroom")
-    if left:
-        words.append(f"{left} less wanted combinations were not priced")
-    return "; ".join(words)
+    def _reason(self, plan: Plan, estimate: MemoryEstimate, position: int, left: int) -> str:
+        pin, free = self._job.planner.pin, self._budget - estimate.peak_device_bytes
+        words = ["first choice of the job" if position == 0 else f"choice {position + 1} of the job's ordered lists"]
+        if self._job.planner.objective is Objective.MEMORY:
+            words.append("it needs the least memory")
+        else:
+            if pin.activation_checkpointing:
+                words.append("checkpointing is pinned")
+            elif plan.activation_checkpointing is Checkpointing.NONE:
+                words.append("nothing is recomputed")
+            else:
+                words.append("activations are recomputed because no plan fits that keeps them")
+            pinned = pin.micro_batch_size or pin.gradient_accumulation_steps
+            size = f"micro batch {plan.micro_batch_size}"
+            words.append(f"{size} is pinned" if pinned else f"{size} is the largest that fits")
+        words.append(f"{format_bytes(free)} remain above the headroom")
+        if left:
+            words.append(f"{left} less wanted combinations were not priced")
+        return "; ".join(words)

@@ -7,6 +7,7 @@ storage object is its release. Left out: scratch memory that a kernel takes and 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.memory import Category, Phase
+from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
 
 aten = torch.ops.aten
@@ -64,20 +66,31 @@ class Tape(TorchDispatchMode):
         shape: The traced shape, for writing sizes as polynomials.
         twins: What to run in place of an operation; NotImplemented from a twin means the operation itself.
         padded: Whether padding masks have padding in them.
+        fake: The fake-tensor mode below; asked first, because its shortcut is quicker than a dispatch.
     """
 
     shape: TracedShape
     twins: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     padded: bool = False
+    fake: FastFakeTensorMode | None = None
     phase: Phase = Phase.LOAD
     region: Region = Region.OUTSIDE
     events: list[Event] = field(default_factory=list)
     num_instants: int = 0
+    failed: str = ""
+    """The operation that could not be run; empty while there is none."""
 
     def __post_init__(self) -> None:
         super().__init__()
         self._live: dict[int, Block] = {}
+        self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sizes: dict[tuple[tuple[int, ...], int], dict[Exponents, int]] = {}
+        self._names: dict[Any, str] = {}
         self._mask_checks: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it costs on every operation
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -88,15 +101,28 @@ class Tape(TorchDispatchMode):
             return args[0].fake_device  # by far the most frequent call, and no operation at all
         if func is aten._local_scalar_dense.default:
             return self._answer(args[0])
-        output = self._run(func, args, kwargs)
-        tensors = [leaf for leaf in _leaves(output) if isinstance(leaf, torch.Tensor)]
+        try:
+            output = self._run(func, args, kwargs)
+        except Exception:
+            self.failed = self.failed or str(func)
+            raise
         if func is aten.all.default:
-            self._mask_checks.update(tensors)
-        births = [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in self._live]
+            self._mask_checks.add(output)
+        live = self._live
+        births = [
+            tensor
+            for tensor in (output if isinstance(output, (tuple, list)) else (output,))
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in live
+        ]
         if births:
             self.num_instants += 1
+            name = self._names.get(func)
+            if name is None:
+                name = self._names[func] = str(func)
             for tensor in births:
-                self._record(tensor, str(func))
+                self._record(tensor, name)
+        elif isinstance(output, (tuple, list)) and any(isinstance(item, list) for item in output):
+            raise NotImplementedError(f"{func} returns nested lists of tensors")
         return output
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,6 +130,10 @@ class Tape(TorchDispatchMode):
         if twin is not None:
             with self:  # the twin's own operations are recorded like any other
                 output = twin(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        if self.fake is not None:
+            output = self.fake.shortcut(func, args, kwargs)
             if output is not NotImplemented:
                 return output
         return func(*args, **kwargs)
@@ -122,17 +152,21 @@ class Tape(TorchDispatchMode):
         if key in self._live:
             return  # two outputs of one operation share it
         itemsize = tensor.element_size()
-        dense = tensor.numel() * itemsize == num_bytes
-        sizes = tuple(tensor.shape) if dense else (num_bytes // itemsize,)
-        block = Block(
-            num_bytes, factor_shape(sizes, itemsize, self.shape), operation, self.phase, self.region
-        )
+        sizes = tuple(tensor.shape)
+        if tensor.numel() * itemsize != num_bytes:
+            symbolic = self.shape.length_is_symbol
+            sizes = _padded_sizes(tensor, operation) if symbolic else (num_bytes // itemsize,)
+        size = self._sizes.get((sizes, itemsize))
+        if size is None:
+            size = self._sizes[sizes, itemsize] = factor_shape(sizes, itemsize, self.shape)
+        block = Block(num_bytes, size, operation, self.phase, self.region)
         self._live[key] = block
         self.events.append(Event(block, True, self.num_instants, self.phase))
-        weakref.finalize(storage, self._release, key)
+        self._watchers[key] = weakref.ref(storage, lambda reference, key=key: self._release(key))  # type: ignore[misc]
 
     def _release(self, key: int) -> None:
         block = self._live.pop(key)
+        del self._watchers[key]
         block.alive = False
         self.events.append(Event(block, False, self.num_instants, self.phase))
 
@@ -155,9 +189,15 @@ class Tape(TorchDispatchMode):
                 block.category = category
 
 
-def _leaves(output: Any) -> Iterable[Any]:
-    if isinstance(output, (tuple, list)):
-        for item in output:
-            yield from _leaves(item)
-    else:
-        yield output
+def _padded_sizes(tensor: torch.Tensor, operation: str) -> tuple[int, ...]:
+    """Sizes of a tensor with its padding: a flat number of bytes can't be told apart into batch and length."""
+    strides = tensor.stride()
+    rows = [outer // inner for outer, inner in zip(strides, strides[1:], strict=False) if inner]
+    sizes = (tensor.shape[0], *rows, strides[-1]) if len(rows) == len(strides) - 1 else ()
+    excess = math.prod(sizes) * tensor.element_size() - tensor.untyped_storage().nbytes()
+    if not sizes or not 0 <= excess < max(strides[0], 1) * tensor.element_size():
+        raise NotImplementedError(
+            f"{operation} returns shape {tuple(tensor.shape)} with strides {strides} over "
+            f"{tensor.untyped_storage().nbytes()} bytes"
+        )
+    return sizes

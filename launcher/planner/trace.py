@@ -82,7 +82,18 @@ def regime_lines(subject: TraceSubject) -> Lines:
     dimensions = {*config_dimensions(subject.config.to_dict()), subject.plan.rank, own_batch or 1}
     vocabulary_tile = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     dimensions |= {vocabulary_tile, text.vocab_size % vocabulary_tile, trl_chunked.TOKEN_CHUNK_SIZE}
+    dimensions |= _parameter_dimensions(subject)
     return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)))
+
+
+def _parameter_dimensions(subject: TraceSubject) -> set[int]:
+    """Dimensions that no config names: those of fused projections are sums of others."""
+    config = copy.deepcopy(subject.config)
+    text = config.get_text_config()
+    truncate(text, min(plan_depths(text).depths))
+    with _quiet():
+        model = _build_on_meta(subject, config, subject.plan)
+    return {size for parameter in model.parameters() for size in parameter.shape}
 
 
 def trace_regime(subject: TraceSubject, batch: int, length: int, accumulation: int) -> Skyline:
@@ -145,27 +156,40 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     )
     config = copy.deepcopy(subject.config)
     truncate(config.get_text_config(), depth)
-    with torch.device("meta"):
-        model = workload.attach_adapters(workload.build_model(config, plan, "", subject.job.model), subject.job, plan)
-    tape = Tape(shape, twins=worst_case.twins(), padded=subject.padded)
+    fake = FastFakeTensorMode()
+    tape = Tape(shape, twins=worst_case.twins(), padded=subject.padded, fake=fake)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
+        model = _build_on_meta(subject, config, plan)
         stack.enter_context(replaced(masking_utils, "is_tracing", lambda tensor=None: False))
         if subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM):
             stack.enter_context(cuda_twin(subject.hardware))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rehearsal = _Rehearsal(tape, model, subject.job, plan)
         trainer_inputs = rehearsal.inputs(folder)
-        stack.enter_context(FastFakeTensorMode())
+        stack.enter_context(fake)
         stack.enter_context(tape)
         try:
             return rehearsal.run(trainer_inputs)
         except (RuntimeError, NotImplementedError, TypeError) as failure:
+            operation = f" at {tape.failed}" if tape.failed else ""
             raise UnsupportedByPlanner(
                 f"the tracer can't follow {config.model_type} with attention={plan.attention}, "
-                f"loss={plan.loss}, precision={plan.precision}: {failure}",
+                f"loss={plan.loss}, precision={plan.precision}{operation}: {failure}",
                 "another `planner.pin.attention` or `planner.pin.loss` may be traceable",
             ) from failure
+
+
+def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            model = workload.build_model(config, plan, "", subject.job.model)
+            return workload.attach_adapters(model, subject.job, plan)
+    except ValueError as failure:
+        raise UnsupportedByPlanner(
+            f"transformers can't build {config.model_type} with attention={plan.attention}: {failure}",
+            "another `planner.pin.attention` may be supported",
+        ) from failure
 
 
 @contextmanager

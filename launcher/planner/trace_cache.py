@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class TraceCache:
     def key(self, subject: Subject, what: Mapping[str, Any]) -> str:
         """The name of an entry: a digest of everything the trace depends on."""
         facts = {
-            "subject": json.loads(TypeAdapter(Subject).dump_json(subject)),
+            "subject": asdict(subject),
             "what": what,
             **self._environment,
         }

@@ -1,6 +1,8 @@
-"""Operations whose output shape depends on data: fake tensors have none, so the worst case stands in.
+"""Operations that fake tensors can't run by themselves.
 
-Selecting by a boolean mask selects everything; listing non-zero elements lists all of them.
+Where the output's shape depends on data, of which fake tensors have none, the worst case stands in: selecting by a
+boolean mask selects everything; listing non-zero elements lists all of them. Where torch's fake kernel refuses what
+the real kernel takes, the real kernel's output stands in.
 """
 
 from __future__ import annotations
@@ -50,6 +52,36 @@ def masked_select(source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return source.new_empty(torch.broadcast_shapes(source.shape, mask.shape).numel())
 
 
+def grouped_mm(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Matrix product of each group of rows (2-d operands) or each matrix (3-d operands) with its own matrix.
+
+    torch's fake kernel takes bf16 only, the real ones fp16 and fp32 too. The output's rows are padded to 16 bytes
+    (aten/native/GroupedMMUtils.h, `create_grouped_gemm_output_tensor`, torch 2.9 to 2.13).
+    """
+    if left.dtype is torch.bfloat16:
+        return NotImplemented  # type: ignore[no-any-return]  # the tape runs the operation itself
+    dtype = out_dtype or left.dtype
+    size = [left.size(-2), right.size(-1)]
+    if left.dim() == right.dim():
+        size.insert(0, left.size(0) if left.dim() == 3 else _num_groups(offs))
+    alignment = 16 // dtype.itemsize
+    row = -(-size[-1] // alignment) * alignment
+    strides = [row, 1] if len(size) == 2 else [size[1] * row, row, 1]
+    return left.new_empty_strided(size, strides, dtype=dtype)
+
+
+def _num_groups(offs: torch.Tensor | None) -> int:
+    if offs is None:
+        raise NotImplementedError("aten._grouped_mm of two 2-d operands without offsets")
+    return offs.size(0)
+
+
 def _expand_masks(
     indices: Sequence[torch.Tensor | None],
 ) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
@@ -74,5 +106,6 @@ def twins() -> Mapping[Any, Callable[..., Any]]:
         aten.index_put.default: index_put,
         aten.index_put_.default: index_put_in_place,
         aten._index_put_impl_.default: index_put_in_place,
+        aten._grouped_mm.default: grouped_mm,
     }
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
+from typing import Final
 
 from launcher.documents import read_document, write_document
 from launcher.errors import ConfigError, LaunchError
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord, WorkerOrder
+
+CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
+"""Name of a checkpoint folder, as transformers' `get_last_checkpoint` recognises it."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +25,20 @@ class Ledger:
     records: tuple[RunRecord, ...]
     """Newest first."""
     notes: tuple[str, ...]
-    """Run directories whose record can't be read, and why."""
+    """Run directories without a record that can be read, and why."""
 
 
 def new_run_dir(root: Path, recipe: str, now: datetime) -> Path:
-    """A run directory that does not exist yet: `<root>/<time>-<recipe>`."""
-    stem = f"{now:%Y%m%d-%H%M%S}-{recipe}"
-    candidates = (root / (stem if n == 1 else f"{stem}-{n}") for n in range(1, 1000))
+    """A run directory that does not exist yet: `<root>/<UTC time>-<recipe>`; it is not made.
+
+    Args:
+        root: Folder of run directories.
+        recipe: Name of the recipe; what no file name should hold becomes `-`.
+        now: The time, with its zone.
+    """
+    name = re.sub(r"[^\w.]+", "-", recipe).strip("-.") or "job"
+    stem = f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{name}"
+    candidates = (root / (stem if n == 1 else f"{stem}-{n}") for n in count(1))
     return next(path for path in candidates if not path.exists())
 
 
@@ -35,16 +48,23 @@ def write_record(paths: RunPaths, record: RunRecord) -> None:
 
 
 def find_records(root: Path) -> Ledger:
-    """Reads the records of a run directory, or of all run directories in a folder."""
-    records, notes = [], []
-    files = [root / "record.json"] if (root / "record.json").exists() else sorted(root.glob("*/record.json"))
-    for file in files:
+    """Reads the record of a run directory, or those of all run directories in a folder.
+
+    A run without a readable record is left out and noted. A folder that does not exist holds no runs.
+    """
+    records: list[tuple[datetime, RunRecord]] = []
+    notes: list[str] = []
+    for paths in _run_dirs(root):
+        if not paths.record.exists():
+            notes.append(f"`{paths.root}` has no record: the run has not ended, or was ended from outside")
+            continue
         try:
-            records.append(read_document(file, RunRecord))
-        except LaunchError as failure:
-            notes.append(failure.message.splitlines()[0])
-    records.sort(key=lambda record: record.started, reverse=True)
-    return Ledger(tuple(records), tuple(notes))
+            record = read_document(paths.record, RunRecord)
+            records.append((_start_of(record), record))
+        except (LaunchError, OSError, ValueError) as failure:
+            notes.append(f"`{paths.record}` can't be read: {_first_cause(failure)}")
+    records.sort(key=lambda item: item[0], reverse=True)
+    return Ledger(tuple(record for _, record in records), tuple(notes))
 
 
 def previous_run(root: Path) -> WorkerOrder:
@@ -52,13 +72,53 @@ def previous_run(root: Path) -> WorkerOrder:
 
     Raises:
         ConfigError: When the folder is no run directory, or holds no checkpoint.
+        LaunchError: When its order can't be read, or its last checkpoint was not written to the end.
     """
     paths = RunPaths(root)
-    if not paths.worker.exists():
+    if not paths.worker.is_file():
         raise ConfigError(f"`resume={root}` is not a run directory", "it must hold worker.json")
-    if not any(paths.checkpoints.glob("checkpoint-*/trainer_state.json")):
+    last = _last_checkpoint(paths.checkpoints)
+    if last is None:
         raise ConfigError(
             f"`resume={root}` holds no checkpoint",
             "set `training.save_steps` so that a run leaves some; an interrupted run saves one by itself",
         )
+    if not (last / "trainer_state.json").is_file():
+        raise LaunchError(
+            f"`{last}` was not written to the end: it has no trainer_state.json",
+            "delete it to continue from the checkpoint before, if there is one",
+        )
     return read_document(paths.worker, WorkerOrder)
+
+
+def _run_dirs(root: Path) -> list[RunPaths]:
+    """The run directory itself, or those in a folder; hidden ones are still being written."""
+    if _is_run_dir(root):
+        return [RunPaths(root)]
+    below = sorted(root.iterdir()) if root.is_dir() else []
+    return [RunPaths(path) for path in below if not path.name.startswith(".") and _is_run_dir(path)]
+
+
+def _is_run_dir(path: Path) -> bool:
+    paths = RunPaths(path)
+    return paths.record.exists() or paths.worker.exists()
+
+
+def _start_of(record: RunRecord) -> datetime:
+    """Start time of a run; ValueError when it is none."""
+    started = datetime.fromisoformat(record.started)
+    return started if started.tzinfo else started.replace(tzinfo=UTC)
+
+
+def _first_cause(failure: Exception) -> str:
+    """One line of what went wrong; for a document, what its reader said first."""
+    cause = failure.__cause__ or failure
+    return " ".join(line.strip() for line in str(cause).splitlines()[:3])
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that the trainer would continue from: the one with the most steps."""
+    found = [
+        path for path in folder.glob("checkpoint-*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)
+    ]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -248,7 +248,6 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
             "save_strategy": "steps" if training.save_steps else "no",
             "save_steps": training.save_steps or 500,
             "report_to": list(training.report_to),
-            "logging_dir": str(paths.root / "tensorboard"),
             "dataloader_pin_memory": job.hardware.kind is not DeviceKind.CPU,
         },
         output_dir=paths.checkpoints,
@@ -278,11 +277,11 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         status, message = Status.DATA_ERROR, str(failure)
     except LauncherError as failure:
         status, message = Status.FAILED, str(failure)
-    except (MemoryError, RuntimeError) as failure:
-        status, message = _classify(failure), f"{type(failure).__name__}: {failure}"
-        traceback.print_exc()
     except KeyboardInterrupt:
         status, message = Status.INTERRUPTED, "stopped before the first step; there is nothing to save"
+    except Exception as failure:  # the process boundary: whatever it was, the parent must learn of it
+        status, message = _classify(failure), f"{type(failure).__name__}: {failure}"
+        traceback.print_exc()
     if measurement is not None:
         write_document(paths.measured(_rank()), measurement)
     write_document(paths.outcome(_rank()), _outcome(status, message, seconds, progress, order.plan))

@@ -1,0 +1,205 @@
+"""Starts one process, follows it to its end, and leaves nothing of it running."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from launcher.errors import LaunchError
+from launcher.run_record import WORKER_MARK
+
+SAVE_GRACE_SECONDS: Final = 120.0
+"""How long an interrupted worker may take to finish its micro batch and save."""
+TERM_GRACE_SECONDS: Final = 5.0
+"""How long a process may take to end after SIGTERM, and the kernel after SIGKILL."""
+REPEAT_SECONDS: Final = 0.5
+"""Interrupts closer together than this count as one: wrappers pass on what the terminal also sent."""
+POLL_SECONDS: Final = 0.2
+LAST_WORDS_SECONDS: Final = 1.0
+"""How long output is still read when all processes have ended, should one have got away and go on writing."""
+CHUNK_BYTES: Final = 1 << 16
+LONGEST_LINE_BYTES: Final = 1 << 20
+"""How much of an unfinished line is kept."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process ended."""
+
+    exit_code: int
+    """Its exit code; negative: the signal that ended it."""
+    interrupted: bool
+    """Whether it had been asked to stop."""
+    log_begins_at: int
+    """Offset in bytes at which its output begins in the log."""
+
+
+def supervise(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    pid: Path,
+    show: Callable[[str], None],
+    grace_seconds: float = SAVE_GRACE_SECONDS,
+) -> Ending:
+    """Starts a command in a process group of its own, follows it, and ends the whole group with it.
+
+    The first interrupt, termination or hang-up asks the worker to save and stop; the second one ends it, and
+    so does the end of the grace. However this function is left, no process of the group is.
+
+    Args:
+        command: The command line.
+        environment: The whole environment.
+        log: Where all output is appended.
+        pid: File in which the worker, a descendant of the command, writes its process id.
+        show: Called with every line that the worker marked as its own.
+        grace_seconds: How long an interrupted worker may take.
+
+    Raises:
+        LaunchError: When the command can't be started.
+    """
+    with log.open("ab") as stream, _interrupts() as interrupts:
+        began_at = stream.tell()
+        with _start(command, environment) as child:
+            relay = _Relay(child, stream, show)
+            try:
+                _follow(child, pid, relay, interrupts, grace_seconds)
+            finally:
+                end_group(child)
+            relay.finish()
+    return Ending(child.returncode, bool(interrupts), began_at)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    except OSError as failure:
+        raise LaunchError(f"`{command[0]}` can't be started: {failure}") from failure
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[float]]:
+    """Gathers the times of interrupts, instead of letting them cut through whatever is going on."""
+    times: list[float] = []
+
+    def note(number: int, frame: object) -> None:
+        now = time.monotonic()
+        if not times or now - times[-1] > REPEAT_SECONDS:
+            times.append(now)
+
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
+        yield times
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    heeded = [number for number in numbers if previous[number] != signal.SIG_IGN]  # nohup ignores hang-ups
+    try:
+        for number in heeded:
+            signal.signal(number, note)
+        yield times
+    finally:
+        for number in heeded:
+            signal.signal(number, previous[number] or signal.SIG_DFL)
+
+
+@dataclass
+class _Relay:
+    """Passes output on: all of it to the log, the worker's own lines to `show`."""
+
+    child: subprocess.Popen[bytes]
+    log: IO[bytes]
+    show: Callable[[str], None]
+    unfinished: bytes = b""
+    is_open: bool = True
+
+    def pump(self, seconds: float) -> bool:
+        """Waits for output and passes it on; False when none came."""
+        stream = self.child.stdout
+        if stream is None or not self.is_open:
+            time.sleep(seconds)
+            return False
+        if not select.select([stream], [], [], seconds)[0]:
+            return False
+        chunk = os.read(stream.fileno(), CHUNK_BYTES)
+        self.is_open = bool(chunk)
+        self.log.write(chunk)
+        self.log.flush()
+        *lines, rest = (self.unfinished + chunk).split(b"\n")
+        self.unfinished = rest[-LONGEST_LINE_BYTES:]
+        for line in lines:
+            # anywhere in the line: a progress bar leaves its own unfinished
+            _, mark, report = line.decode("utf-8", errors="replace").rpartition(WORKER_MARK)
+            if mark:
+                self.show(report)
+        return self.is_open
+
+    def finish(self) -> None:
+        """Passes on what is still in the pipe, without waiting for those who hold it open."""
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while self.pump(0) and time.monotonic() < deadline:
+            pass
+
+
+def _follow(
+    child: subprocess.Popen[bytes], pid: Path, relay: _Relay, interrupts: list[float], grace: float
+) -> None:
+    """Relays the child's output until it ends, or has to be ended."""
+    asked = False
+    while child.poll() is None:
+        if interrupts and not asked:
+            asked = True
+            _ask_to_stop(child, pid)
+        if len(interrupts) > 1 or (interrupts and time.monotonic() > interrupts[0] + grace):
+            return
+        try:
+            relay.pump(POLL_SECONDS)
+        except KeyboardInterrupt:
+            interrupts.append(time.monotonic())
+
+
+def _ask_to_stop(child: subprocess.Popen[bytes], pid: Path) -> None:
+    """Interrupts the worker, whose parents end when it does; all of the group while it has no id yet."""
+    with suppress(OSError, ValueError):
+        worker = int(pid.read_text(encoding="ascii"))
+        if os.getpgid(worker) == child.pid:
+            os.kill(worker, signal.SIGINT)
+            return
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGINT)
+
+
+def end_group(child: subprocess.Popen[bytes]) -> None:
+    """Ends every process of the group that a child leads, gently at first; returns when none is left.
+
+    Waits no longer than `TERM_GRACE_SECONDS` after each of the two signals: what is there then are processes
+    that have ended and that nobody collects.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
+        deadline = time.monotonic() + TERM_GRACE_SECONDS
+        while time.monotonic() < deadline:
+            child.poll()
+            try:
+                os.killpg(child.pid, 0)
+            except (ProcessLookupError, PermissionError):
+                return
+            time.sleep(0.05)

@@ -1,0 +1,193 @@
+"""Depth: what two shallow traces say of a deep one, on sequences made by hand and on real models."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launcher.errors import UnsupportedByPlanner
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import (
+    Attention,
+    Checkpointing,
+    DataSpec,
+    JobSpec,
+    Loss,
+    Method,
+    ModelSpec,
+    Optimizer,
+    Precision,
+    TrainingSpec,
+)
+from launcher.memory import Category, Phase
+from launcher.plan import Plan
+from launcher.planner import trace
+from launcher.planner.depth import DepthMismatch, align, extend, layer_period, meet_in_the_middle, plan_depths
+from launcher.planner.skyline import CATEGORIES, Instant, Profile
+from launcher.workload import model_config
+
+LAYER = list(range(100, 140))
+HEAD, TAIL = list(range(30)), list(range(500, 530))
+
+
+def step(depth: int) -> list[int]:
+    """A made-up step: something before, a stretch per layer, something after."""
+    return HEAD + LAYER * depth + TAIL
+
+
+def test_equal_sequences_match_one_to_one() -> None:
+    assert align(step(2), step(2)) == list(range(len(step(2))))
+
+
+@pytest.mark.parametrize("extra", [1, 2, 5])
+def test_the_extra_layers_are_left_out_as_late_as_possible(extra: int) -> None:
+    short, long = step(2), step(2 + extra)
+    matches = align(short, long)
+    assert [long[j] for j in matches] == short
+    last_layer_ends = len(HEAD) + 2 * len(LAYER)
+    assert matches[:last_layer_ends] == list(range(last_layer_ends))
+    assert matches[last_layer_ends:] == list(range(last_layer_ends + extra * len(LAYER), len(long)))
+
+
+def test_several_stretches_are_left_out_each_in_its_place() -> None:
+    backward = list(range(900, 960))
+    short, long = step(2) + backward * 2 + TAIL, step(3) + backward * 3 + TAIL
+    matches = align(short, long)
+    assert [long[j] for j in matches] == short
+    assert sorted(matches) == matches
+    assert len(set(matches)) == len(short)
+
+
+def test_a_list_that_grows_soon_after_a_gap_does_not_hide_it() -> None:
+    short, long = step(2)[:-20] + [7] * 10 + TAIL, step(3)[:-20] + [7] * 15 + TAIL
+    assert [long[j] for j in align(short, long)] == short
+
+
+def test_sequences_that_do_not_repeat_are_refused() -> None:
+    with pytest.raises(DepthMismatch):
+        align([*HEAD, 77, *TAIL], [*HEAD, *LAYER, *LAYER, 88, *TAIL])
+
+
+def test_two_matchings_meet_in_the_middle_of_where_they_differ() -> None:
+    late, early = [0, 1, 2, 3, 4, 9, 10], [0, 5, 6, 7, 8, 9, 10]
+    assert meet_in_the_middle(late, early) == [0, 1, 2, 7, 8, 9, 10]
+    assert meet_in_the_middle([0, 1], [0, 1]) == [0, 1]
+
+
+def made_profile(depth: int) -> Profile:
+    """Forward keeps 10 bytes per layer; backward of each layer frees them, and the first one frees a mask of 1000."""
+    names, live = [], []
+    for layer in range(depth):
+        for moment in range(30):
+            names.append(f"forward {moment}")
+            live.append(1000 + 10 * layer + (5 if moment == 15 else 0))
+    for layer in reversed(range(depth)):
+        for moment in range(30):
+            mask = 0 if layer == 0 and moment > 10 else 1000
+            names.append(f"backward {moment}")
+            live.append(mask + 10 * layer + (70 if moment == 20 else 0))
+    instants = tuple(Instant((name,), Phase.TRAIN_STEP) for name in names)
+    values = np.zeros((len(live), len(CATEGORIES), 1))
+    values[:, 0, 0] = live
+    return Profile(instants, ((0, 0),), values, {Category.PARAMETERS: {(0, 0): 7 * depth}}, {})
+
+
+@pytest.mark.parametrize("depth", [4, 9, 40])
+def test_what_the_edge_layer_frees_is_not_multiplied_by_the_depth(depth: int) -> None:
+    profile, versions = extend(made_profile(2), made_profile(3), depth - 2)
+    assert max(version.sum((1, 2)).max() for version in versions) == made_profile(depth).live.sum((1, 2)).max()
+    assert profile.resident[Category.PARAMETERS] == {(0, 0): 7 * depth}
+
+
+def test_the_period_is_that_of_all_patterns_together() -> None:
+    config: Any = SimpleNamespace(num_hidden_layers=12)
+    config.to_dict = lambda: {"layer_types": ["a", "b"] * 6, "sparse": [0, 0, 1] * 4, "other": [1, 2]}
+    assert layer_period(config) == 6
+    assert plan_depths(config).depths == (12,)
+    config.to_dict = lambda: {"layer_types": ["a", "b"] * 6}
+    assert layer_period(config) == 2
+    assert plan_depths(config).depths == (4, 6)
+
+
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 600,
+}
+ALTERNATING = ["sliding_attention", "full_attention"]
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "num_hidden_layers": 7, **WIDTHS},
+    "gpt2": {"model_type": "gpt2", "n_layer": 7, "n_embd": 64, "n_head": 4, "vocab_size": 600, "n_positions": 2048},
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 9,
+        "layer_types": ALTERNATING * 4 + ALTERNATING[:1],
+        "sliding_window": 100,
+        **WIDTHS,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 8,
+        "layer_types": ALTERNATING * 4,
+        "sliding_window": 100,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        **WIDTHS,
+    },
+}
+
+
+def subject_of(name: str, attention: Attention, method: Method = Method.LORA) -> trace.TraceSubject:
+    job = JobSpec(
+        model=ModelSpec(architecture=MODELS[name]),
+        data=DataSpec(packing=True),
+        training=TrainingSpec(report_to=()),
+    )
+    plan = Plan(
+        method=method,
+        rank=6 if method is Method.LORA else 0,
+        max_length=8,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        activation_checkpointing=Checkpointing.FULL,
+        attention=attention,
+        loss=Loss.CHUNKED,
+        optimizer=Optimizer.ADAMW_TORCH_FUSED,
+        precision=Precision.BF16,
+    )
+    hardware = HardwareSpec(kind=DeviceKind.CUDA, supports_flash_attention=True)
+    return trace.TraceSubject(job, plan, hardware, model_config("", job.model))
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "batch", "length", "accumulation"),
+    [
+        ("llama", Attention.SDPA, 2, 150, 1),
+        ("gpt2", Attention.SDPA, 3, 90, 2),
+        ("gemma3_text", Attention.SDPA, 2, 200, 1),
+        ("gpt_oss", Attention.EAGER, 1, 700, 1),
+    ],
+)
+def test_extended_depth_is_full_depth(
+    name: str, attention: Attention, batch: int, length: int, accumulation: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = subject_of(name, attention)
+    assert len(plan_depths(subject.config).depths) == 2
+    with caplog.at_level("INFO", "launcher.planner.trace"):
+        extended = trace.trace_shape(subject, batch, length, accumulation).peaks(batch, length, accumulation)
+    assert not caplog.records, "the full depth was traced instead"
+    full = trace.trace_full_depth(subject, batch, length, accumulation).peaks(batch, length, accumulation)
+    assert [peak.phase for peak in extended] == [peak.phase for peak in full]
+    for got, want in zip(extended, full, strict=True):
+        assert got.allocated_bytes == pytest.approx(want.allocated_bytes, rel=1e-4), got.phase
+
+
+def test_an_attention_that_the_architecture_lacks_is_an_error() -> None:
+    with pytest.raises(UnsupportedByPlanner, match="attention=sdpa"):
+        trace.trace_shape(subject_of("gpt_oss", Attention.SDPA), 1, 64, 1)

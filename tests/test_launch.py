@@ -1,0 +1,455 @@
+"""Run directories are written whole, and no end of the training process leaves anything running.
+
+The training process is played by small Python programs; each gets the run directory as `run`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from launcher.documents import read_document, to_json
+from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Precision
+from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
+from launcher.plan import Plan
+from launcher.run import launch, supervise
+from launcher.run.launch import launch_worker, log_tail, prepare_run, raise_for_outcome
+from launcher.run_paths import RunPaths
+from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
+
+DONE = WorkerOutcome(Status.DONE, "", 3, 2.0, 1.0, 4.5, 100.0, 0.5, 1)
+ORDER = WorkerOrder(
+    job=JobSpec(hardware=HardwareSpec(name="cpu", kind=DeviceKind.CPU)),
+    plan=Plan(
+        method=Method.FULL,
+        rank=0,
+        max_length=64,
+        micro_batch_size=2,
+        gradient_accumulation_steps=1,
+        activation_checkpointing=Checkpointing.NONE,
+        attention=Attention.SDPA,
+        loss=Loss.PLAIN,
+        optimizer=Optimizer.SGD,
+        precision=Precision.FP32,
+    ),
+    predicted=MemoryEstimate((PhasePeak(Phase.TRAIN_STEP, 1, {Category.INPUTS: 1}),), {}, 0),
+    weights="",
+    converted="",
+)
+PROGRAM = f"""
+import os, pathlib, signal, subprocess, sys, time
+run = pathlib.Path(sys.argv[1])
+def report(line):
+    sys.stderr.write({WORKER_MARK!r} + line + "\\n")
+    sys.stderr.flush()
+def here():
+    (run / "worker.rank0.pid").write_text(str(os.getpid()))
+def end(outcome={to_json(DONE)!r}):
+    (run / "outcome.rank0.json").write_text(outcome)
+(run / "group").write_text(str(os.getpgid(0)))
+"""
+INTERRUPTED = replace(DONE, status=Status.INTERRUPTED, message="stopped after step 3; a checkpoint was saved")
+
+
+@dataclass
+class Stage:
+    """A prepared run, and what was shown of it."""
+
+    paths: RunPaths
+    monkeypatch: pytest.MonkeyPatch
+    shown: list[str] = field(default_factory=list)
+    on_line: Callable[[str], None] = lambda line: None
+
+    def play(self, program: str, grace_seconds: float = 30.0) -> WorkerOutcome:
+        """Launches a program as the worker."""
+        command = (sys.executable, "-c", PROGRAM + textwrap.dedent(program), str(self.paths.root))
+        return self.launch(command, grace_seconds)
+
+    def launch(self, command: tuple[str, ...], grace_seconds: float = 30.0) -> WorkerOutcome:
+        """Launches a command as the worker, and checks that nothing of its group remains."""
+        self.monkeypatch.setattr(launch, "worker_command", lambda paths: command)
+        try:
+            return launch_worker(self.paths, ORDER, self._show, grace_seconds)
+        finally:
+            if (self.paths.root / "group").exists():
+                assert members(int((self.paths.root / "group").read_text())) == []
+
+    def _show(self, line: str) -> None:
+        self.shown.append(line)
+        self.on_line(line)
+
+
+def members(group: int) -> list[str]:
+    """The processes of a group, without those that have ended and wait to be collected."""
+    table = subprocess.run(
+        ["ps", "-A", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(None, 2) for line in table.stdout.splitlines()]
+    return [" ".join(row) for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    """A run directory with a name that needs quoting, and an interrupt that is heeded."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    paths = RunPaths(tmp_path / "it's a run\n日本")
+    prepare_run(paths, ORDER, {"plan": 1})
+    yield Stage(paths, monkeypatch)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, previous)
+
+
+def interrupt(number: int = signal.SIGINT) -> None:
+    """What the terminal does to this process."""
+    os.kill(os.getpid(), number)
+
+
+# ----------------------------------------------------------------------------------------- the run directory
+
+
+def test_a_run_directory_appears_whole(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "runs" / "one")
+    prepare_run(paths, ORDER, {"plan": {"rank": 0}})
+    names = {"job.json", "plan.json", "worker.json", "accelerate.yaml", "command.sh"}
+    assert {file.name for file in paths.root.iterdir()} == names
+    assert [folder.name for folder in paths.root.parent.iterdir()] == ["one"]
+    assert read_document(paths.worker, WorkerOrder) == ORDER
+    assert read_document(paths.job, JobSpec) == ORDER.job
+    assert os.access(paths.command, os.X_OK)
+    assert str(paths.accelerate_config) in paths.command.read_text()
+
+
+def test_an_empty_folder_is_filled_and_stays_itself(tmp_path: Path) -> None:
+    inode = tmp_path.stat().st_ino
+    prepare_run(RunPaths(tmp_path), ORDER, {})
+    assert RunPaths(tmp_path).worker.exists()
+    assert tmp_path.stat().st_ino == inode
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(LaunchError, match="is not empty") as caught:
+        prepare_run(RunPaths(tmp_path), ORDER, {})
+    assert "resume=" in caught.value.hint
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(LaunchError, match="can't be written"):
+            prepare_run(RunPaths(root), ORDER, {})
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_fails_halfway_leaves_nothing(
+    exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(launch, "accelerate_config", full)
+    root = tmp_path / "run"
+    if exists:
+        root.mkdir()
+    with pytest.raises(LaunchError, match="no space left"):
+        prepare_run(RunPaths(root), ORDER, {})
+    assert list(tmp_path.rglob("*")) == ([root] if exists else [])
+
+
+# ------------------------------------------------------------------------------------------------ good ends
+
+
+def test_the_outcome_is_read_and_only_the_workers_own_lines_are_shown(stage: Stage) -> None:
+    program = """
+        here()
+        print("noise on stdout"); report("reading data")
+        sys.stderr.write("\\r 10%|#   | 1/10"); report("step 1/2  loss 2.0"); report("ünï")
+        os.write(1, b"bytes \\xff\\xfe that are no text\\n")
+        os.write(2, b"last words without an end")
+        end()
+    """
+    assert stage.play(program) == DONE
+    assert stage.shown == ["reading data", "step 1/2  loss 2.0", "ünï"]
+    log = stage.paths.log.read_bytes()
+    for part in (
+        b"noise on stdout\n",
+        b"10%|#",
+        b"\xff\xfe",
+        b"last words without an end",
+        b"reading data\n",
+    ):
+        assert part in log
+
+
+def test_much_output_passes(stage: Stage) -> None:
+    program = """
+        for number in range(20000):
+            print("x" * 200)
+            if number % 1000 == 0: report(str(number))
+        print("y" * 3_000_000, end="")
+        sys.stdout.flush(); end()
+    """
+    stage.play(program)
+    assert stage.shown == [str(number) for number in range(0, 20000, 1000)]
+    assert stage.paths.log.stat().st_size > 20000 * 201 + 3_000_000
+
+
+def test_an_outcome_counts_whatever_the_exit_code(stage: Stage) -> None:
+    failed = replace(DONE, status=Status.DATA_ERROR, message="no examples\n\nhint: look at data.path")
+    outcome = stage.play(f"end({to_json(failed)!r}); sys.exit(5)")
+    assert outcome == failed
+
+
+def test_what_an_earlier_run_left_does_not_count(stage: Stage) -> None:
+    stage.paths.outcome(0).write_text(to_json(DONE))
+    stage.paths.pid(0).write_text("1")
+    stage.paths.log.write_text("from before\n")
+    with pytest.raises(LaunchError) as caught:
+        stage.play("print('from now'); sys.exit(3)")
+    assert "exit code 3" in caught.value.message
+    assert "from now" in caught.value.message
+    assert "from before" not in caught.value.message
+    assert stage.paths.log.read_text().startswith("from before\n")
+    assert not stage.paths.pid(0).exists()
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_a_grandchild_is_not_left_behind(
+    ignores: bool, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "TERM_GRACE_SECONDS", 1.0)
+    program = f"""
+        if {ignores}: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen(["sleep", "300"])  # holds the pipe open
+        report("started"); end()
+    """
+    began = time.monotonic()
+    assert stage.play(program) == DONE
+    assert stage.shown == ["started"]
+    assert time.monotonic() - began < 20
+
+
+# ------------------------------------------------------------------------------------------------- bad ends
+
+
+def test_a_failure_shows_the_end_of_the_log(stage: Stage) -> None:
+    with pytest.raises(LaunchError) as caught:
+        stage.play(
+            "report('own line')\nfor n in range(30): print('line', n)\nraise ValueError('no such thing')"
+        )
+    message, hint = caught.value.message, caught.value.hint
+    assert "exit code 1" in message
+    assert "no such thing" in message
+    assert "line 29" in message
+    assert "line 9\n" not in message
+    assert str(stage.paths.log) in hint
+
+
+def test_a_kill_is_named_with_its_likely_cause(stage: Stage) -> None:
+    with pytest.raises(LaunchError) as caught:
+        stage.play("os.kill(os.getpid(), signal.SIGKILL)")
+    assert "signal SIGKILL" in caught.value.message
+    assert "out-of-memory killer" in caught.value.hint
+
+
+def test_a_kill_below_accelerate_is_named_too(stage: Stage) -> None:
+    program = """
+        command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+        raise subprocess.CalledProcessError(subprocess.run(command).returncode, command)
+    """  # as accelerate's launcher does
+    with pytest.raises(LaunchError) as caught:
+        stage.play(program)
+    assert "signal SIGKILL" in caught.value.message
+    assert "out-of-memory killer" in caught.value.hint
+
+
+def test_a_segmentation_fault_is_named(stage: Stage) -> None:
+    with pytest.raises(LaunchError, match="signal SIGSEGV"):
+        stage.play("os.kill(os.getpid(), signal.SIGSEGV)")
+
+
+def test_a_command_that_is_not_there(stage: Stage) -> None:
+    with pytest.raises(LaunchError, match="can't be started"):
+        stage.launch(("/no/such/python",))
+
+
+def test_a_damaged_outcome_is_an_error(stage: Stage) -> None:
+    with pytest.raises(LaunchError, match="can't be read"):
+        stage.play("end('{')")
+
+
+def test_an_error_in_this_process_ends_the_other(stage: Stage) -> None:
+    def fail(line: str) -> None:
+        raise BrokenPipeError("nobody reads this")
+
+    stage.on_line = fail
+    with pytest.raises(BrokenPipeError):
+        stage.play("report('hello'); time.sleep(300)")
+
+
+# ------------------------------------------------------------------------------------------------ interrupts
+
+
+SAVES = f"""
+    def save(number, frame):
+        report("saving"); time.sleep(0.5); end({to_json(INTERRUPTED)!r}); sys.exit(130)
+    signal.signal(signal.SIGINT, save)
+    here(); report("training"); time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_interrupt_lets_the_worker_save(number: int, stage: Stage) -> None:
+    stage.on_line = lambda line: interrupt(number) if line == "training" else None
+    assert stage.play(SAVES) == INTERRUPTED
+    assert stage.shown == ["training", "saving"]
+
+
+def test_an_interrupt_that_is_raised_counts_as_one(stage: Stage) -> None:
+    def press(line: str) -> None:
+        if line == "training":
+            raise KeyboardInterrupt
+
+    stage.on_line = press
+    assert stage.play(SAVES) == INTERRUPTED
+
+
+def test_an_interrupt_that_arrives_twice_at_once_counts_once(stage: Stage) -> None:
+    def press(line: str) -> None:
+        if line == "training":
+            interrupt()
+            interrupt(signal.SIGTERM)
+
+    stage.on_line = press
+    assert stage.play(SAVES) == INTERRUPTED
+
+
+def test_only_the_worker_is_interrupted_not_its_parent(stage: Stage) -> None:
+    program = f"""
+        worker = subprocess.Popen([sys.executable, "-c", {(PROGRAM + textwrap.dedent(SAVES))!r}, str(run)])
+        try: worker.wait()
+        except KeyboardInterrupt: report("the parent was interrupted")
+    """
+    stage.on_line = lambda line: interrupt() if line == "training" else None
+    assert stage.play(program) == INTERRUPTED
+    assert stage.shown == ["training", "saving"]
+
+
+def test_before_there_is_a_worker_the_whole_group_is_interrupted(stage: Stage) -> None:
+    stage.on_line = lambda line: interrupt()
+    with pytest.raises(Interrupted) as caught:
+        stage.play("report('importing'); time.sleep(300)")
+    assert "no checkpoint" in caught.value.hint
+
+
+def test_a_process_of_somebody_else_is_not_interrupted(stage: Stage) -> None:
+    stranger = subprocess.Popen(["sleep", "300"])
+    try:
+        stage.on_line = lambda line: interrupt()
+        program = f"(run / 'worker.rank0.pid').write_text('{stranger.pid}'); report('hello'); time.sleep(300)"
+        with pytest.raises(Interrupted):
+            stage.play(program)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+STUBBORN = """
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+    subprocess.Popen(["sleep", "300"])
+    here(); report("training"); time.sleep(300)
+"""
+
+
+def test_the_end_of_the_grace_ends_a_worker_that_ignores_everything(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "TERM_GRACE_SECONDS", 0.5)
+    stage.on_line = lambda line: interrupt()
+    with pytest.raises(Interrupted):
+        stage.play(STUBBORN, grace_seconds=0.5)
+
+
+def test_the_second_interrupt_does_not_wait(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "TERM_GRACE_SECONDS", 0.5)
+    (stage.paths.checkpoints / "checkpoint-3").mkdir(parents=True)
+    (stage.paths.checkpoints / "checkpoint-3" / "trainer_state.json").write_text("{}")
+
+    def press(line: str) -> None:
+        interrupt()
+        threading.Timer(2 * supervise.REPEAT_SECONDS, interrupt).start()
+
+    stage.on_line = press
+    began = time.monotonic()
+    with pytest.raises(Interrupted) as caught:
+        stage.play(STUBBORN, grace_seconds=300.0)
+    assert time.monotonic() - began < 20
+    assert f"resume={stage.paths.root}" in caught.value.hint
+
+
+def test_another_thread_can_launch(stage: Stage) -> None:
+    results: list[WorkerOutcome] = []
+    thread = threading.Thread(target=lambda: results.append(stage.play("end()")))
+    thread.start()
+    thread.join()
+    assert results == [DONE]
+
+
+# -------------------------------------------------------------------------------------------------- outcomes
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (Status.INTERRUPTED, Interrupted),
+        (Status.OUT_OF_MEMORY, WorkerOutOfMemory),
+        (Status.DATA_ERROR, DataError),
+        (Status.FAILED, LaunchError),
+    ],
+)
+def test_each_bad_end_has_its_error(status: Status, kind: type[LauncherError], tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    with pytest.raises(kind) as caught:
+        raise_for_outcome(replace(DONE, status=status, message="what happened"), paths)
+    assert type(caught.value) is kind
+    assert caught.value.message == "what happened"
+    assert str(paths.log) in caught.value.hint
+
+
+def test_the_workers_own_hint_is_kept(tmp_path: Path) -> None:
+    outcome = replace(DONE, status=Status.DATA_ERROR, message=str(DataError("row 3 is empty", "look at it")))
+    with pytest.raises(DataError) as caught:
+        raise_for_outcome(outcome, RunPaths(tmp_path))
+    assert caught.value.message == "row 3 is empty"
+    assert caught.value.hint.startswith("look at it; ")
+
+
+def test_a_good_end_is_good_only_with_as_many_processes_as_planned(tmp_path: Path) -> None:
+    raise_for_outcome(DONE, RunPaths(tmp_path))
+    with pytest.raises(LaunchError, match="2 processes took part"):
+        raise_for_outcome(replace(DONE, world_size=2), RunPaths(tmp_path))
+
+
+def test_the_tail_of_a_log_shows_what_was_last_seen(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert log_tail(log) == ()
+    log.write_bytes(b"early\n\r 1%\r 2%\r 99%\n\nw\xff\r\n" + b"z" * launch.LOG_TAIL_BYTES + b"\nlast")
+    assert log_tail(log)[-1] == "last"
+    assert len(log_tail(log)) == 2
+    log.write_bytes(b"early\n\r 1%\r 2%\r 99%\n\nw\xff\r\n")
+    assert log_tail(log) == ("early", " 99%", "w\ufffd")
+    assert log_tail(log, len(b"early\n")) == (" 99%", "w\ufffd")

@@ -1,0 +1,201 @@
+"""Run directories get their own names, records come newest first, and only real runs are continued."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from launcher.documents import write_document
+from launcher.errors import ConfigError, LaunchError
+from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Precision
+from launcher.memory import (
+    Category,
+    MeasuredPhase,
+    MemoryEstimate,
+    MemoryMeasurement,
+    Phase,
+    PhasePeak,
+    StepShape,
+)
+from launcher.plan import Plan
+from launcher.run.ledger import find_records, new_run_dir, previous_run, write_record
+from launcher.run_paths import RunPaths
+from launcher.run_record import RunRecord, Status, WorkerOrder, WorkerOutcome
+
+NOW = datetime(2026, 11, 3, 9, 5, 7, tzinfo=UTC)
+PLAN = Plan(
+    method=Method.LORA,
+    rank=8,
+    max_length=64,
+    micro_batch_size=2,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=Checkpointing.NONE,
+    attention=Attention.SDPA,
+    loss=Loss.PLAIN,
+    optimizer=Optimizer.ADAMW_TORCH_FUSED,
+    precision=Precision.FP32,
+)
+ESTIMATE = MemoryEstimate(
+    phases=(PhasePeak(Phase.TRAIN_STEP, 10, {Category.PARAMETERS: 10}),),
+    resident_bytes={Category.PARAMETERS: 10},
+    context_bytes=3,
+)
+RECORD = RunRecord(
+    run_dir="runs/a",
+    recipe="tiny",
+    model="models/tiny",
+    hardware="cpu",
+    started="2026-11-03T09:05:07+00:00",
+    plan=PLAN,
+    predicted=ESTIMATE,
+    predicted_as_run=None,
+    measured=MemoryMeasurement(
+        rank=0,
+        meter="cpu",
+        phases=(MeasuredPhase(Phase.TRAIN_STEP, 11, None, None),),
+        resident_bytes={Category.PARAMETERS: 10},
+        shapes=(StepShape(2, 64),),
+    ),
+    outcome=WorkerOutcome(Status.DONE, "", 3, 2.0, 1.0, 4.5, 100.0, None, 1),
+    versions={"torch": "2.13.0"},
+)
+ORDER = WorkerOrder(job=JobSpec(), plan=PLAN, predicted=ESTIMATE, weights="models/tiny", converted="")
+
+
+def make_record(root: Path, started: str) -> RunRecord:
+    """Writes a record that differs by its start."""
+    record = replace(RECORD, run_dir=str(root), started=started)
+    write_record(RunPaths(root), record)
+    return record
+
+
+# ------------------------------------------------------------------------------------------------------ names
+
+
+def test_a_run_dir_is_named_by_utc_time_and_recipe(tmp_path: Path) -> None:
+    assert new_run_dir(tmp_path, "llama_lora", NOW) == tmp_path / "20261103T090507Z-llama_lora"
+    elsewhere = NOW.astimezone(timezone(timedelta(hours=9)))
+    assert new_run_dir(tmp_path, "llama_lora", elsewhere).name == "20261103T090507Z-llama_lora"
+
+
+def test_a_name_that_is_taken_is_not_given_again(tmp_path: Path) -> None:
+    first = new_run_dir(tmp_path, "x", NOW)
+    first.mkdir()
+    second = new_run_dir(tmp_path, "x", NOW)
+    second.mkdir()
+    third = new_run_dir(tmp_path, "x", NOW)
+    assert [path.name.rpartition("-")[2] for path in (first, second, third)] == ["x", "2", "3"]
+    assert not third.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ending"), [("", "Z-job"), ("a/b c", "Z-a-b-c"), ("../..", "Z-job"), ("größe", "Z-größe")]
+)
+def test_a_recipe_cannot_leave_the_folder(recipe: str, ending: str, tmp_path: Path) -> None:
+    path = new_run_dir(tmp_path, recipe, NOW)
+    assert path.parent == tmp_path
+    assert path.name.endswith(ending)
+
+
+# ---------------------------------------------------------------------------------------------------- records
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    record = make_record(tmp_path / "a", RECORD.started)
+    assert find_records(tmp_path / "a").records == (record,)
+
+
+def test_records_come_newest_first_whatever_their_zone(tmp_path: Path) -> None:
+    oldest = make_record(tmp_path / "c", "2026-11-03T09:00:00+00:00")
+    middle = make_record(tmp_path / "a", "2026-11-03T18:30:00.5+09:00")
+    newest = make_record(tmp_path / "b", "2026-11-03T10:00:00Z")
+    found = find_records(tmp_path)
+    assert found.records == (newest, middle, oldest)
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"run_dir": "x"}', "\xff"])
+def test_a_damaged_record_is_noted_and_left_out(damage: str, tmp_path: Path) -> None:
+    good = make_record(tmp_path / "good", RECORD.started)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "record.json").write_bytes(damage.encode("latin-1"))
+    found = find_records(tmp_path)
+    assert found.records == (good,)
+    assert len(found.notes) == 1
+    assert str(tmp_path / "bad" / "record.json") in found.notes[0]
+    assert "\n" not in found.notes[0]
+
+
+def test_a_start_that_is_no_time_is_noted(tmp_path: Path) -> None:
+    make_record(tmp_path / "a", "yesterday")
+    found = find_records(tmp_path)
+    assert found.records == ()
+    assert "yesterday" in found.notes[0]
+
+
+def test_a_run_without_a_record_is_noted_and_other_folders_are_not(tmp_path: Path) -> None:
+    write_document(RunPaths(tmp_path / "unfinished").worker, ORDER)
+    write_document(RunPaths(tmp_path / ".x.12.partial").worker, ORDER)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file.txt").write_text("")
+    found = find_records(tmp_path)
+    assert found.records == ()
+    assert len(found.notes) == 1
+    assert "unfinished" in found.notes[0]
+
+
+def test_no_folder_no_runs(tmp_path: Path) -> None:
+    assert find_records(tmp_path / "runs").records == ()
+
+
+# ----------------------------------------------------------------------------------------------------- resume
+
+
+def make_checkpoint(paths: RunPaths, steps: int, finished: bool = True) -> None:
+    """Makes a folder that looks like a checkpoint of the trainer."""
+    folder = paths.checkpoints / f"checkpoint-{steps}"
+    folder.mkdir(parents=True)
+    if finished:
+        (folder / "trainer_state.json").write_text("{}")
+
+
+def test_a_run_with_a_checkpoint_gives_back_its_order(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    write_document(paths.worker, ORDER)
+    make_checkpoint(paths, 5)
+    assert previous_run(tmp_path) == ORDER
+
+
+@pytest.mark.parametrize("name", ["absent", "empty"])
+def test_a_folder_that_is_no_run_cannot_be_continued(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=f"{name}` is not a run directory"):
+        previous_run(tmp_path / name)
+
+
+def test_a_run_without_a_checkpoint_cannot_be_continued(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    write_document(paths.worker, ORDER)
+    (paths.checkpoints / "checkpoint-last").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        previous_run(tmp_path)
+
+
+def test_a_half_written_last_checkpoint_is_an_error(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    write_document(paths.worker, ORDER)
+    make_checkpoint(paths, 9)
+    make_checkpoint(paths, 10, finished=False)
+    with pytest.raises(LaunchError, match="checkpoint-10` was not written to the end"):
+        previous_run(tmp_path)
+
+
+def test_a_damaged_order_is_a_launch_error(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    make_checkpoint(paths, 5)
+    paths.worker.write_text('{"job": {}}')
+    with pytest.raises(LaunchError, match="can't be read"):
+        previous_run(tmp_path)
