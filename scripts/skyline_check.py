@@ -198,9 +198,7 @@ def build_subject(architecture: str, setting: Setting) -> TraceSubject:
     return TraceSubject(job, plan, hardware, workload.model_config("", job.model))
 
 
-def random_shapes(
-    subject: TraceSubject, count: int, rng: random.Random
-) -> list[tuple[int, int]]:
+def random_shapes(subject: TraceSubject, count: int, rng: random.Random) -> list[tuple[int, int]]:
     """Random (batch, length) within the acceptance range, each regime in turn."""
     lines = regime_lines(subject)
     drawn = [_random_shape(rng) for _ in range(2000)]
@@ -256,7 +254,9 @@ def table(cases: Sequence[Case]) -> str:
     """One line per architecture: worst signed errors, percent."""
     phases = [phase.value for phase in Phase if any(phase.value in case.traced_bytes for case in cases)]
     lines = [
-        "| architecture | shapes | by symbols | peak | " + " | ".join(phases) + " | peak, plain loss | depth |",
+        "| architecture | shapes | by symbols | peak | "
+        + " | ".join(phases)
+        + " | peak, plain loss | depth |",
         "|---|" + "--:|" * (len(phases) + 5),
     ]
     for name in dict.fromkeys(case.architecture for case in cases):
@@ -300,16 +300,16 @@ def write_report(cases: Sequence[Case]) -> None:
         f"docs/accuracy/{target.name}. A skyline comes from traces at one prime shape and two small depths; each",
         "cell is its worst signed error against traces of the very shapes, at random shapes of every regime",
         f"({SHORTEST} to {LONGEST} tokens, batch 1 to 32), over devices, methods, checkpointing, losses, packing and",
-        "accumulation. `by symbols` counts the shapes whose regime holds a prime shape; the others, in regimes too",
-        "narrow for one, were traced as they are. `depth` compares extension over depth with a trace of every layer",
-        "at the same shape.",
+        "accumulation. `by symbols` counts the shapes whose regime holds a prime shape; the others, in regimes",
+        "too narrow for one, were traced as they are. `depth` compares extension over depth with a trace of every",
+        "layer at the same shape.",
         "",
         f"{today}, " + ", ".join(f"{name} {number}" for name, number in versions.items()),
         "",
         table(cases),
         "",
-        "This says that few traces answer for all shapes. It doesn't say that a trace is what a device does: that is",
-        "docs/accuracy.md.",
+        "This says that few traces answer for all shapes. It doesn't say that a trace is what a device does: that",
+        "is docs/accuracy.md.",
         "",
     ]
     (ROOT / "docs" / "skyline.md").write_text("\n".join(page), encoding="utf-8")

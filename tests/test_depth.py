@@ -78,7 +78,7 @@ def test_two_matchings_meet_in_the_middle_of_where_they_differ() -> None:
 
 
 def made_profile(depth: int) -> Profile:
-    """Forward keeps 10 bytes per layer; backward of each layer frees them, and the first one frees a mask of 1000."""
+    """Forward keeps 10 bytes a layer, backward frees them; the backward of the first layer frees a mask of 1000."""
     names, live = [], []
     for layer in range(depth):
         for moment in range(30):
@@ -98,7 +98,9 @@ def made_profile(depth: int) -> Profile:
 @pytest.mark.parametrize("depth", [4, 9, 40])
 def test_what_the_edge_layer_frees_is_not_multiplied_by_the_depth(depth: int) -> None:
     profile, versions = extend(made_profile(2), made_profile(3), depth - 2)
-    assert max(version.sum((1, 2)).max() for version in versions) == made_profile(depth).live.sum((1, 2)).max()
+    assert (
+        max(version.sum((1, 2)).max() for version in versions) == made_profile(depth).live.sum((1, 2)).max()
+    )
     assert profile.resident[Category.PARAMETERS] == {(0, 0): 7 * depth}
 
 
@@ -123,7 +125,14 @@ WIDTHS: dict[str, Any] = {
 ALTERNATING = ["sliding_attention", "full_attention"]
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_hidden_layers": 7, **WIDTHS},
-    "gpt2": {"model_type": "gpt2", "n_layer": 7, "n_embd": 64, "n_head": 4, "vocab_size": 600, "n_positions": 2048},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_layer": 7,
+        "n_embd": 64,
+        "n_head": 4,
+        "vocab_size": 600,
+        "n_positions": 2048,
+    },
     "gemma3_text": {
         "model_type": "gemma3_text",
         "num_hidden_layers": 9,
@@ -175,7 +184,12 @@ def subject_of(name: str, attention: Attention, method: Method = Method.LORA) ->
     ],
 )
 def test_extended_depth_is_full_depth(
-    name: str, attention: Attention, batch: int, length: int, accumulation: int, caplog: pytest.LogCaptureFixture
+    name: str,
+    attention: Attention,
+    batch: int,
+    length: int,
+    accumulation: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     subject = subject_of(name, attention)
     assert len(plan_depths(subject.config).depths) == 2

@@ -1,4 +1,4 @@
-"""Sizes as polynomials: what is factored must evaluate to what was there, at the traced shape and at others."""
+"""Sizes as polynomials: what is factored must evaluate to what was there, at any shape."""
 
 from __future__ import annotations
 
@@ -74,8 +74,14 @@ def test_random_shapes_evaluate_to_their_size_at_the_traced_and_at_any_other_sha
         constant = rng.choice((1, 2, 3, 64, 320, 864, 4096, 34000))
         batches, lengths, offset = rng.randint(0, 1), rng.randint(0, 2), rng.choice((0, -1, 1))
 
-        def sizes(b: int, n: int, constant: int = constant, batches: int = batches, lengths: int = lengths,
-                  offset: int = offset) -> list[int]:
+        def sizes(
+            b: int,
+            n: int,
+            constant: int = constant,
+            batches: int = batches,
+            lengths: int = lengths,
+            offset: int = offset,
+        ) -> list[int]:
             return [constant, *[b] * batches, *[n + offset] * lengths]
 
         itemsize = rng.choice((1, 2, 4, 8))

@@ -139,10 +139,10 @@ def meet_in_the_middle(late: Sequence[int], early: Sequence[int]) -> list[int]:
         early: The same, when they are left out as early as possible.
     """
     joined: list[int] = []
-    gaps = [second - first for first, second in zip(late, early, strict=True)]
+    skipped = [(first - i, second - i) for i, (first, second) in enumerate(zip(late, early, strict=True))]
     begin = 0
-    for end in range(1, len(gaps) + 1):
-        if end == len(gaps) or gaps[end] != gaps[begin]:
+    for end in range(1, len(skipped) + 1):
+        if end == len(skipped) or skipped[end] != skipped[begin]:
             middle = (begin + end) // 2
             joined += [*late[begin:middle], *early[middle:end]]
             begin = end

@@ -8,9 +8,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.hardware import HardwareSpec
-from launcher.job import DataSpec, EvaluationSpec, JobSpec, MethodSpec, ModelSpec, TrainingSpec
-from launcher.memory import Category, MemoryEstimate
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import (
+    DataSpec,
+    EvaluationSpec,
+    JobSpec,
+    Method,
+    MethodSpec,
+    ModelSpec,
+    Precision,
+    StoredDtype,
+    TrainingSpec,
+)
+from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.depth import DepthMismatch, extend
 from launcher.planner.polynomial import TracedShape
@@ -97,7 +107,7 @@ class Forecaster:
             skyline = self._assemble(question)
             self._skylines[question.key] = skyline
             self._cache.keep_skyline(question.key, skyline)
-        return read_estimate(skyline, plan, self._job.hardware)
+        return read_estimate(skyline, plan, self._job)
 
     def _kept(self, question: _Question) -> Skyline | None:
         known = self._skylines.get(question.key)
@@ -164,11 +174,41 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
     return Subject(reduced, shapeless, hardware)
 
 
-def read_estimate(skyline: Skyline, plan: Plan, hardware: HardwareSpec) -> MemoryEstimate:
+def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec) -> MemoryEstimate:
     """Reads a plan's memory off a skyline."""
     batch, length = plan.micro_batch_size, plan.max_length
-    return MemoryEstimate(
-        phases=skyline.peaks(batch, length, plan.gradient_accumulation_steps),
-        resident_bytes=skyline.resident_bytes(batch, length),
-        context_bytes=hardware.context_bytes + WORKSPACES * hardware.blas_workspace_bytes,
+    resident = skyline.resident_bytes(batch, length)
+    phases = tuple(
+        _with_stored_copy(peak, resident, plan, job) if peak.phase is Phase.LOAD else peak
+        for peak in skyline.peaks(batch, length, plan.gradient_accumulation_steps)
     )
+    hardware = job.hardware
+    context = hardware.context_bytes + WORKSPACES * hardware.blas_workspace_bytes
+    return MemoryEstimate(phases, resident, context)
+
+
+def _with_stored_copy(
+    peak: PhasePeak, resident: Mapping[Category, int], plan: Plan, job: JobSpec
+) -> PhasePeak:
+    """The peak of loading when the file's dtype is not the dtype in which the weights are held.
+
+    transformers reads every tensor and casts it (`core_model_loading._materialize_copy`, 5.17 to 5.23); the
+    tensors that were read stay alive until the last one is in place. Adapters, as large as their gradients, come
+    afterwards. On a GPU the cast happens in host memory, before the model moves to the device.
+    """
+    held = 2 if plan.precision is Precision.BF16 else 4
+    stored = 4 if job.model.stored_dtype is StoredDtype.FP32 else 2
+    same_dtype = job.model.stored_dtype.value == plan.precision.value
+    if same_dtype or job.hardware.kind is not DeviceKind.CPU:
+        return peak
+    adapters = resident[Category.GRADIENTS] if plan.method is Method.LORA else 0
+    weights = resident[Category.PARAMETERS] - adapters
+    copy = weights // held * stored
+    if copy <= adapters:
+        return peak
+    amounts = {
+        **peak.by_category_bytes,
+        Category.PARAMETERS: weights,
+        Category.TEMPORARIES: copy,
+    }
+    return PhasePeak(Phase.LOAD, sum(amounts.values()), amounts)

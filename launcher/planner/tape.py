@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from launcher.memory import Category, Phase
 from launcher.planner.fast_fake import FastFakeTensorMode
@@ -86,7 +87,7 @@ class Tape(TorchDispatchMode):
         self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._sizes: dict[tuple[tuple[int, ...], int], dict[Exponents, int]] = {}
         self._names: dict[Any, str] = {}
-        self._mask_checks: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        self._mask_checks = WeakTensorKeyDictionary()  # by identity: comparing tensors is an operation
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -107,7 +108,7 @@ class Tape(TorchDispatchMode):
             self.failed = self.failed or str(func)
             raise
         if func is aten.all.default:
-            self._mask_checks.add(output)
+            self._mask_checks[output] = True
         live = self._live
         births = [
             tensor

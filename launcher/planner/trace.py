@@ -7,18 +7,21 @@ import gc
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers.masking_utils as masking_utils
+import transformers.trainer_pt_utils as trainer_pt_utils
 import trl.kernels.chunked_logprob as trl_chunked
 import trl.trainer.utils as trl_utils
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models
+from numpy.typing import NDArray
 from torch import nn
 from launcher.planner.fast_fake import FastFakeTensorMode
 from transformers import PretrainedConfig, PreTrainedTokenizerFast, PrinterCallback
@@ -157,11 +160,13 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     config = copy.deepcopy(subject.config)
     truncate(config.get_text_config(), depth)
     fake = FastFakeTensorMode()
-    tape = Tape(shape, twins=worst_case.twins(), padded=subject.padded, fake=fake)
+    tape = Tape(shape, twins=worst_case.twins(), padded=subject.padded and shape.batch > 1, fake=fake)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         model = _build_on_meta(subject, config, plan)
         stack.enter_context(replaced(masking_utils, "is_tracing", lambda tensor=None: False))
+        stack.enter_context(replaced(masking_utils, "fast_all", _without_padding(subject.padded)))
+        stack.enter_context(replaced(trainer_pt_utils, "nested_numpify", _zeros_like))
         if subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM):
             stack.enter_context(cuda_twin(subject.hardware))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -178,6 +183,16 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
                 f"loss={plan.loss}, precision={plan.precision}{operation}: {failure}",
                 "another `planner.pin.attention` or `planner.pin.loss` may be traceable",
             ) from failure
+
+
+def _without_padding(padded: bool) -> Callable[[torch.Tensor], bool]:
+    """Answers transformers' question whether a padding mask masks nothing; a single sequence is never padded."""
+    return lambda mask: not (padded and mask.shape[0] > 1)
+
+
+def _zeros_like(tensor: torch.Tensor) -> NDArray[np.float64]:
+    """What evaluation gets for the losses it gathers: fake tensors have no numbers to convert."""
+    return np.zeros(tensor.shape)
 
 
 def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) -> nn.Module:

@@ -61,11 +61,9 @@ def grouped_mm(
 ) -> torch.Tensor:
     """Matrix product of each group of rows (2-d operands) or each matrix (3-d operands) with its own matrix.
 
-    torch's fake kernel takes bf16 only, the real ones fp16 and fp32 too. The output's rows are padded to 16 bytes
-    (aten/native/GroupedMMUtils.h, `create_grouped_gemm_output_tensor`, torch 2.9 to 2.13).
+    torch's fake kernel takes bf16 only, the real ones fp16 and fp32 too; and it leaves out that the output's rows
+    are padded to 16 bytes (aten/native/GroupedMMUtils.h, `create_grouped_gemm_output_tensor`, torch 2.9 to 2.13).
     """
-    if left.dtype is torch.bfloat16:
-        return NotImplemented  # type: ignore[no-any-return]  # the tape runs the operation itself
     dtype = out_dtype or left.dtype
     size = [left.size(-2), right.size(-1)]
     if left.dim() == right.dim():

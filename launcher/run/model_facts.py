@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from launcher.errors import ConfigError, DataError
-from launcher.job import ModelSpec
+from launcher.job import ModelSpec, StoredDtype
 from launcher.run.fetch import parse_packaged_path
 
 Catalogue = Callable[[str], Mapping[str, Any] | None]
@@ -33,15 +33,21 @@ def resolve_model(model: ModelSpec, catalogue: Catalogue) -> ModelSpec:
         raise ConfigError("`model.path` is empty", "give a hub id, a local folder, or choose `model=<name>`")
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return replace(_own_facts(model, path), architecture=_read_config(folder / "config.json"))
+        return _described_by(_read_config(folder / "config.json"), _own_facts(model, path))
     if path == model.id or parse_packaged_path(path) is not None:
         return replace(model, path=path)
     entry = catalogue(path)
     if entry is not None:
         return replace(_own_facts(model, path), id=path, architecture=dict(entry["architecture"]))
-    return replace(
-        _own_facts(model, path), id=path, architecture=_read_config(_hub_config(path, model.revision))
-    )
+    config = _read_config(_hub_config(path, model.revision))
+    return _described_by(config, replace(_own_facts(model, path), id=path))
+
+
+def _described_by(config: dict[str, Any], model: ModelSpec) -> ModelSpec:
+    """The model that a config.json describes; it also says in which dtype the weights were saved."""
+    names = {"bfloat16": StoredDtype.BF16, "float16": StoredDtype.FP16, "float32": StoredDtype.FP32}
+    stored = names.get(str(config.get("dtype") or config.get("torch_dtype")), StoredDtype.BF16)
+    return replace(model, architecture=config, stored_dtype=stored)
 
 
 def _own_facts(model: ModelSpec, path: str) -> ModelSpec:

@@ -266,10 +266,15 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         ingredients = prepare(order, paths)
         _report("loading the model")
         began = time.perf_counter()
-        trainer, measurement = train(order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths))
+        trainer, measurement = train(
+            order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths)
+        )
         seconds = time.perf_counter() - began
         if progress.stop_asked:
-            status, message = Status.INTERRUPTED, f"stopped after step {progress.steps}; a checkpoint was saved"
+            status, message = (
+                Status.INTERRUPTED,
+                f"stopped after step {progress.steps}; a checkpoint was saved",
+            )
         else:
             trainer.save_model(str(paths.model))
             ingredients.tokenizer.save_pretrained(str(paths.model))
@@ -302,13 +307,13 @@ def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
 
 
 def _classify(failure: BaseException) -> Status:
-    is_memory = isinstance(failure, (torch.OutOfMemoryError, MemoryError)) or CPU_OUT_OF_MEMORY in str(failure)
+    is_memory = isinstance(failure, (torch.OutOfMemoryError, MemoryError)) or CPU_OUT_OF_MEMORY in str(
+        failure
+    )
     return Status.OUT_OF_MEMORY if is_memory else Status.FAILED
 
 
-def _outcome(
-    status: Status, message: str, seconds: float, progress: Progress, plan: Plan
-) -> WorkerOutcome:
+def _outcome(status: Status, message: str, seconds: float, progress: Progress, plan: Plan) -> WorkerOutcome:
     ends = progress.step_ends
     steps = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
     settled = steps[METERED_STEPS:]  # the meter slows the first steps down

@@ -1,0 +1,247 @@
+"""The `launch` command as a user runs it: plan, run, reconcile, report, interrupt, resume, refuse.
+
+Everything is real: accelerate, the trainer, the profiler. The quick tests train a small random model from a local
+folder; the slow one trains the packaged model of the default job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TIMEOUT_SECONDS = 900
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random Llama, a byte-level tokenizer and a JSONL file of texts."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {token: index for index, token in enumerate([*alphabet, "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        folder
+    )
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(words),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    text = "the planner reads the trace and the trace reads the step. "
+    rows = "".join(json.dumps({"text": f"{number}: " + text * 12}) + "\n" for number in range(60))
+    (folder / "train.jsonl").write_text(rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace cache that the tests of this file share."""
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture
+def job(tiny: Path, cache: Path) -> list[str]:
+    """A quick job."""
+    return [
+        f"'model.path={tiny}'".strip("'"),
+        f"data.path={tiny / 'train.jsonl'}",
+        "data.format=text",
+        "data.max_length=192",
+        "data.packing=true",
+        "training.global_batch_size=4",
+        "training.max_steps=3",
+        "training.report_to=[]",
+        "hardware=cpu",
+        f"trace_cache={cache}",
+    ]
+
+
+def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `launch` in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", *map(quoted, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+
+
+def quoted(argument: str) -> str:
+    """Hydra asks for quotes around values with spaces."""
+    key, _, value = argument.partition("=")
+    return f"{key}='{value}'" if " " in value and not value.startswith("[") else argument
+
+
+def document_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON document on stdout."""
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1, result.stdout + result.stderr
+    document: dict[str, Any] = json.loads(lines[0])
+    return document
+
+
+def error_percent(document: dict[str, Any], phase: str) -> float:
+    """Signed error of a phase's peak."""
+    predicted = (document["predicted_as_run"] or document["predicted"])["by_phase_bytes"][phase]
+    measured = document["measured"]["by_phase_bytes"][phase]
+    return 100.0 * float(predicted - measured) / float(measured)
+
+
+def test_run_reconciles_and_is_reported(job: list[str], tmp_path: Path) -> None:
+    result = launch([*job, "output=json"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    document = document_of(result)
+    assert document["feasible"] and document["outcome"]["status"] == "done"
+    assert document["outcome"]["steps"] == 3
+    for phase in ("train_step", "optimizer_step"):
+        assert abs(error_percent(document, phase)) <= 1.0, (phase, document)
+    resident = ("parameters", "gradients", "optimizer_state")
+    for name in resident:
+        assert document["predicted"]["resident_bytes"][name] == document["measured"]["resident_bytes"][name]
+    run_dir = Path(document["run_dir"])
+    assert (run_dir / "model" / "adapter_model.safetensors").exists()
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3]
+    report = launch(["action=report"], tmp_path)
+    assert report.returncode == 0 and "predicted" in report.stdout and "done" in report.stdout
+    listed = document_of(launch(["action=report", "output=json"], tmp_path))
+    assert [run["run_dir"] for run in listed["runs"]] == [str(run_dir)]
+
+
+def test_padded_batches_are_predicted_as_they_ran(job: list[str], tiny: Path, tmp_path: Path) -> None:
+    ragged = tmp_path / "ragged.jsonl"
+    rows = [{"text": "word " * (3 + 5 * (number % 7))} for number in range(24)]
+    ragged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [argument for argument in job if not argument.startswith(("data.path", "data.packing"))]
+    result = launch(
+        [
+            *arguments,
+            f"data.path={ragged}",
+            "evaluation=held_out",
+            "evaluation.num_examples=4",
+            "output=json",
+        ],
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    document = document_of(result)
+    assert document["predicted_as_run"] is not None, "every batch is shorter than data.max_length"
+    assert abs(error_percent(document, "train_step")) <= 1.0, document
+    assert document["predicted"]["peak_allocated_bytes"] > document["measured"]["peak_allocated_bytes"]
+    assert abs(error_percent(document, "evaluation")) <= 1.0, document
+
+
+def test_interrupt_saves_a_checkpoint_and_resume_continues(job: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "interrupted run"
+    arguments = [argument for argument in job if not argument.startswith("training.max_steps")]
+    arguments += ["training.max_steps=400", f"run_dir={run_dir}"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", *map(quoted, arguments)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = run_dir / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, child)
+    os.killpg(child.pid, signal.SIGINT)
+    _, stderr = child.communicate(timeout=TIMEOUT_SECONDS)
+    assert child.returncode == 130, stderr
+    assert "resume=" in stderr
+    worker = int((run_dir / "worker.rank0.pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+    (checkpoint,) = (run_dir / "checkpoints").glob("checkpoint-*")
+    done = int(checkpoint.name.removeprefix("checkpoint-"))
+    order = json.loads((run_dir / "worker.json").read_text())
+    order["job"]["training"]["max_steps"] = done + 2
+    (run_dir / "worker.json").write_text(json.dumps(order))
+    result = launch([f"resume={run_dir}", "output=json"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert document_of(result)["outcome"]["steps"] == done + 2
+
+
+def wait_for(condition: Any, child: subprocess.Popen[str]) -> None:
+    """Waits until a condition holds, or the child ends."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        if child.poll() is not None:
+            raise AssertionError(child.communicate()[1])
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_other_hardware_is_planned_and_refused(job: list[str], tmp_path: Path) -> None:
+    arguments = [argument for argument in job if not argument.startswith("hardware")]
+    result = launch([*arguments, "hardware=h100_80g"], tmp_path)
+    assert result.returncode == 6
+    (plan,) = (tmp_path / "runs").glob("*/plan.json")
+    assert str(plan) in result.stderr
+    assert json.loads(plan.read_text())["feasible"] is True
+
+
+def test_no_plan_fits(job: list[str], tmp_path: Path) -> None:
+    result = launch([*job, "hardware.memory_bytes=100000000", "action=plan", "output=json"], tmp_path)
+    assert result.returncode == 3
+    document = document_of(result)
+    assert document["feasible"] is False and document["plan"] is None
+    assert all(item["short_by_bytes"] > 0 and item["reason"] for item in document["rejected"])
+
+
+def test_bad_data_ends_with_its_own_code(job: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": \n')
+    arguments = [argument for argument in job if not argument.startswith("data.path")]
+    result = launch([*arguments, f"data.path={broken}"], tmp_path)
+    assert result.returncode == 5
+    assert "broken.jsonl" in result.stderr and "2" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The default job of the README, whole."""
+    result = launch(["output=json"], tmp_path_factory.mktemp("default"))
+    assert result.returncode == 0, result.stderr
+    yield document_of(result)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_default_job_is_predicted_within_three_permille(default_run: dict[str, Any]) -> None:
+    predicted, measured = default_run["predicted"], default_run["measured"]
+    error = 100.0 * (predicted["peak_allocated_bytes"] / measured["peak_allocated_bytes"] - 1.0)
+    assert abs(error) <= 0.3
+    for phase in measured["by_phase_bytes"]:
+        assert abs(error_percent(default_run, phase)) <= 0.3, phase
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_default_job_learns(default_run: dict[str, Any]) -> None:
+    assert default_run["outcome"]["last_loss"] < default_run["outcome"]["first_loss"]
