@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.errors import ConfigError
-from launcher.job import JobSpec
+from launcher.job import Action, JobSpec
 
 PEER_SPELLINGS: Mapping[str, str] = {
     "per_device_train_batch_size": "planner.pin.micro_batch_size",
@@ -114,14 +114,20 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
     except ConfigError as failure:
         raise _all_of([*mistakes, failure.message], failure.hint) from failure
     mistakes += _unknown_keys(composed, JobSpec, "")
-    mistakes += _unset_keys(composed, "")
     try:
         job = TypeAdapter(JobSpec).validate_python(composed)
     except ValidationError as failure:
         mistakes += [_explain(error) for error in failure.errors()]
+    else:
+        mistakes += _missing_values(job)
     if mistakes:
         raise _all_of(list(dict.fromkeys(mistakes)))
     return job
+
+
+def _missing_values(job: JobSpec) -> Iterator[str]:
+    if job.action is Action.RUN and not job.resume and not job.data.path:
+        yield "`data.path` is empty: a run needs examples, `data.path=<file, folder or hub id>`"
 
 
 def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -173,7 +179,7 @@ def _is_open(key: str) -> bool:
 def _check_override(override: Override, argument: str) -> Iterator[str]:
     key = override.key_or_group
     if override.is_sweep_override():
-        yield f"`{argument}`: sweeps are not supported; give one value"
+        yield f"`{argument}`: sweeps are not supported; give one value (in quotes if it has a comma)"
     elif override.is_delete() or (override.is_add() and not _is_open(key)):
         yield f"`{argument}`: every key exists already; write `{key}=<value>`"
     elif key in groups():
@@ -251,14 +257,6 @@ def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterato
         nested = _dataclass_of(hints[name])
         if nested is not None and isinstance(value, Mapping):
             yield from _unknown_keys(value, nested, f"{prefix}{name}.")
-
-
-def _unset_keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for name, value in values.items():
-        if value == "???":
-            yield f"`{prefix}{name}` must be given: `{prefix}{name}=<value>`"
-        elif isinstance(value, Mapping):
-            yield from _unset_keys(value, f"{prefix}{name}.")
 
 
 def _explain(error: Mapping[str, Any]) -> str:

@@ -142,7 +142,9 @@ def test_padded_batches_are_predicted_as_they_ran(job: list[str], tiny: Path, tm
         [
             *arguments,
             f"data.path={ragged}",
+            "data.packing=false",
             "evaluation=held_out",
+            "evaluation.steps=2",
             "evaluation.num_examples=4",
             "output=json",
         ],

@@ -1,6 +1,7 @@
 """Skylines: the arithmetic by hand, and answers against fresh traces in every kind of regime.
 
-The full comparison, over more architectures and shapes, is scripts/skyline_check.py; this is what CI can afford.
+The full comparison, over more architectures and shapes, is scripts/skyline_check.py; this is what CI can
+afford.
 """
 
 from __future__ import annotations
@@ -200,9 +201,18 @@ def test_a_skyline_agrees_with_a_fresh_trace(case: str, caplog: pytest.LogCaptur
     with caplog.at_level("INFO", "launcher.planner.trace"):
         skyline = trace.trace_regime(subject, *shape)
         exact = trace.trace_shape(subject, *shape)
-    assert not caplog.records, "the full depth was traced"
+    own = [record for record in caplog.records if record.name.startswith("launcher")]
+    assert not own, "the full depth was traced"
     assert skyline.domain == domain_of(*shape[:2], trace.regime_lines(subject)), "not traced by symbols"
     assert_close(skyline.peaks(*shape), exact.peaks(*shape), 1e-5 if loss is Loss.PLAIN else 2e-3)
+
+
+def test_across_the_loss_tile_a_skyline_is_wrong_which_is_why_it_has_a_domain() -> None:
+    subject = subject_of("llama", CUDA, Method.LORA, Loss.CHUNKED, packing=True)
+    below = replace(trace.trace_regime(subject, 4, 500, 1), domain=ANYWHERE)
+    exact = trace.trace_shape(subject, 8, 2000, 1)
+    with pytest.raises(AssertionError):
+        assert_close(below.peaks(8, 2000, 1), exact.peaks(8, 2000, 1), 2e-3)
 
 
 def test_evaluation_has_a_peak_of_its_own() -> None:
@@ -222,7 +232,7 @@ def test_padding_masks_cost_memory_and_a_single_sequence_has_none() -> None:
             p.allocated_bytes for p in trace.trace_shape(subject, batch, 2000, 1).peaks(batch, 2000, 1)
         )
 
-    assert peak(padded, 2) > peak(packed, 2) + 2 * 2000 * 2000
+    assert peak(padded, 2) >= peak(packed, 2) + 2 * 2000 * 2000
     assert peak(padded, 1) < peak(packed, 1) + 2000 * 2000
 
 

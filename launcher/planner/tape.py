@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -191,9 +192,9 @@ class Tape(TorchDispatchMode):
 
 
 def _padded_sizes(tensor: torch.Tensor, operation: str) -> tuple[int, ...]:
-    """Sizes of a tensor with its padding: a flat number of bytes can't be told apart into batch and length."""
+    """Sizes of a tensor with its padding: a flat number of bytes can't be split into batch and length."""
     strides = tensor.stride()
-    rows = [outer // inner for outer, inner in zip(strides, strides[1:], strict=False) if inner]
+    rows = [outer // inner for outer, inner in pairwise(strides) if inner]
     sizes = (tensor.shape[0], *rows, strides[-1]) if len(rows) == len(strides) - 1 else ()
     excess = math.prod(sizes) * tensor.element_size() - tensor.untyped_storage().nbytes()
     if not sizes or not 0 <= excess < max(strides[0], 1) * tensor.element_size():

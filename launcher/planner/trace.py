@@ -20,10 +20,9 @@ import transformers.trainer_pt_utils as trainer_pt_utils
 import trl.kernels.chunked_logprob as trl_chunked
 import trl.trainer.utils as trl_utils
 from datasets import Dataset, disable_progress_bars
-from tokenizers import Tokenizer, models
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models
 from torch import nn
-from launcher.planner.fast_fake import FastFakeTensorMode
 from transformers import PretrainedConfig, PreTrainedTokenizerFast, PrinterCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
@@ -37,6 +36,7 @@ from launcher.plan import Plan
 from launcher.planner import worst_case
 from launcher.planner.cuda_twin import cuda_twin, replaced
 from launcher.planner.depth import DepthMismatch, DepthPlan, extend, plan_depths, truncate
+from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import Exponents, TracedShape
 from launcher.planner.profile import build_profile, sum_blocks
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
@@ -186,7 +186,7 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
 
 
 def _without_padding(padded: bool) -> Callable[[torch.Tensor], bool]:
-    """Answers transformers' question whether a padding mask masks nothing; a single sequence is never padded."""
+    """Answers transformers' question whether a mask masks nothing; a single sequence is never padded."""
     return lambda mask: not (padded and mask.shape[0] > 1)
 
 

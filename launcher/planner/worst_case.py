@@ -1,8 +1,8 @@
 """Operations that fake tensors can't run by themselves.
 
-Where the output's shape depends on data, of which fake tensors have none, the worst case stands in: selecting by a
-boolean mask selects everything; listing non-zero elements lists all of them. Where torch's fake kernel refuses what
-the real kernel takes, the real kernel's output stands in.
+Where the output's shape depends on data, of which fake tensors have none, the worst case stands in:
+selecting by a boolean mask selects everything; listing non-zero elements lists all of them. Where torch's
+fake kernel refuses what the real kernel takes, the real kernel's output stands in.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def grouped_mm(
 ) -> torch.Tensor:
     """Matrix product of each group of rows (2-d operands) or each matrix (3-d operands) with its own matrix.
 
-    torch's fake kernel takes bf16 only, the real ones fp16 and fp32 too; and it leaves out that the output's rows
-    are padded to 16 bytes (aten/native/GroupedMMUtils.h, `create_grouped_gemm_output_tensor`, torch 2.9 to 2.13).
+    torch's fake kernel takes bf16 only, the real ones fp16 and fp32 too; and it leaves out that the output's
+    rows are padded to 16 bytes (aten/native/GroupedMMUtils.h, `create_grouped_gemm_output_tensor`, torch 2.9
+    to 2.13).
     """
     dtype = out_dtype or left.dtype
     size = [left.size(-2), right.size(-1)]

@@ -1,0 +1,37 @@
+"""What every test shares: a clean environment, an empty working folder, a path that breaks careless code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+UNCLEAN = ("ACCELERATE_", "DEEPSPEED_", "FSDP_", "HYDRA_", "LAUNCHER_", "TRL_", "WANDB_")
+"""Beginnings of variables that would steer the libraries under test."""
+UNCLEAN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the caller's shell steers a test."""
+    for name in list(os.environ):
+        if name.startswith(UNCLEAN) or name in UNCLEAN_NAMES:
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def nasty_path(tmp_path: Path) -> Path:
+    """A folder whose name has all that breaks formatted command lines."""
+    folder = tmp_path / "a b's \"c\", [d] {e} (f) $g=h"
+    folder.mkdir()
+    return folder
