@@ -13,9 +13,10 @@ from launcher.job import Action, JobSpec, Output
 INTRODUCTION = """\
 launch [key=value ...]     plans a fine-tuning job's memory, then runs it
 
-  launch                                                a real LoRA run on this machine's CPU or GPU
-  launch recipe=llama_lora hardware=a100_40g action=plan     plan for a device you don't have
-  launch action=report                                  past runs, predicted and measured
+  launch                      a real LoRA run on this machine's CPU or GPU
+  launch recipe=llama_lora hardware=a100_40g action=plan
+                              plan for a device you don't have
+  launch action=report        past runs, predicted and measured
 
 Every key, its default and its meaning: launcher/job.py
 """

@@ -96,7 +96,10 @@ def group_choices(group: str) -> tuple[str, ...]:
 
 def groups() -> tuple[str, ...]:
     """The config groups."""
-    return ("recipe", *sorted(folder.name for folder in (config_root() / "conf").iterdir() if folder.is_dir()))
+    return (
+        "recipe",
+        *sorted(folder.name for folder in (config_root() / "conf").iterdir() if folder.is_dir()),
+    )
 
 
 def load_job(arguments: Sequence[str]) -> JobSpec:
@@ -269,7 +272,11 @@ def _explain(error: Mapping[str, Any]) -> str:
 
 
 def _is_union_branch(part: str) -> bool:
-    return part.startswith(("constrained-", "tuple[", "function-", "literal[")) or part in ("str", "int", "float")
+    return part.startswith(("constrained-", "tuple[", "function-", "literal[")) or part in (
+        "str",
+        "int",
+        "float",
+    )
 
 
 def _legal_values(path: Sequence[str]) -> str:
@@ -282,8 +289,7 @@ def _legal_values(path: Sequence[str]) -> str:
         if part not in hints:
             return ""
         kind = hints[part]
-    options = [item for item in (*_members(kind),)]
-    return ", ".join(options)
+    return ", ".join(_members(kind))
 
 
 def _members(kind: Any) -> Iterator[str]:

@@ -67,9 +67,9 @@ class Rejection:
     reason: str
     """Why not, with figures."""
     short_by_bytes: int
-    """Bytes by which it exceeds the budget; 0 for a plan that fits and is merely not the best."""
+    """Bytes by which it exceeds the budget, at least; 0 for a plan that is merely not the best."""
     peak_bytes: int
-    """Predicted device peak, bytes."""
+    """Predicted device peak, bytes, at least; 0 for a plan that was not priced."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from launcher.job import JobSpec
 from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import Plan
 
-
 WORKER_MARK = "\x1elauncher: "
 """What the worker's own lines begin with, so that the parent tells them from the libraries' output."""
 

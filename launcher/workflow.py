@@ -38,6 +38,7 @@ from launcher.run.ledger import find_records, new_run_dir, previous_run, write_r
 from launcher.run.model_facts import resolve_model
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord, WorkerOrder
+from launcher.units import format_bytes
 
 CACHE_NAME = "launcher"
 """Folder of weights and traces below the user's cache."""
@@ -112,7 +113,7 @@ def _smallest_change(choice: PlanChoice) -> str:
     nearest = min(choice.rejected, key=lambda item: item.short_by_bytes)
     return (
         f"shorter data.max_length, a lower planner.headroom, or hardware with "
-        f"{tables.format_bytes(nearest.short_by_bytes)} more memory"
+        f"{format_bytes(nearest.short_by_bytes)} more memory"
     )
 
 

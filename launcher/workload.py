@@ -35,7 +35,7 @@ LEARNING_RATES = {Method.LORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
 
 
-class PhaseCallback(TrainerCallback):  # type: ignore[misc]  # transformers exports it untyped
+class PhaseCallback(TrainerCallback):
     """Says when the training loop enters a phase. The tracer and the meter listen to the same calls.
 
     Args:
@@ -82,7 +82,7 @@ def _next_phase(control: TrainerControl, *, evaluated: bool) -> Phase:
     return Phase.SAVE if control.should_save else Phase.TRAIN_STEP
 
 
-class PlainLossTrainer(SFTTrainer):  # type: ignore[misc]  # trl exports it untyped
+class PlainLossTrainer(SFTTrainer):
     """TRL's trainer with the model's own loss: all logits at once, as transformers' Trainer computes it."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,11 +97,15 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 
 def model_config(source: str, model: ModelSpec) -> PretrainedConfig:
     """The transformers config: of a folder or hub id, or (empty source) of the catalogue's facts."""
+    config: PretrainedConfig
     if not source:
-        return AutoConfig.for_model(**model.architecture)
-    return AutoConfig.from_pretrained(
-        source, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+        config = AutoConfig.for_model(**model.architecture)
+    else:
+        config = AutoConfig.from_pretrained(
+            source, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    config.get_text_config().use_cache = False  # training keeps no keys and values
+    return config
 
 
 def build_model(config: PretrainedConfig, plan: Plan, weights: str, model_spec: ModelSpec) -> nn.Module:
@@ -114,14 +118,14 @@ def build_model(config: PretrainedConfig, plan: Plan, weights: str, model_spec: 
         "attn_implementation": plan.attention.value,
         "trust_remote_code": model_spec.trust_remote_code,
     }
+    model: nn.Module
     if not weights:
         model = AutoModelForCausalLM.from_config(config, **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             weights, config=config, revision=model_spec.revision, **options
         )
-    model.config.use_cache = False
-    return model  # type: ignore[no-any-return]  # transformers types the factory as Any
+    return model
 
 
 def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
@@ -136,7 +140,8 @@ def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
 
 
 def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapping[str, Any]) -> SFTConfig:
@@ -195,7 +200,7 @@ def build_trainer(
     """Builds the trainer whose `train()` is both traced and run."""
     trainer_class = PlainLossTrainer if plan.loss is Loss.PLAIN else SFTTrainer
     trainer = trainer_class(
-        model=model,
+        model=model,  # type: ignore[arg-type]  # any module that transformers or PEFT built
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

@@ -184,7 +184,7 @@ def peak_error_percent(result: dict[str, Any]) -> float:
     phases = ("train_step", "optimizer_step")
     predicted = max(result["predicted_bytes"][phase] for phase in phases)
     measured = max(result["measured_bytes"][phase] for phase in phases)
-    return 100.0 * (predicted - measured) / measured
+    return 100.0 * float(predicted - measured) / float(measured)
 
 
 def table(results: list[dict[str, Any]]) -> str:

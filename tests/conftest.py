@@ -32,6 +32,6 @@ def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def nasty_path(tmp_path: Path) -> Path:
     """A folder whose name has all that breaks formatted command lines."""
-    folder = tmp_path / "a b's \"c\", [d] {e} (f) $g=h"
+    folder = tmp_path / 'a b\'s "c", [d] {e} (f) $g=h'
     folder.mkdir()
     return folder

@@ -45,7 +45,7 @@ class FlashAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]  # one gradient in
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of query, key and value."""
         query, key, value, _, _ = ctx.saved_tensors
         batch, heads, length, size = query.shape
@@ -89,9 +89,7 @@ class EfficientAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]  # one gradient in
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         """Gradients of query, key and value; masks have none."""
         query, key, value, _, _, _ = ctx.saved_tensors
         batch, heads, length, size = query.shape
@@ -145,7 +143,9 @@ def _accumulate_in_place(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) ->
     """`_addmm_fp32` on CUDA multiplies 16-bit inputs straight into the fp32 accumulator."""
 
 
-def _prefer_foreach(params: list[torch.Tensor], differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
+def _prefer_foreach(
+    params: list[torch.Tensor], differentiable: bool, use_fused: bool = False
+) -> tuple[bool, bool]:
     """torch.optim prefers its foreach implementation when all parameters are on CUDA (optim/optimizer.py)."""
     return False, True
 

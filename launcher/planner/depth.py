@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.memory import Category
 from launcher.planner.polynomial import Exponents
 from launcher.planner.skyline import Instant, Profile
 
@@ -47,8 +46,8 @@ class DepthPlan:
 
 def layer_period(config: PretrainedConfig) -> int:
     """The smallest period of the layer pattern (sliding and full attention, dense and sparse layers)."""
-    depth = config.num_hidden_layers
-    patterns = [value for value in _per_layer_lists(config).values()]
+    depth = int(config.num_hidden_layers)
+    patterns = list(_per_layer_lists(config).values())
     for period in range(1, depth + 1):
         if all(pattern[i] == pattern[i % period] for pattern in patterns for i in range(depth)):
             return period
@@ -68,7 +67,9 @@ def plan_depths(config: PretrainedConfig) -> DepthPlan:
     """Chooses the depths to trace: two and three periods (and what is left of an incomplete one)."""
     depth, period = config.num_hidden_layers, layer_period(config)
     rest = depth % period
-    shallow, deep = (rest + 2 * period, rest + 3 * period) if period < 4 else (rest + period, rest + 2 * period)
+    shallow, deep = (
+        (rest + 2 * period, rest + 3 * period) if period < 4 else (rest + period, rest + 2 * period)
+    )
     if deep >= depth:
         return DepthPlan((depth,), 0.0)
     return DepthPlan((shallow, deep), (depth - shallow) / period)

@@ -14,7 +14,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
-RESHAPING = ("resize_", "set_", "as_strided_", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "detach_")
+RESHAPING = (
+    "resize_",
+    "set_",
+    "as_strided_",
+    "t_",
+    "transpose_",
+    "squeeze_",
+    "unsqueeze_",
+    "swapaxes_",
+    "detach_",
+)
 
 Recipe = tuple[tuple[torch.Size, tuple[int, ...], int, torch.dtype, torch.device], ...]
 
@@ -60,10 +70,13 @@ class FastFakeTensorMode(FakeTensorMode):
             return output
         if kind == "fresh" and not _storages(leaves).isdisjoint(_storages(args)):
             self._kinds[func] = "other"  # aliases its input without saying so
-        elif kind == "fresh" or leaves[0].dtype is first.dtype:  # type: ignore[union-attr]  # views have a base
-            self._recipes[key] = isinstance(output, tuple), tuple(
-                (leaf.shape, leaf.stride(), leaf.storage_offset(), leaf.dtype, leaf.fake_device)
-                for leaf in leaves
+        elif kind == "fresh" or (isinstance(first, FakeTensor) and leaves[0].dtype is first.dtype):
+            self._recipes[key] = (
+                isinstance(output, tuple),
+                tuple(
+                    (leaf.shape, leaf.stride(), leaf.storage_offset(), leaf.dtype, leaf.fake_device)
+                    for leaf in leaves
+                ),
             )
         return output
 

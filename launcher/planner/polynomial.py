@@ -95,9 +95,9 @@ def symbol_prime(minimum: int, dimensions: Iterable[int], taken: Iterable[int] =
     candidate = max(2, minimum)
     while True:
         telling = [candidate, largest_prime_factor(candidate - 1), largest_prime_factor(candidate + 1)]
-        if telling[0] == largest_prime_factor(candidate) and not used.intersection(telling):
-            if all(size % factor for size in known for factor in telling):
-                return candidate
+        free = telling[0] == largest_prime_factor(candidate) and not used.intersection(telling)
+        if free and all(size % factor for size in known for factor in telling):
+            return candidate
         candidate += 1
 
 

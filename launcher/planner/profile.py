@@ -66,9 +66,5 @@ def _category(block: Block) -> Category:
 def _signature(births: Sequence[Event]) -> tuple[object, ...]:
     first = births[0]
     blocks = [event.block for event in births]
-    sizes = frozenset(
-        tuple(sorted(block.size.items()))
-        for block in blocks
-        if block.num_bytes > SMALL_BYTES
-    )
+    sizes = frozenset(tuple(sorted(block.size.items())) for block in blocks if block.num_bytes > SMALL_BYTES)
     return (first.block.operation, first.phase, first.block.region, sizes)

@@ -3,6 +3,11 @@
 Speed has no model yet, so the order of plans is two plain rules: a plan that recomputes nothing is faster than
 one that does (recomputation repeats the forward pass, about a third of a step), and among those a larger micro
 batch is faster. Knobs that change the result are not ranked by speed: the job's own order decides.
+
+Prices cost traces, so three facts save some. Among plans that accumulate gradients, a larger micro batch needs
+more. The one plan that accumulates nothing (the whole batch at once) is outside that order, since it never has
+gradients beside the activations of another micro batch; the forecaster gives it a lower bound. And what is slower
+than two plans that fit is priced only when that takes no trace.
 """
 
 from __future__ import annotations
@@ -20,20 +25,31 @@ from launcher.units import format_bytes
 AUTO_HEADROOM = 0.05
 """Share of the usable memory that `planner.headroom=auto` keeps free: a convention until residuals of past runs
 give an interval."""
+NOT_PRICED = "; not priced"
+"""Remark on a plan that may fit or not: it is slower in any case."""
+_Priced = tuple[Plan, MemoryEstimate]
 
 
 def semantic_plans(job: JobSpec) -> Iterator[Plan]:
     """One plan per acceptable combination of the knobs that change the result, best first.
 
     Method comes before length, and length before rank; free knobs have their first value.
+
+    Raises:
+        ConfigError: When a rank is pinned and no method has one.
     """
     pin, choices = job.planner.pin, job.planner.choices
     methods = (pin.method,) if pin.method else choices.method or (job.method.name,)
     lengths = (pin.max_length,) if pin.max_length else choices.max_length or (job.data.max_length,)
     ranks = (pin.rank,) if pin.rank else choices.rank or (job.method.rank,)
-    for method in methods:
-        for length in lengths:
-            for rank in ranks if method is Method.LORA else (0,):
+    if pin.rank and Method.LORA not in methods:
+        raise ConfigError(
+            f"planner.pin.rank={pin.rank} is a LoRA rank, and the job's only method is {Method.FULL.value}",
+            "unpin the rank, or allow method lora",
+        )
+    for method in dict.fromkeys(methods):
+        for length in dict.fromkeys(lengths):
+            for rank in dict.fromkeys(ranks) if method is Method.LORA else (0,):
                 yield Plan(
                     method=method,
                     rank=rank,
@@ -98,33 +114,52 @@ class _Search:
         self._job = job
         self._forecaster = forecaster
         self._splits = batch_splits(job)
+        pinned = job.planner.pin.activation_checkpointing
+        self._modes = (pinned,) if pinned else tuple(Checkpointing)
         self._headroom = headroom_bytes(job)
         self._budget = job.hardware.memory_bytes - self._headroom
+        self._by_memory = job.planner.objective is Objective.MEMORY
         self._rejected: list[Rejection] = []
+        self._bounded: list[Plan] = []
         self._considered = 0
 
     def run(self) -> PlanChoice:
         semantics = list(semantic_plans(self._job))
         for position, semantic in enumerate(semantics):
-            fitting = self._fitting(semantic)
-            verified = self._verify(fitting)
+            verified = self._best_two(semantic)
             if verified:
                 plan, estimate = verified[0]
                 left = len(semantics) - position - 1
                 return self._choice(verified, self._reason(plan, estimate, position, left))
+        self._settle_nearest()
         return self._choice([], self._why_none())
 
-    def _fitting(self, semantic: Plan) -> list[Plan]:
-        """Plans of one combination that fit, best first."""
-        pinned = self._job.planner.pin.activation_checkpointing
-        modes = (pinned,) if pinned else tuple(Checkpointing)
-        self._forecaster.prepare(self._probe(semantic, mode) for mode in modes)
+    def _best_two(self, semantic: Plan) -> list[_Priced]:
+        """The best two plans of one combination that fit at their true shapes; every other one is rejected."""
+        self._considered += len(self._modes) * len(self._splits)
+        self._forecaster.prepare(self._probe(semantic, mode) for mode in self._modes)
+        unseen = list(self._modes)
         fitting: list[Plan] = []
-        for mode in modes:
-            fitting += self._fitting_in(semantic, mode, better=fitting)
-        if self._job.planner.objective is Objective.MEMORY:
-            fitting.sort(key=lambda plan: self._forecaster.estimate(plan).peak_device_bytes)
-        return fitting
+        verified: list[_Priced] = []
+        while len(verified) < 2:
+            while unseen and (self._by_memory or len(verified) + len(fitting) < 2):
+                fitting += self._fitting_in(semantic, unseen.pop(0))
+            if not fitting:
+                return verified
+            if self._by_memory:
+                fitting.sort(key=lambda plan: self._forecaster.estimate(plan).peak_device_bytes)
+            self._forecaster.prepare(fitting[: 2 - len(verified)], exact=True)
+            plan = fitting.pop(0)
+            estimate = self._forecaster.estimate(plan, exact=True)
+            if estimate.peak_device_bytes <= self._budget:
+                verified.append((plan, estimate))
+            else:
+                self._reject_too_large(plan, estimate)
+        for plan in fitting:
+            self._reject_worse(plan, verified[0])
+        for mode in unseen:
+            self._reject_unseen(semantic, mode, verified[0])
+        return verified
 
     def _probe(self, semantic: Plan, mode: Checkpointing) -> Plan:
         """The plan priced first: without recomputation the smallest batch, which large models already fail."""
@@ -140,35 +175,36 @@ class _Search:
             gradient_accumulation_steps=split[1],
         )
 
-    def _fitting_in(self, semantic: Plan, mode: Checkpointing, better: Sequence[Plan]) -> list[Plan]:
-        """Plans of one checkpointing mode that fit, largest micro batch first; the rest is rejected."""
-        plans = [self._with(semantic, mode, split) for split in self._splits]
-        self._considered += len(plans)
-        if better and self._job.planner.objective is Objective.SPEED and len(better) > 1:
-            for plan in plans:
-                self._reject_slower(plan, better[0])
-            return []
+    def _fitting_in(self, semantic: Plan, mode: Checkpointing) -> list[Plan]:
+        """Plans of one checkpointing mode that fit, largest micro batch first; the rest is rejected.
+
+        A plan that needs less than one that fits is not priced here; it is when it is verified.
+        """
         fitting: list[Plan] = []
         failed: tuple[Plan, int] | None = None
-        for plan in self._ordered(plans):
-            if failed is not None and plan.micro_batch_size > failed[0].micro_batch_size:
-                if not self._forecaster.is_prepared(plan):
-                    self._reject_like(plan, *failed)
-                    continue
-            if fitting and plan.micro_batch_size < fitting[-1].micro_batch_size:
-                fitting.append(plan)  # needs less than one that fits; priced when it is verified
+        for plan in self._ordered([self._with(semantic, mode, split) for split in self._splits]):
+            accumulates = plan.gradient_accumulation_steps > 1
+            if accumulates and any(
+                fit.gradient_accumulation_steps > 1 and plan.micro_batch_size < fit.micro_batch_size
+                for fit in fitting
+            ):
+                fitting.append(plan)
                 continue
-            bound = self._forecaster.lower_bound_bytes(plan)
+            exceeds = failed is not None and plan.micro_batch_size > failed[0].micro_batch_size
+            if failed and exceeds and accumulates and not self._forecaster.is_prepared(plan):
+                self._reject_like(plan, *failed)
+                continue
+            bound = self._bound(plan, failed[0] if failed else None)
             if bound > self._budget:
                 self._reject_by_bound(plan, bound)
                 continue
             short = self._forecaster.estimate(plan).peak_device_bytes - self._budget
             if short <= 0:
                 fitting.append(plan)
-            else:
-                self._reject_too_large(plan)
-                if failed is None or plan.micro_batch_size < failed[0].micro_batch_size:
-                    failed = (plan, short)
+                continue
+            self._reject_too_large(plan)
+            if accumulates and (failed is None or plan.micro_batch_size < failed[0].micro_batch_size):
+                failed = (plan, short)
         return sorted(fitting, key=lambda plan: -plan.micro_batch_size)
 
     def _ordered(self, plans: list[Plan]) -> list[Plan]:
@@ -177,20 +213,28 @@ class _Search:
         rest = [plan for plan in plans if plan not in prepared]
         return sorted(prepared, key=lambda plan: -plan.micro_batch_size) + rest
 
-    def _verify(self, fitting: list[Plan]) -> list[tuple[Plan, MemoryEstimate]]:
-        """The best two that still fit when traced at their true shapes; the others are rejected."""
-        self._forecaster.prepare(fitting[:2], exact=True)
-        verified: list[tuple[Plan, MemoryEstimate]] = []
-        for plan in fitting:
-            if len(verified) == 2:
-                self._reject_slower(plan, verified[0][0])
-                continue
-            estimate = self._forecaster.estimate(plan, exact=True)
-            if estimate.peak_device_bytes <= self._budget:
-                verified.append((plan, estimate))
-            else:
-                self._reject_too_large(plan, estimate)
-        return verified
+    def _bound(self, plan: Plan, failed: Plan | None) -> int:
+        """A peak that an unpriced plan without accumulation reaches at least; 0 when nothing is known.
+
+        It is at least that of the smaller micro batch that failed, were that not accumulated either.
+        """
+        if self._forecaster.is_prepared(plan):
+            return 0
+        bound = self._forecaster.lower_bound_bytes(plan)
+        if failed is not None and plan.gradient_accumulation_steps == 1:
+            smaller = replace(plan, micro_batch_size=failed.micro_batch_size)
+            bound = max(bound, self._forecaster.lower_bound_bytes(smaller))
+        return bound
+
+    def _settle_nearest(self) -> None:
+        """Prices the plan nearest to fitting for as long as only a lower bound of it is known."""
+        while True:
+            nearest = min(self._rejected, key=lambda item: item.short_by_bytes)
+            if nearest.plan not in self._bounded:
+                return
+            self._bounded.remove(nearest.plan)
+            self._rejected.remove(nearest)
+            self._reject_too_large(nearest.plan)
 
     def _reject_too_large(self, plan: Plan, estimate: MemoryEstimate | None = None) -> None:
         known = estimate or self._forecaster.estimate(plan)
@@ -214,20 +258,47 @@ class _Search:
     def _reject_by_bound(self, plan: Plan, bound: int) -> None:
         short = bound - self._budget
         reason = f"needs at least {format_bytes(bound)}, {format_bytes(short)} over the budget"
+        self._bounded.append(plan)
         self._rejected.append(Rejection(plan, reason, short, bound))
 
-    def _reject_slower(self, plan: Plan, better: Plan) -> None:
-        recomputes = plan.activation_checkpointing is not better.activation_checkpointing
-        why = "recomputes activations" if recomputes else f"micro batch {plan.micro_batch_size}"
-        known = self._forecaster.estimate(plan).peak_device_bytes if self._forecaster.is_prepared(plan) else 0
-        reason = f"slower than the plan taken: {why} while micro batch {better.micro_batch_size} fits"
+    def _reject_unseen(self, semantic: Plan, mode: Checkpointing, best: _Priced) -> None:
+        """Rejects a whole mode that is slower than the two plans found."""
+        for split in self._splits:
+            plan = self._with(semantic, mode, split)
+            bound = self._bound(plan, None)
+            if bound > self._budget:
+                self._reject_by_bound(plan, bound)
+            else:
+                self._reject_worse(plan, best, "" if self._is_cheap(plan) else NOT_PRICED)
+
+    def _reject_worse(self, plan: Plan, best: _Priced, remark: str = "") -> None:
+        """Rejects a plan that ranks below the two plans found."""
+        known = self._forecaster.estimate(plan).peak_device_bytes if self._is_cheap(plan) else 0
+        better, estimate = best
+        if known > self._budget:
+            self._reject_too_large(plan)
+            return
+        if self._by_memory:
+            reason = (
+                f"fits, and needs {format_bytes(known - estimate.peak_device_bytes)} more than the plan taken"
+            )
+        else:
+            recomputes = plan.activation_checkpointing is not better.activation_checkpointing
+            why = "recomputes activations" if recomputes else f"micro batch {plan.micro_batch_size}"
+            reason = (
+                f"slower than the plan taken: {why} while micro batch {better.micro_batch_size} fits{remark}"
+            )
         self._rejected.append(Rejection(plan, reason, 0, known))
 
-    def _choice(self, verified: Sequence[tuple[Plan, MemoryEstimate]], reason: str) -> PlanChoice:
+    def _is_cheap(self, plan: Plan) -> bool:
+        return self._by_memory or self._forecaster.is_prepared(plan)
+
+    def _choice(self, verified: Sequence[_Priced], reason: str) -> PlanChoice:
         best, second = (*verified, (None, None), (None, None))[:2]
         rejected = list(self._rejected)
         if second[0] is not None and second[1] is not None:
-            text = "the runner-up: fits, and is slower by the planner's rules"
+            worse = "needs more memory" if self._by_memory else "is slower by the planner's rules"
+            text = f"the runner-up: fits, and {worse}"
             rejected.append(Rejection(second[0], text, 0, second[1].peak_device_bytes))
         return PlanChoice(
             plan=best[0],
@@ -252,10 +323,13 @@ class _Search:
             f"{plan.activation_checkpointing.value}"
         )
 
-
     def _reason(self, plan: Plan, estimate: MemoryEstimate, position: int, left: int) -> str:
         pin, free = self._job.planner.pin, self._budget - estimate.peak_device_bytes
-        words = ["first choice of the job" if position == 0 else f"choice {position + 1} of the job's ordered lists"]
+        words = [
+            "first choice of the job"
+            if position == 0
+            else f"choice {position + 1} of the job's ordered lists"
+        ]
         if self._job.planner.objective is Objective.MEMORY:
             words.append("it needs the least memory")
         else:

@@ -83,7 +83,7 @@ class Tape(TorchDispatchMode):
     """The operation that could not be run; empty while there is none."""
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self._live: dict[int, Block] = {}
         self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._sizes: dict[tuple[tuple[int, ...], int], dict[Exponents, int]] = {}

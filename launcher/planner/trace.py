@@ -75,7 +75,7 @@ def regime_lines(subject: TraceSubject) -> Lines:
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None)
     slides = window and (kinds is None or "sliding_attention" in kinds)
-    lengths = {int(window)} if slides else set()
+    lengths: set[int] = {int(window)} if window and slides else set()
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk:
         lengths.add(int(chunk) + 1)
@@ -257,7 +257,9 @@ class _Rehearsal:
                 "train_sampling_strategy": "sequential",
                 "dataset_kwargs": {"skip_prepare_dataset": True},
                 "dataloader_pin_memory": False,
-                "bf16": plan.precision.value.endswith("_mixed"),  # fp16 has the same sizes, and no CPU autocast
+                "bf16": plan.precision.value.endswith(
+                    "_mixed"
+                ),  # fp16 has the same sizes, and no CPU autocast
                 "fp16": False,
             },
         )
@@ -304,7 +306,9 @@ class _Rehearsal:
         self.tape.region = Region.OUTSIDE
 
     def _listen(self, trainer: SFTTrainer) -> None:
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base: Any = self.model
+        if hasattr(base, "get_base_model"):
+            base = base.get_base_model()
         backbone = base.base_model
         backbone.register_forward_pre_hook(self._backbone_begins)
         backbone.register_forward_hook(self._backbone_ends)
@@ -347,7 +351,7 @@ class _Rehearsal:
 
 
 def _state_tensors(trainer: SFTTrainer) -> list[torch.Tensor]:
-    states = trainer.optimizer.state.values()
+    states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
     return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
 
 

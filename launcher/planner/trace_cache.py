@@ -21,7 +21,6 @@ from launcher.planner.tracer import Subject, SubjectFacts
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
 
 
-
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that a trace runs through."""
     versions = {}

@@ -107,4 +107,3 @@ def twins() -> Mapping[Any, Callable[..., Any]]:
         aten._index_put_impl_.default: index_put_in_place,
         aten._grouped_mm.default: grouped_mm,
     }
-

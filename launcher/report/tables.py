@@ -17,9 +17,9 @@ REJECTED_SHOWN = 8
 def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
     """A plan, what it needs, and what else was considered."""
     hardware = job.hardware
+    product = f" ({hardware.product})" if hardware.product else ""
     lines = [
-        f"job       {job.recipe}: {job.model.path} on {hardware.name}"
-        + (f" ({hardware.product})" if hardware.product else ""),
+        _wrapped("job      ", f"{job.recipe}: {job.model.path} on {hardware.name}{product}"),
         f"memory    {format_bytes(choice.capacity_bytes)} usable, {format_bytes(choice.headroom_bytes)} headroom",
     ]
     if choice.plan is None or choice.estimate is None:
@@ -33,7 +33,10 @@ def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
         ]
     lines += [_wrapped("note     ", note) for note in choice.notes]
     if choice.rejected:
-        lines += ["", f"not taken ({len(choice.rejected)} of {choice.num_considered} considered, nearest first)"]
+        lines += [
+            "",
+            f"not taken ({len(choice.rejected)} of {choice.num_considered} considered, nearest first)",
+        ]
         lines += [_rejection(item.plan, item.reason) for item in choice.rejected[:REJECTED_SHOWN]]
         hidden = len(choice.rejected) - REJECTED_SHOWN
         if hidden > 0:
@@ -67,7 +70,11 @@ def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
     lines = aligned(rows)
     lines += ["", f"what is alive at the highest moment ({peak.phase.value})"]
     parts = sorted(peak.by_category_bytes.items(), key=lambda item: -item[1])
-    rows = [[f"  {name.value}", format_bytes(size), _share(size, peak.allocated_bytes)] for name, size in parts if size]
+    rows = [
+        [f"  {name.value}", format_bytes(size), _share(size, peak.allocated_bytes)]
+        for name, size in parts
+        if size
+    ]
     rows.append(["  tensors", format_bytes(peak.allocated_bytes), "100.0 %"])
     if estimate.context_bytes:
         rows.append(["  context and workspaces", format_bytes(estimate.context_bytes), ""])
@@ -147,7 +154,7 @@ def runs_text(records: Sequence[RunRecord], notes: Sequence[str]) -> str:
     """Past runs, newest first: predicted, measured, error."""
     if not records:
         return "\n".join(["no runs", *notes])
-    rows = [["started", "recipe", "method", "outcome", "predicted", "measured", "error"]]
+    rows = [["started", "recipe", "outcome", "predicted", "measured", "error"]]
     for record in records:
         predicted = (record.predicted_as_run or record.predicted).peak_allocated_bytes
         measured = record.measured.peak_allocated_bytes if record.measured else None
@@ -155,22 +162,27 @@ def runs_text(records: Sequence[RunRecord], notes: Sequence[str]) -> str:
             [
                 record.started[:16].replace("T", " "),
                 record.recipe,
-                record.plan.method.value,
                 record.outcome.status.value,
                 format_bytes(predicted),
                 format_bytes(measured) if measured else "-",
                 f"{signed_percent(predicted, measured):+.3f} %" if measured else "-",
             ]
         )
-    return "\n".join([*aligned(rows), *notes])
+    too_wide = max(map(len, aligned(rows, num_words=3))) - WIDTH
+    if too_wide > 0:
+        room = max(len(row[1]) for row in rows) - too_wide
+        rows = [
+            [row[0], row[1] if len(row[1]) <= room else f"{row[1][: room - 2]}..", *row[2:]] for row in rows
+        ]
+    return "\n".join([*aligned(rows, num_words=3), *notes])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text: the first left-aligned, the others right-aligned."""
+def aligned(rows: Sequence[Sequence[str]], num_words: int = 1) -> list[str]:
+    """Columns of text: the first `num_words` left-aligned, the others, which are figures, right-aligned."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     return [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i < num_words else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=False))
         ).rstrip()
         for row in rows

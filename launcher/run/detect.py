@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,23 +105,26 @@ def is_here(hardware: HardwareSpec, devices: tuple[DetectedDevice, ...]) -> bool
     """Whether this machine has what a plan was made for."""
     if hardware.kind is DeviceKind.CPU:
         return True
-    return any(hardware.product == device.product for device in devices) or any(
-        _simplified(hardware.product) in _simplified(device.product) for device in devices
-    )
+    return any(_is_product(hardware.product, device) for device in devices)
 
 
 def _match(device: DetectedDevice, entries: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The built-in facts of the same product with the nearest memory."""
     same = [
-        entry
-        for entry in entries
-        if entry.get("kind") == "cuda" and _simplified(entry["product"]) in _simplified(device.product)
+        entry for entry in entries if entry.get("kind") == "cuda" and _is_product(entry["product"], device)
     ]
     return min(same, key=lambda entry: abs(entry["memory_bytes"] - device.memory_bytes), default=None)
 
 
-def _simplified(product: str) -> str:
-    return "".join(character for character in product.lower() if character.isalnum())
+def _is_product(product: str, device: DetectedDevice) -> bool:
+    """Whether the product's words stand together in the device's name: an L40S is no L4."""
+    wanted, words = _words(product), _words(device.product)
+    starts = range(len(words) - len(wanted) + 1)
+    return bool(wanted) and any(words[start : start + len(wanted)] == wanted for start in starts)
+
+
+def _words(product: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", product.lower())
 
 
 def _from_facts(facts: Mapping[str, Any]) -> HardwareSpec:

@@ -57,14 +57,14 @@ def _own_facts(model: ModelSpec, path: str) -> ModelSpec:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
     except OSError as failure:
         raise DataError(
             f"`{file}` can't be read: {failure}", "`model.path` must hold a config.json, or be a hub id"
         ) from failure
     except ValueError as failure:
         raise DataError(f"`{file}` is not JSON: {failure}") from failure
-    if "model_type" not in config:
+    if not isinstance(config, dict) or "model_type" not in config:
         raise DataError(f"`{file}` has no `model_type`", "is it the config.json of a transformers model?")
     return config
 

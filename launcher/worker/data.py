@@ -12,48 +12,20 @@ earlier turns) are an error.
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import importlib
-import importlib.util
-import inspect
 import itertools
-import json
-import os
-import random
-import re
-import sys
-import sysconfig
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import IO, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
-import datasets
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from launcher.errors import ConfigError, DataError
+from launcher.errors import DataError
 from launcher.job import DataFormat, DataSpec, EvaluationSpec
+from launcher.worker.python_docs import SourceRow
+from launcher.worker.source_rows import kind_of, read_rows
 
-BUILTIN_PREFIX: Final = "builtin:"
-PYTHON_DOCS: Final = "builtin:python_docs"
-FILE_SUFFIXES: Final = (".json", ".jsonl")
-LEGAL_SUFFIXES: Final = " or ".join(FILE_SUFFIXES)
-FILE_HINT: Final = "the file must hold a JSON array, or one JSON object a line"
-HUB_ID: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ROWS_PER_CHUNK: Final = 10_000
 """Rows turned into Arrow at a time: what is held as Python objects when a file has one object a line."""
-
-
-@dataclass(frozen=True)
-class SourceRow:
-    """One example as it was found."""
-
-    where: str
-    """File or data set, row counted from 1, and the line where lines count."""
-    fields: Mapping[str, object]
-    """The row's keys and values, unchecked."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +52,6 @@ class Layout:
     """Its keys, for error messages."""
     normalise: Callable[[SourceRow], dict[str, Any]]
     """Checks a row and lays it out for training; DataError names row and field."""
-
-
-@dataclass(frozen=True)
-class Elided:
-    """Stands in a signature for a default that is not shown."""
-
-    def __repr__(self) -> str:
-        """The sign that Python's own stubs use."""
-        return "..."
 
 
 class HasChatTemplate(Protocol):
@@ -125,7 +88,7 @@ def load_examples(data: DataSpec) -> Dataset:
         ConfigError: The path is empty, or names no built-in data set.
         DataError: The examples can't be found or read, their layout is not recognised, or a row is malformed.
     """
-    rows = _read_rows(data)
+    rows = read_rows(data)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{data.path} holds no examples")
@@ -199,9 +162,9 @@ def _normalised(rows: Iterator[SourceRow], layout: Layout) -> Iterator[dict[str,
         _require_text_only(row.fields, row.where)
         example = layout.normalise(row)
         for field, value in example.items():
-            if kinds.setdefault(field, _kind(value)) != _kind(value):
+            if kinds.setdefault(field, kind_of(value)) != kind_of(value):
                 raise DataError(
-                    f"{row.where}: `{field}` is {_kind(value)}, but was {kinds[field]} in the rows before",
+                    f"{row.where}: `{field}` is {kind_of(value)}, but was {kinds[field]} in the rows before",
                     hint="give all rows the same layout",
                 )
         yield example
@@ -213,117 +176,6 @@ def _features(example: Mapping[str, Any]) -> Features:
     return Features(
         {name: turns if isinstance(value, list) else Value("string") for name, value in example.items()}
     )
-
-
-# ------------------------------------------------------------------------------------------- reading the rows
-
-
-def _read_rows(data: DataSpec) -> Iterator[SourceRow]:
-    """Finds out what `data.path` is and reads it, lazily where it can be."""
-    if not data.path:
-        raise ConfigError("data.path is empty", hint=f"give a file, a folder, a hub id, or `{PYTHON_DOCS}`")
-    if data.path.startswith(BUILTIN_PREFIX):
-        if data.path != PYTHON_DOCS:
-            raise ConfigError(f"there is no built-in data set `{data.path}`; there is `{PYTHON_DOCS}`")
-        return _rows_of_python_docs()
-    local = Path(data.path)
-    try:
-        local = local.expanduser()
-        if local.is_dir():
-            return itertools.chain.from_iterable(map(_rows_of_file, _files_of(local)))
-        if local.is_file():
-            return _rows_of_file(local)
-    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
-        raise DataError(f"can't read {local}: {error}") from error
-    if HUB_ID.fullmatch(data.path) and local.suffix.lower() not in FILE_SUFFIXES:
-        return _rows_of_hub(data.path, data.split)
-    raise DataError(
-        f"there is no file or folder {local}",
-        hint=f"legal: a {LEGAL_SUFFIXES} file, a folder of them, a hub id, or `{PYTHON_DOCS}`",
-    )
-
-
-def _files_of(folder: Path) -> list[Path]:
-    """The data files right inside a folder, by name; DataError when there are none."""
-    files = sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in FILE_SUFFIXES and file.is_file()
-    )
-    if not files:
-        raise DataError(f"folder {folder} holds no {LEGAL_SUFFIXES} files")
-    return files
-
-
-def _rows_of_file(file: Path) -> Iterator[SourceRow]:
-    """Reads a JSON array, or one JSON object a line, whichever the first character announces."""
-    if file.suffix.lower() not in FILE_SUFFIXES:
-        raise DataError(f"{file} is no {LEGAL_SUFFIXES} file", hint="convert it to one object a line")
-    number = 0
-    try:
-        with file.open("rb") as stream:
-            read_values = _values_of_array if _opens_array(stream) else _values_of_lines
-            values = read_values(file, stream)
-            for number, (line, value) in enumerate(values, start=1):
-                where = f"{file}, row {number}" + (f" (line {line})" if line else "")
-                if not isinstance(value, dict):
-                    raise DataError(f"{where}: expected an object, found {_kind(value)}")
-                yield SourceRow(where, value)
-    except OSError as error:
-        raise DataError(f"can't read {file}: {error}") from error
-    if number == 0:
-        raise DataError(f"{file} holds no examples", hint=FILE_HINT)
-
-
-def _opens_array(stream: IO[bytes]) -> bool:
-    """Whether the first character that is no white space opens an array.
-
-    Leaves the stream at its beginning, or behind the byte order mark that Windows programs put there.
-    """
-    start = len(codecs.BOM_UTF8) if stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
-    stream.seek(start)
-    opening = next(filter(None, map(bytes.strip, stream)), b"")
-    stream.seek(start)
-    return opening.startswith(b"[")
-
-
-def _values_of_array(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, object]]:
-    """Parses a whole file as one JSON array; line numbers are unknown (0)."""
-    values = _parsed(stream.read().rstrip(), file, first_line=1)
-    if isinstance(values, list):
-        yield from ((0, value) for value in values)
-
-
-def _values_of_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, object]]:
-    """Parses one JSON value a line; blank lines are skipped. Lines count from 1."""
-    for line_number, line in enumerate(stream, start=1):
-        if line.strip():
-            yield line_number, _parsed(line.rstrip(), file, first_line=line_number)
-
-
-def _parsed(encoded: bytes, file: Path, first_line: int) -> object:
-    """Parses JSON that begins at a line of a file; DataError names the line that is malformed."""
-    try:
-        parsed: object = json.loads(encoded.decode())
-    except UnicodeDecodeError as error:
-        line = first_line + encoded.count(b"\n", 0, error.start)
-        raise DataError(f"{file}, line {line}: not UTF-8 text", hint="save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{file}, line {line}: malformed JSON: {error.msg}", hint=FILE_HINT) from error
-    except (ValueError, RecursionError) as error:  # thousands of digits in a number, thousands of brackets
-        raise DataError(f"{file}, line {first_line}: unreadable JSON: {error}", hint=FILE_HINT) from error
-    return parsed
-
-
-def _rows_of_hub(hub_id: str, split: str) -> Iterator[SourceRow]:
-    """Loads one split of a hub data set; every failure of the hub or its files is a DataError."""
-    try:
-        loaded = datasets.load_dataset(hub_id, split=split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"can't load split `{split}` of the hub data set `{hub_id}`: {error}",
-            hint=f"check the id, the split and the network; there is no local file or folder {hub_id} either",
-        ) from error
-    return (SourceRow(f"{hub_id} [{split}], row {number}", row) for number, row in enumerate(loaded, start=1))
 
 
 # ------------------------------------------------------------------------------------ checking and laying out
@@ -408,13 +260,13 @@ def _recognised(row: SourceRow) -> Layout:
 def _turns(value: object, where: str, field: str, keys: TurnKeys) -> list[dict[str, str]]:
     """Checks a list of turns and gives each a role and a content."""
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: `{field}` must be a list of turns, found {_kind(value)}")
+        raise DataError(f"{where}: `{field}` must be a list of turns, found {kind_of(value)}")
     turns = []
     for index, turn in enumerate(value):
         at = f"{field}[{index}]"
         if not isinstance(turn, dict):
             raise DataError(
-                f"{where}: `{at}` must be an object with `{keys.role}` and `{keys.text}`, found {_kind(turn)}"
+                f"{where}: `{at}` must be an object with `{keys.role}` and `{keys.text}`, found {kind_of(turn)}"
             )
         _require_text_only(turn, where, f"{at}.")
         spelt = {key: _text(turn.get(key), where, f"{at}.{key}") for key in (keys.role, keys.text)}
@@ -451,7 +303,7 @@ def _text(value: object, where: str, field: str) -> str:
     if value is None:
         raise DataError(f"{where}: `{field}` is missing")
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{field}` must be text, found {_kind(value)}")
+        raise DataError(f"{where}: `{field}` must be text, found {kind_of(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -469,157 +321,6 @@ def _require_text_only(fields: Mapping[str, object], where: str, prefix: str = "
             )
 
 
-def _kind(value: object) -> str:
-    """What a JSON value is, in words."""
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    words = {dict: "an object", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else words.get(type(value), type(value).__name__)
-
-
 def _listed(names: Mapping[str, object]) -> str:
     """Names as one line."""
     return ", ".join(f"`{name}`" for name in names) or "none"
-
-
-# --------------------------------------------------------------------------- the built-in data: Python's docs
-
-SHUFFLE_SEED: Final = 20_260
-"""Fixed, so that neighbouring pairs come from different modules, and always in the same order."""
-LONGEST_DOCSTRING: Final = 2_000
-"""Characters of a docstring that are kept."""
-LITERAL_TYPES: Final = (bool, int, float, complex, bytes)
-"""Types of defaults, besides text, that are shown in a signature."""
-SUBMODULES: Final = (
-    "collections.abc",
-    "concurrent.futures",
-    "email.message",
-    "http.client",
-    "importlib.metadata",
-    "importlib.resources",
-    "logging.handlers",
-    "os.path",
-    "unittest.mock",
-    "urllib.parse",
-    "urllib.request",
-    "xml.etree.ElementTree",
-)
-"""Documented modules inside packages; the top level is taken from the interpreter."""
-NOT_IMPORTED: Final = frozenset(
-    {
-        "antigravity",
-        "idlelib",
-        "lib2to3",
-        "readline",
-        "rlcompleter",
-        "test",
-        "this",
-        "tkinter",
-        "turtle",
-        "turtledemo",
-    }
-)
-"""Modules that open a browser or a window, print, or touch the terminal when they are imported."""
-
-
-def _rows_of_python_docs() -> Iterator[SourceRow]:
-    """Question and answer pairs about the standard library of the interpreter that runs.
-
-    The same Python on the same platform gives the same rows in the same order: about 3,700 in a second.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated modules say so when they are imported
-        documented = sorted(_documented_objects())
-    random.Random(SHUFFLE_SEED).shuffle(documented)
-    for number, (name, signature, docstring) in enumerate(documented, start=1):
-        question = f"What does `{name}` do in Python, and what is its signature?"
-        answer = f"`{name}{signature}`\n\n{docstring}"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        yield SourceRow(f"{PYTHON_DOCS}, row {number}", {"messages": turns})
-
-
-def _documented_objects() -> Iterator[tuple[str, str, str]]:
-    """Name, signature and docstring of public functions, classes and methods, each object once."""
-    public_names = {name for name in sys.stdlib_module_names if not name.startswith("_")} - NOT_IMPORTED
-    seen: dict[int, object] = {}  # by identity; the objects are kept, so that no id is used twice
-    for module_name in sorted(public_names.union(SUBMODULES)):
-        for name, member in _members_of(module_name):
-            signature, docstring = _described(member)
-            if docstring and id(member) not in seen:
-                seen[id(member)] = member
-                yield name, signature, docstring
-
-
-def _members_of(module_name: str) -> Iterator[tuple[str, object]]:
-    """Public functions and classes of a module, and the classes' own public methods, by qualified name."""
-    members: Sequence[tuple[str, object]] = ()
-    with contextlib.suppress(Exception):  # a module that this platform or build lacks fails in many ways
-        if _is_standard(module_name):
-            module = importlib.import_module(module_name)
-            names = getattr(module, "__all__", None) or _own_names(module)
-            members = [(name, getattr(module, name)) for name in sorted(names) if hasattr(module, name)]
-    prefix = "" if module_name == "builtins" else f"{module_name}."
-    for name, member in members:
-        if name.startswith("_") or not (inspect.isroutine(member) or inspect.isclass(member)):
-            continue
-        yield f"{prefix}{name}", member
-        if inspect.isclass(member):
-            for method_name, method in sorted(vars(member).items()):
-                if inspect.isroutine(method) and not method_name.startswith("_"):
-                    yield f"{prefix}{name}.{method_name}", method
-
-
-def _own_names(module: object) -> list[str]:
-    """Names that a module without `__all__` defines itself, as opposed to those it imported."""
-    own = getattr(module, "__name__", "")
-    return [name for name, member in vars(module).items() if getattr(member, "__module__", None) == own]
-
-
-def _is_standard(module_name: str) -> bool:
-    """Whether a name leads into the standard library, and not to a user's file of the same name."""
-    spec = importlib.util.find_spec(module_name)
-    if spec is None or spec.origin is None:
-        return False
-    if spec.origin in ("built-in", "frozen"):
-        return True
-    origin = Path(spec.origin).resolve()
-    folders = {Path(os.__file__).parent.resolve(), Path(sysconfig.get_path("platstdlib")).resolve()}
-    return "site-packages" not in origin.parts and not folders.isdisjoint(origin.parents)
-
-
-def _described(member: object) -> tuple[str, str]:
-    """Signature and cleaned docstring of a function, class or method; both empty when one is lacking."""
-    documented = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
-    docstring = documented.__doc__
-    if not isinstance(docstring, str) or not docstring.strip() or not callable(documented):
-        return "", ""
-    try:
-        signature = _portable(inspect.signature(documented))
-    except (TypeError, ValueError):
-        return "", ""
-    cleaned = inspect.cleandoc(docstring)
-    if len(cleaned) > LONGEST_DOCSTRING:
-        cleaned = cleaned[:LONGEST_DOCSTRING].rpartition("\n")[0] or cleaned[:LONGEST_DOCSTRING]
-    return signature, cleaned
-
-
-def _portable(signature: inspect.Signature) -> str:
-    """Writes a signature with `...` for each default that is no literal.
-
-    Such defaults hold what belongs to one process or one machine: memory addresses, paths, and even the whole
-    environment with its secrets, which no model may learn.
-    """
-    parameters = [
-        parameter if _is_literal(parameter.default) else parameter.replace(default=Elided())
-        for parameter in signature.parameters.values()
-    ]
-    return str(signature.replace(parameters=parameters))
-
-
-def _is_literal(default: object) -> bool:
-    """Whether a default (or its absence) reads the same on every machine."""
-    if type(default) is tuple:
-        return all(map(_is_literal, default))
-    if isinstance(default, str):
-        return not Path(default).is_absolute()
-    return default is None or default is inspect.Parameter.empty or type(default) in LITERAL_TYPES

@@ -1,8 +1,8 @@
 """The meter: measures what really happened, never with the tracer's own bookkeeping.
 
 On CUDA torch's allocator counters, and NVML for the device. On CPU the allocator has no counters: torch's
-profiler reports every allocation and release of the CPU allocator, also those inside kernels, and their running
-sum on top of what was alive before is the measurement.
+profiler reports every allocation and release of the CPU allocator, also those inside kernels, and their
+running sum on top of what was alive before is the measurement.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def live_tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def all_live_tensors() -> list[torch.Tensor]:
     """Every tensor that Python holds."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
 def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[Category, int]:

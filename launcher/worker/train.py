@@ -1,11 +1,12 @@
 """The worker: one process that trains, watched by the meter. Started by `accelerate launch`.
 
-It reads its order from the run directory and leaves there what it measured, how it ended, and the trained model.
-Its exit code is the launcher's: 0, 4 (out of memory), 5 (data), 6 (anything else), 130 (interrupted).
+It reads its order from the run directory and leaves there what it measured, how it ended, and the trained
+model. Its exit code is the launcher's: 0, 4 (out of memory), 5 (data), 6 (anything else), 130 (interrupted).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -77,8 +78,8 @@ class Progress:
     gradient_bytes: int = 0
 
 
-class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers exports it untyped
-    """Prints a line per logged step, appends it to metrics.jsonl, and turns an interrupt into a saved stop."""
+class ProgressCallback(TrainerCallback):
+    """Prints a line per logged step, appends it to metrics.jsonl, turns an interrupt into a saved stop."""
 
     def __init__(self, progress: Progress, plan: Plan, metrics: Path | None, report: Callable[[str], None]):
         self._progress = progress
@@ -202,7 +203,7 @@ def _watch_shapes(trainer: SFTTrainer, progress: Progress, num_batches: int) -> 
     collate = trainer.data_collator
     remaining = [num_batches]
 
-    def collate_and_note(examples: Sequence[Any]) -> Any:
+    def collate_and_note(examples: list[Any]) -> Any:
         batch = collate(examples)
         if remaining[0] > 0:
             remaining[0] -= 1
@@ -299,7 +300,7 @@ def has_checkpoint(paths: RunPaths) -> bool:
 
 
 def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
-    """The first interrupt asks the training loop to save and stop; outside of it, and the second time, it ends."""
+    """The first interrupt asks the loop to save and stop; a second one, or one before the loop, ends it."""
     if progress.stop_asked or not progress.step_ends:
         raise KeyboardInterrupt
     progress.stop_asked = True
@@ -315,7 +316,7 @@ def _classify(failure: BaseException) -> Status:
 
 def _outcome(status: Status, message: str, seconds: float, progress: Progress, plan: Plan) -> WorkerOutcome:
     ends = progress.step_ends
-    steps = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(ends)]
     settled = steps[METERED_STEPS:]  # the meter slows the first steps down
     median = statistics.median(settled) if settled else None
     return WorkerOutcome(

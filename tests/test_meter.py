@@ -1,0 +1,124 @@
+"""The CPU meter against allocations worked out by hand: peaks per phase, loading, residents, live tensors.
+
+The meter never asks the tracer; here it watches plain tensors whose sizes are known.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.memory import Category, Phase
+from launcher.worker.meter import (
+    METERED_STEPS,
+    CpuMeter,
+    live_tensor_bytes,
+    process_memory_bytes,
+    weigh_gradients,
+    weigh_residents,
+)
+
+MIB = 1 << 20
+SLACK_BYTES = 4096
+"""Profiler marks and small bookkeeping tensors."""
+
+
+def peaks_of(meter: CpuMeter) -> dict[Phase, int]:
+    return {phase.phase: phase.allocated_bytes for phase in meter.finish()}
+
+
+def other_tensors_bytes(*known: torch.Tensor) -> int:
+    """Bytes of tensors that other tests left behind, which the meter counts as alive before."""
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return live_tensor_bytes(alive) - live_tensor_bytes(known)
+
+
+def test_peak_is_what_was_alive_before_plus_what_is_born() -> None:
+    resident = torch.ones(MIB, dtype=torch.uint8)
+    base = other_tensors_bytes(resident)
+    meter = CpuMeter()
+    meter.enter(Phase.TRAIN_STEP, 0)
+    first = torch.ones(2 * MIB, dtype=torch.uint8)
+    second = torch.ones(3 * MIB, dtype=torch.uint8)
+    del first
+    third = torch.ones(MIB, dtype=torch.uint8)
+    del second, third
+    meter.enter(Phase.OPTIMIZER_STEP, 0)
+    fourth = torch.ones(4 * MIB, dtype=torch.uint8)
+    del fourth
+    peaks = peaks_of(meter)
+    assert peaks[Phase.TRAIN_STEP] - base == pytest.approx(6 * MIB, abs=SLACK_BYTES)
+    assert peaks[Phase.OPTIMIZER_STEP] - base == pytest.approx(5 * MIB, abs=SLACK_BYTES)
+
+
+def test_temporaries_inside_a_kernel_are_seen() -> None:
+    """An outer product summed away: the product is never held by Python, and still counts."""
+    column, row = torch.ones(1024, 1), torch.ones(1, 1024)
+    base = other_tensors_bytes()
+    meter = CpuMeter()
+    meter.enter(Phase.TRAIN_STEP, 0)
+    total = (column + row).sum()
+    peaks = peaks_of(meter)
+    assert total.item() == 2 * 1024 * 1024
+    assert peaks[Phase.TRAIN_STEP] - base == pytest.approx(4 * MIB, abs=SLACK_BYTES)
+
+
+def test_only_the_first_steps_are_profiled() -> None:
+    meter = CpuMeter()
+    for step in range(METERED_STEPS + 3):
+        meter.enter(Phase.TRAIN_STEP, step)
+        late = torch.ones((64 if step >= METERED_STEPS else 1) * MIB, dtype=torch.uint8)
+        del late
+        meter.enter(Phase.OPTIMIZER_STEP, step)
+    peaks = peaks_of(meter)
+    assert peaks[Phase.TRAIN_STEP] < other_tensors_bytes() + 32 * MIB
+
+
+def test_a_late_first_evaluation_is_still_measured() -> None:
+    meter = CpuMeter()
+    for step in range(METERED_STEPS + 2):
+        meter.enter(Phase.TRAIN_STEP, step)
+    base = other_tensors_bytes()
+    meter.enter(Phase.EVALUATION, METERED_STEPS + 2)
+    evaluated = torch.ones(7 * MIB, dtype=torch.uint8)
+    del evaluated
+    meter.enter(Phase.TRAIN_STEP, METERED_STEPS + 2)
+    assert peaks_of(meter)[Phase.EVALUATION] - base == pytest.approx(7 * MIB, abs=SLACK_BYTES)
+
+
+def test_loading_counts_the_transient_above_what_stays() -> None:
+    base = other_tensors_bytes()
+    meter = CpuMeter()
+    with meter.measure_load():
+        stored = torch.ones(2 * MIB, dtype=torch.bfloat16)
+        held = stored.float()
+        del stored
+    assert peaks_of(meter)[Phase.LOAD] - base == pytest.approx(12 * MIB, abs=SLACK_BYTES)
+    assert held.numel() == 2 * MIB
+
+
+def test_residents_are_weighed_once_each() -> None:
+    model = nn.Linear(256, 256, bias=False)
+    model.tied = model.weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 256)).sum().backward()
+    assert weigh_gradients(model) == 256 * 256 * 4
+    optimizer.step()
+    resident = weigh_residents(model, optimizer)
+    assert resident[Category.PARAMETERS] == 256 * 256 * 4
+    assert resident[Category.BUFFERS] == 0
+    assert resident[Category.OPTIMIZER_STATE] == 2 * 256 * 256 * 4 + 4  # two moments and a step counter
+
+
+def test_views_share_their_storage() -> None:
+    base = torch.ones(1000)
+    assert live_tensor_bytes([base, base[10:], base.view(10, 100)]) == 4000
+
+
+def test_process_memory_has_a_peak_above_now() -> None:
+    memory = process_memory_bytes()
+    assert 0 < memory["now"] <= memory["peak"]

@@ -1,0 +1,146 @@
+"""Proves that every recipe says what it is, composes, and has a plan that fits the device its own command names.
+
+Plans are made by the real `launch` command with real traces; no weights, no network, no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config import config_root, group_choices, load_job
+from launcher.job import Action
+
+RECIPES = sorted((config_root() / "recipes").rglob("*.yaml"))
+LAUNCH = str(Path(sys.executable).with_name("launch"))
+HEADER = ("What", "Command", "Peak", "Verified")
+PLAN_KEYS = {
+    "method",
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "activation_checkpointing",
+    "zero_stage",
+    "offload_optimizer",
+    "offload_parameters",
+}
+PREDICTED_KEYS = {
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "peak_device_bytes",
+    "peak_phase",
+    "by_category_bytes",
+    "by_phase_bytes",
+    "host_peak_bytes",
+    "step_seconds",
+    "tokens_per_second",
+}
+DOCUMENT_KEYS = {
+    "feasible",
+    "plan",
+    "predicted",
+    "capacity_bytes",
+    "headroom_bytes",
+    "rejected",
+    "run_dir",
+    "versions",
+    "planning_seconds",
+}
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+
+
+def header(recipe: Path) -> dict[str, str]:
+    """The four comment lines under the package line."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# @package _global_"
+    matches = [re.fullmatch(r"# ([A-Z][a-z]+): (.+)", line) for line in lines[1:5]]
+    assert all(matches), lines[1:5]
+    return {match[1]: match[2] for match in matches if match}
+
+
+def command(recipe: Path) -> list[str]:
+    """The arguments of the recipe's own command."""
+    program, *arguments = shlex.split(header(recipe)["Command"])
+    assert program == "launch"
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Traces that the recipes share."""
+    return tmp_path_factory.mktemp("traces")
+
+
+def test_recipes_are_found() -> None:
+    assert len(RECIPES) >= 6
+    assert {path.stem for path in RECIPES} == set(group_choices("recipe"))
+
+
+@every_recipe
+def test_recipe_says_what_it_is(recipe: Path) -> None:
+    comments = header(recipe)
+    assert tuple(comments) == HEADER
+    assert re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*_(lora|full)", recipe.stem)
+    assert re.search(r"\b20\d\d-\d\d-\d\d\b", comments["Verified"])
+    job = load_job(command(recipe))
+    assert job.recipe == recipe.stem
+    assert job.action is Action.RUN
+    assert job.method.name.value == recipe.stem.rsplit("_", 1)[1]
+
+
+@every_recipe
+def test_recipe_plans_on_the_device_of_its_command(recipe: Path, trace_cache: Path, tmp_cwd: Path) -> None:
+    done = subprocess.run(
+        [LAUNCH, *command(recipe), "action=plan", "output=json", f"trace_cache={trace_cache}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    assert set(document) >= DOCUMENT_KEYS
+    assert document["feasible"] is True
+    assert set(document["plan"]) >= PLAN_KEYS
+    assert set(document["predicted"]) >= PREDICTED_KEYS
+    assert list(tmp_cwd.iterdir()) == []
+    check_figures(document)
+    check_against_job(document, command(recipe))
+
+
+def check_figures(document: dict[str, Any]) -> None:
+    """The plan fits, its parts sum to the whole, and what was rejected for its size does not fit."""
+    predicted, budget = document["predicted"], document["capacity_bytes"] - document["headroom_bytes"]
+    assert 0 < predicted["peak_allocated_bytes"] <= predicted["peak_device_bytes"] <= budget
+    assert sum(predicted["by_category_bytes"].values()) == predicted["peak_allocated_bytes"]
+    assert predicted["by_phase_bytes"][predicted["peak_phase"]] == predicted["peak_allocated_bytes"]
+    assert max(predicted["by_phase_bytes"].values()) == predicted["peak_allocated_bytes"]
+    for item in document["rejected"]:
+        assert item["reason"]
+        assert set(item["plan"]) == set(document["plan"])
+        assert item["plan"] != document["plan"]
+        if item["short_by_bytes"]:
+            assert item["peak_device_bytes"] == budget + item["short_by_bytes"]
+
+
+def check_against_job(document: dict[str, Any], arguments: list[str]) -> None:
+    """The planner kept what changes the result."""
+    job, plan = load_job(arguments), document["plan"]
+    batch = plan["micro_batch_size"] * plan["gradient_accumulation_steps"]
+    assert batch == job.training.global_batch_size
+    assert plan["method"] == job.method.name.value
+    assert plan["precision"] == job.training.precision.value
+    assert plan["max_length"] in (job.planner.choices.max_length or (job.data.max_length,))
+    assert plan["rank"] in (
+        (0,) if plan["method"] == "full" else job.planner.choices.rank or (job.method.rank,)
+    )
+    if job.hardware.memory_bytes:
+        assert document["capacity_bytes"] == job.hardware.memory_bytes

@@ -1,0 +1,459 @@
+"""Proves that the search finds what trying every plan would find, and says something true of every other plan.
+
+Traces are played by a memory law written by hand: affine in batch x length on either side of the loss tile, with
+gradients that only accumulating plans hold beside activations. Brute force prices every plan by the law itself;
+the search may only use the interface of `Forecaster`, whose traces are counted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+
+import pytest
+
+from launcher.errors import ConfigError
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import (
+    Attention,
+    Checkpointing,
+    ChoicesSpec,
+    DataSpec,
+    JobSpec,
+    Loss,
+    Method,
+    MethodSpec,
+    Objective,
+    PinSpec,
+    PlannerSpec,
+    TrainingSpec,
+)
+from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
+from launcher.plan import Plan, PlanChoice
+from launcher.planner.forecast import Forecaster
+from launcher.planner.search import AUTO_HEADROOM, NOT_PRICED, headroom_bytes, search
+
+KEPT, RECOMPUTED = Checkpointing.NONE, Checkpointing.FULL
+SEEDS = range(30)
+
+
+@dataclass(frozen=True)
+class Law:
+    """Memory of an imagined model, bytes."""
+
+    parameters: int = 1_000_000
+    per_rank: int = 4_000
+    per_token_kept: int = 500
+    per_token_recomputed: int = 90
+    logits_per_token: int = 60
+    tile: int = 256
+    context: int = 20_000
+    surplus: int = 0
+    """What the true shape needs beyond what the regime's skyline says."""
+
+    def price(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        """Both phases of a plan."""
+        tokens = plan.micro_batch_size * plan.max_length
+        trained = self.parameters if plan.method is Method.FULL else self.per_rank * plan.rank
+        keeps = plan.activation_checkpointing is KEPT
+        always = {
+            Category.PARAMETERS: self.parameters,
+            Category.OPTIMIZER_STATE: 2 * trained,
+            Category.INPUTS: 3 * tokens * plan.gradient_accumulation_steps,
+        }
+        step = always | {
+            Category.GRADIENTS: trained if plan.gradient_accumulation_steps > 1 else 0,
+            Category.ACTIVATIONS: tokens * (self.per_token_kept if keeps else self.per_token_recomputed),
+            Category.LOGITS_AND_LOSS: self.logits_per_token * min(tokens, self.tile),
+            Category.TEMPORARIES: self.surplus if exact else 0,
+        }
+        update = always | {Category.GRADIENTS: trained, Category.TEMPORARIES: trained // 2}
+        return MemoryEstimate(
+            phases=(
+                PhasePeak(Phase.TRAIN_STEP, sum(step.values()), step),
+                PhasePeak(Phase.OPTIMIZER_STEP, sum(update.values()), update),
+            ),
+            resident_bytes={Category.GRADIENTS: trained},
+            context_bytes=self.context,
+        )
+
+    def peak(self, plan: Plan) -> int:
+        """Device peak at the true shape."""
+        return self.price(plan, exact=True).peak_device_bytes
+
+
+class FakeForecaster(Forecaster):
+    """Prices by a law; remembers which traces that would have taken."""
+
+    def __init__(self, law: Law) -> None:
+        self.law = law
+        self.traced: list[object] = []
+        self.traced_exactly: list[Plan] = []
+
+    def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
+        for plan in plans:
+            if exact and plan not in self.traced_exactly:
+                self.traced_exactly.append(plan)
+            elif not exact and self._regime(plan) not in self.traced:
+                self.traced.append(self._regime(plan))
+
+    def is_prepared(self, plan: Plan) -> bool:
+        return self._regime(plan) in self.traced
+
+    def lower_bound_bytes(self, plan: Plan) -> int:
+        accumulating = replace(plan, gradient_accumulation_steps=2)
+        if plan.gradient_accumulation_steps != 1 or not self.is_prepared(accumulating):
+            return 0
+        known = self.law.price(accumulating)
+        bound = known.peak_device_bytes - known.resident_bytes[Category.GRADIENTS]
+        bound -= known.peak.by_category_bytes[Category.INPUTS]
+        assert bound <= self.law.price(plan).peak_device_bytes
+        return bound
+
+    def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        self.prepare([plan], exact=exact)
+        return self.law.price(plan, exact=exact)
+
+    def _regime(self, plan: Plan) -> object:
+        """What one trace answers for: every batch above 1 and every length on one side of the tile."""
+        over = plan.micro_batch_size * plan.max_length > self.law.tile
+        accumulates = plan.gradient_accumulation_steps > 1
+        single = plan.micro_batch_size == 1
+        return plan.method, plan.rank, plan.activation_checkpointing, single, over, accumulates
+
+
+# brute force
+
+
+def combinations(job: JobSpec) -> list[tuple[Method, int, int]]:
+    """Acceptable (method, length, rank), best first."""
+    pin, choices = job.planner.pin, job.planner.choices
+    methods = [pin.method] if pin.method else list(choices.method) or [job.method.name]
+    lengths = [pin.max_length] if pin.max_length else list(choices.max_length) or [job.data.max_length]
+    ranks = [pin.rank] if pin.rank else list(choices.rank) or [job.method.rank]
+    triples = [(m, n, r if m is Method.LORA else 0) for m, n, r in product(methods, lengths, ranks)]
+    return list(dict.fromkeys(triples))
+
+
+def all_plans(job: JobSpec, combination: tuple[Method, int, int]) -> list[Plan]:
+    """Every legal plan of a combination, fastest first."""
+    pin, total = job.planner.pin, job.training.global_batch_size
+    method, length, rank = combination
+    return [
+        Plan(
+            method=method,
+            rank=rank,
+            max_length=length,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            activation_checkpointing=mode,
+            attention=pin.attention or Attention.SDPA,
+            loss=pin.loss or Loss.CHUNKED,
+            optimizer=job.training.optimizer,
+            precision=job.training.precision,
+        )
+        for mode in (KEPT, RECOMPUTED)
+        for micro in range(total, 0, -1)
+        for accumulation in range(1, total + 1)
+        if micro * accumulation == total
+        and pin.activation_checkpointing in (None, mode)
+        and pin.micro_batch_size in (None, micro)
+        and pin.gradient_accumulation_steps in (None, accumulation)
+    ]
+
+
+def budget_of(job: JobSpec) -> int:
+    return job.hardware.memory_bytes - headroom_bytes(job)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What trying every plan finds."""
+
+    best: list[Plan]
+    """The plans that fit, of the first combination that has any, best first."""
+    visited: list[Plan]
+    """All plans of the combinations up to that one."""
+
+
+def brute_force(job: JobSpec, law: Law) -> Truth:
+    visited: list[Plan] = []
+    for combination in combinations(job):
+        plans = all_plans(job, combination)
+        visited += plans
+        fitting = [plan for plan in plans if law.peak(plan) <= budget_of(job)]
+        if job.planner.objective is Objective.MEMORY:
+            fitting.sort(key=law.peak)
+        if fitting:
+            return Truth(fitting, visited)
+    return Truth([], visited)
+
+
+# the jobs
+
+
+def job_with(
+    memory_bytes: int, planner: PlannerSpec | None = None, batch: int = 8, length: int = 64
+) -> JobSpec:
+    return JobSpec(
+        method=MethodSpec(rank=16),
+        data=DataSpec(max_length=length),
+        training=TrainingSpec(global_batch_size=batch),
+        hardware=HardwareSpec(name="imagined", kind=DeviceKind.CUDA, memory_bytes=memory_bytes),
+        planner=planner or PlannerSpec(headroom=0.0),
+    )
+
+
+def random_job(seed: int, law: Law) -> JobSpec:
+    """A job whose memory lies somewhere between too small for all plans and roomy for all."""
+    dice = random.Random(seed)
+    batch = dice.choice([1, 2, 4, 6, 12, 16, 32])
+    divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+
+    def maybe(chance: float, value: int) -> int | None:
+        return value if dice.random() < chance else None
+
+    pin = PinSpec(
+        micro_batch_size=maybe(0.15, dice.choice(divisors)),
+        activation_checkpointing=dice.choice([None, None, None, KEPT, RECOMPUTED]),
+        max_length=maybe(0.15, dice.choice([16, 48])),
+        attention=dice.choice([None, Attention.EAGER]),
+    )
+    if pin.micro_batch_size is None:
+        pin = replace(pin, gradient_accumulation_steps=maybe(0.15, dice.choice(divisors)))
+    choices = ChoicesSpec(
+        method=dice.choice([(), (Method.FULL,), (Method.FULL, Method.LORA), (Method.LORA, Method.FULL)]),
+        max_length=dice.choice([(), (128, 64, 32), (96, 24, 96)]),
+        rank=dice.choice([(), (64, 16, 8)]),
+    )
+    headroom: float = dice.choice([0.0, 0.1, 0.3])
+    planner = PlannerSpec(
+        pin=pin,
+        choices=choices,
+        headroom=dice.choice(["auto", headroom]),
+        objective=dice.choice([Objective.SPEED, Objective.SPEED, Objective.MEMORY]),
+    )
+    job = job_with(1, planner, batch)
+    peaks = [law.peak(plan) for combination in combinations(job) for plan in all_plans(job, combination)]
+    memory = round(dice.uniform(0.75 * min(peaks), 1.1 * max(peaks)))
+    return replace(job, hardware=replace(job.hardware, memory_bytes=memory))
+
+
+def random_law(seed: int) -> Law:
+    dice = random.Random(f"law {seed}")
+    return Law(
+        parameters=dice.choice([30_000, 300_000, 3_000_000]),
+        per_rank=dice.choice([100, 2_000]),
+        per_token_kept=dice.choice([300, 900]),
+        logits_per_token=dice.choice([10, 400]),
+        tile=dice.choice([100, 400, 10**9]),
+    )
+
+
+def check_everything_said(job: JobSpec, law: Law, choice: PlanChoice, truth: Truth) -> None:
+    """Every visited plan is the choice or rejected once; every figure is true."""
+    said = [item.plan for item in choice.rejected] + ([choice.plan] if choice.plan else [])
+    assert len(said) == len(set(said))
+    assert set(said) == set(truth.visited)
+    assert choice.num_considered == len(truth.visited)
+    for item in choice.rejected:
+        short = law.peak(item.plan) - budget_of(job)
+        assert item.reason
+        if item.short_by_bytes > 0:
+            assert short > 0
+            assert item.peak_bytes == item.short_by_bytes + budget_of(job)
+            is_bound = "needs at least" in item.reason or "needs more than" in item.reason
+            assert item.short_by_bytes <= short if is_bound else item.short_by_bytes == short
+        elif NOT_PRICED in item.reason:
+            assert job.planner.objective is Objective.SPEED
+            assert item.plan.activation_checkpointing is RECOMPUTED
+            assert item.peak_bytes == 0
+        else:
+            assert short <= 0
+            assert item.peak_bytes in (0, law.peak(item.plan))
+    shorts = [item.short_by_bytes for item in choice.rejected]
+    assert shorts == sorted(shorts)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_finds_what_trying_every_plan_finds(seed: int) -> None:
+    law = random_law(seed)
+    job = random_job(seed, law)
+    forecaster = FakeForecaster(law)
+    choice, truth = search(job, forecaster), brute_force(job, law)
+    assert [plan for plan in (choice.plan, choice.runner_up) if plan] == truth.best[:2]
+    check_everything_said(job, law, choice, truth)
+    assert choice.capacity_bytes == job.hardware.memory_bytes
+    assert choice.headroom_bytes == headroom_bytes(job)
+    if choice.plan:
+        assert choice.estimate == law.price(choice.plan, exact=True)
+        assert choice.plan in forecaster.traced_exactly
+    else:
+        nearest = min(truth.visited, key=law.peak)
+        assert choice.estimate is choice.runner_up_estimate is None
+        assert choice.rejected[0].short_by_bytes == law.peak(nearest) - budget_of(job)
+        assert law.peak(choice.rejected[0].plan) == law.peak(nearest)
+        assert f"micro batch {choice.rejected[0].plan.micro_batch_size}" in choice.reason
+    if choice.runner_up:
+        assert choice.runner_up_estimate == law.price(choice.runner_up, exact=True)
+        assert choice.runner_up in forecaster.traced_exactly
+
+
+def test_the_random_jobs_reach_every_outcome() -> None:
+    truths = []
+    for seed in SEEDS:
+        law = random_law(seed)
+        truths.append((job := random_job(seed, law), law, brute_force(job, law)))
+    assert sum(not truth.best for _, _, truth in truths) >= 3
+    assert sum(len(truth.best) == 1 for _, _, truth in truths) >= 2
+    assert sum(len(truth.best) >= 2 for _, _, truth in truths) >= 8
+    assert (
+        sum(
+            bool(truth.best) and truth.best[0].activation_checkpointing is RECOMPUTED
+            for _, _, truth in truths
+        )
+        >= 3
+    )
+    assert sum(job.planner.objective is Objective.MEMORY for job, _, _ in truths) >= 5
+    assert (
+        sum(len(truth.visited) > len(all_plans(job, combinations(job)[0])) for job, _, truth in truths) >= 5
+    )
+
+
+def test_many_more_jobs_agree_too() -> None:
+    for seed in range(1000, 1300):
+        law = random_law(seed)
+        job = random_job(seed, law)
+        choice, truth = search(job, FakeForecaster(law)), brute_force(job, law)
+        assert [plan for plan in (choice.plan, choice.runner_up) if plan] == truth.best[:2], seed
+        check_everything_said(job, law, choice, truth)
+
+
+# what the rules are for
+
+
+def test_not_accumulating_can_fit_where_the_smallest_micro_batch_does_not() -> None:
+    """Full fine-tuning: gradients of a first micro batch weigh more than the activations of the whole batch."""
+    law = Law(parameters=3_000_000, per_token_kept=112_500, per_token_recomputed=112_500, logits_per_token=0)
+    job = replace(job_with(1, batch=2, length=16), method=MethodSpec(name=Method.FULL))
+    whole, halves = all_plans(job, (Method.FULL, 16, 0))[:2]
+    tight = replace(job, hardware=replace(job.hardware, memory_bytes=law.peak(whole)))
+    assert (whole.gradient_accumulation_steps, halves.gradient_accumulation_steps) == (1, 2)
+    assert law.peak(halves) > law.peak(whole)
+    choice = search(tight, FakeForecaster(law))
+    assert choice.plan == whole
+    check_everything_said(tight, law, choice, brute_force(tight, law))
+
+
+def test_a_hopeless_job_takes_few_traces() -> None:
+    law = Law(parameters=10**8)
+    forecaster = FakeForecaster(law)
+    choice = search(job_with(1_000_000, batch=64), forecaster)
+    assert not choice.feasible
+    assert choice.num_considered == 14
+    assert forecaster.traced_exactly == []
+    assert len(forecaster.traced) <= 5
+
+
+def test_a_roomy_job_takes_few_traces() -> None:
+    forecaster = FakeForecaster(Law(tile=10**9))
+    choice = search(job_with(10**10, batch=64), forecaster)
+    assert choice.plan is not None and choice.plan.micro_batch_size == 64
+    assert choice.plan.activation_checkpointing is KEPT
+    assert len(forecaster.traced) <= 4
+    assert forecaster.traced_exactly == [choice.plan, choice.runner_up]
+
+
+def test_a_plan_that_fits_only_on_the_skyline_is_rejected() -> None:
+    """The true shape decides, and what was slower than the plans that then fail is looked at after all."""
+    job = job_with(1, batch=4)
+    kept = [plan for plan in all_plans(job, (Method.LORA, 64, 16)) if plan.activation_checkpointing is KEPT]
+    recomputed = [plan for plan in all_plans(job, (Method.LORA, 64, 16)) if plan not in kept]
+    law = Law(surplus=20_000, per_token_recomputed=1)
+    skyline = replace(law, surplus=0)
+    memory = skyline.peak(kept[1])
+    job = replace(job, hardware=replace(job.hardware, memory_bytes=memory))
+    assert law.peak(kept[1]) > memory >= law.peak(kept[2])
+    assert law.peak(recomputed[0]) <= memory
+    choice = search(job, FakeForecaster(law))
+    assert [choice.plan, choice.runner_up] == [kept[2], recomputed[0]]
+    check_everything_said(job, law, choice, brute_force(job, law))
+    only_second_mode = replace(
+        job, planner=replace(job.planner, headroom=1 - law.peak(recomputed[0]) / memory)
+    )
+    late = search(only_second_mode, FakeForecaster(law))
+    assert late.plan == brute_force(only_second_mode, law).best[0]
+
+
+def test_every_reason_names_figures_or_the_plan_taken() -> None:
+    law = Law()
+    job = job_with(law.peak(all_plans(job_with(1), (Method.LORA, 64, 16))[1]))
+    choice = search(job, FakeForecaster(law))
+    reasons = {item.plan.micro_batch_size: item.reason for item in choice.rejected if item.short_by_bytes}
+    assert "over the budget" in reasons[8]
+    slower = [item.reason for item in choice.rejected if not item.short_by_bytes]
+    assert any("recomputes activations" in reason for reason in slower)
+    assert any(reason.startswith("the runner-up") for reason in slower)
+    assert "micro batch 4 is the largest that fits" in choice.reason
+    assert "nothing is recomputed" in choice.reason
+
+
+def test_least_memory_is_never_called_slower() -> None:
+    job = job_with(10**10, PlannerSpec(objective=Objective.MEMORY))
+    choice = search(job, FakeForecaster(Law()))
+    assert "it needs the least memory" in choice.reason
+    assert choice.rejected and not any("slower" in item.reason for item in choice.rejected)
+
+
+def test_the_jobs_order_decides_and_the_choice_says_which_was_taken() -> None:
+    law = Law()
+    planner = PlannerSpec(
+        choices=ChoicesSpec(method=(Method.FULL, Method.LORA), max_length=(64, 32), rank=(64, 16)),
+        headroom=0.0,
+    )
+    job = job_with(1, planner)
+    small = min(law.peak(plan) for plan in all_plans(job, (Method.LORA, 64, 16)))
+    choice = search(replace(job, hardware=replace(job.hardware, memory_bytes=small)), FakeForecaster(law))
+    assert choice.plan is not None
+    assert (choice.plan.method, choice.plan.max_length, choice.plan.rank) == (Method.LORA, 64, 16)
+    assert choice.reason.startswith("choice 4 of the job's ordered lists")
+    assert "2 less wanted combinations were not priced" in choice.reason
+
+
+def test_headroom() -> None:
+    assert headroom_bytes(job_with(1000, PlannerSpec(headroom="auto"))) == round(1000 * AUTO_HEADROOM)
+    assert headroom_bytes(job_with(1000, PlannerSpec(headroom=0.25))) == 250
+    assert headroom_bytes(job_with(1000, PlannerSpec(headroom=0.0))) == 0
+
+
+@pytest.mark.parametrize(
+    "pin",
+    [
+        PinSpec(micro_batch_size=3),
+        PinSpec(gradient_accumulation_steps=5),
+        PinSpec(micro_batch_size=4, gradient_accumulation_steps=4),
+        PinSpec(micro_batch_size=16),
+    ],
+)
+def test_pins_that_do_not_make_the_global_batch_contradict(pin: PinSpec) -> None:
+    with pytest.raises(ConfigError, match=r"can't make training\.global_batch_size=8") as caught:
+        search(job_with(10**9, PlannerSpec(pin=pin)), FakeForecaster(Law()))
+    assert "the product must be 8" in caught.value.hint
+
+
+@pytest.mark.parametrize("pin", [PinSpec(rank=8, method=Method.FULL), PinSpec(rank=8)])
+def test_a_pinned_rank_contradicts_full_fine_tuning(pin: PinSpec) -> None:
+    job = replace(job_with(10**9, PlannerSpec(pin=pin)), method=MethodSpec(name=Method.FULL))
+    with pytest.raises(ConfigError, match=r"planner\.pin\.rank=8 is a LoRA rank"):
+        search(job, FakeForecaster(Law()))
+
+
+def test_a_pin_beats_the_choices() -> None:
+    planner = PlannerSpec(
+        pin=PinSpec(max_length=24, rank=2), choices=ChoicesSpec(max_length=(64,), rank=(16,))
+    )
+    choice = search(job_with(10**9, planner), FakeForecaster(Law()))
+    assert choice.plan is not None
+    assert (choice.plan.max_length, choice.plan.rank) == (24, 2)
