@@ -44,7 +44,6 @@ def build_config(entry: Mapping[str, Any]) -> PreTrainedConfig:
 
 def build_on_meta(config: PreTrainedConfig) -> torch.nn.Module:
     with torch.device("meta"):
-        # from_config carries no annotations in transformers 5.
         model = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, torch.nn.Module)
     return model
