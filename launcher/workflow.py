@@ -16,11 +16,11 @@ from launcher.config import catalogue_entry, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind
-from launcher.job import JobSpec, Precision
+from launcher.job import Attention, JobSpec, Precision
 from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import PlanChoice
 from launcher.planner.forecast import Forecaster
-from launcher.planner.search import search
+from launcher.planner.search import search, semantic_plans
 from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer
 from launcher.report import tables
@@ -91,7 +91,15 @@ def cache_folder(name: str) -> Path:
 def plan_job(job: JobSpec) -> PlanChoice:
     """Finds the best plan of a resolved job."""
     with Tracer() as tracer:
-        return search(job, Forecaster(job, tracer, _trace_cache(job)))
+        forecaster = Forecaster(job, tracer, _trace_cache(job))
+        first = next(semantic_plans(job))
+        if job.planner.pin.attention or forecaster.supports_sdpa(first):
+            return search(job, forecaster)
+        pin = replace(job.planner.pin, attention=Attention.EAGER)
+        choice = search(replace(job, planner=replace(job.planner, pin=pin)), forecaster)
+        model_type = job.model.architecture["model_type"]
+        note = f"attention is eager: transformers has no scaled-dot-product attention for {model_type}"
+        return replace(choice, notes=(*choice.notes, note))
 
 
 def _trace_cache(job: JobSpec) -> TraceCache:

@@ -53,7 +53,7 @@ PLAN = Plan(
     optimizer=Optimizer.ADAMW_TORCH_FUSED,
     precision=Precision.BF16,
 )
-FACTS = SubjectFacts(Lines(4096, (128, 1024), (64, 96)), DepthPlan((2, 3), 29.0), 32)
+FACTS = SubjectFacts(Lines(4096, (128, 1024), (64, 96)), DepthPlan((2, 3), 29.0), 32, True)
 
 
 def key(job: JobSpec = JOB, plan: Plan = PLAN, what: object = None) -> str:
@@ -200,7 +200,8 @@ def test_skyline_comes_back_bit_for_bit(nasty_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "facts", [FACTS, SubjectFacts(Lines(None, (), ()), DepthPlan((1,), 0.0), 1), replace(FACTS, num_layers=7)]
+    "facts",
+    [FACTS, SubjectFacts(Lines(None, (), ()), DepthPlan((1,), 0.0), 1, False), replace(FACTS, num_layers=7)],
 )
 def test_facts_come_back(tmp_path: Path, facts: SubjectFacts) -> None:
     TraceCache(tmp_path).keep_facts("a", facts)

@@ -76,6 +76,10 @@ class Forecaster:
         question = self._question(plan, exact=False)
         return question.key in self._pending or self._kept(question) is not None
 
+    def supports_sdpa(self, plan: Plan) -> bool:
+        """Whether the model's code has scaled-dot-product attention."""
+        return self._facts_of(subject_of(self._job, plan)).supports_sdpa
+
     def lower_bound_bytes(self, plan: Plan) -> int:
         """A device peak that the plan reaches at least, from traces that exist; 0 when none says anything.
 

@@ -23,14 +23,14 @@ from datasets import Dataset, disable_progress_bars
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerFast, PrinterCallback
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, PrinterCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
 from launcher import workload
 from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import JobSpec, Loss
+from launcher.job import Attention, JobSpec, Loss
 from launcher.memory import Category, Phase
 from launcher.plan import Plan
 from launcher.planner import worst_case
@@ -392,4 +392,8 @@ def facts(subject: Subject) -> SubjectFacts:
     """What the libraries say about a subject before anything is traced."""
     opened = open_subject(subject)
     text = opened.config.get_text_config()
-    return SubjectFacts(regime_lines(opened), plan_depths(text), text.num_hidden_layers)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(opened.config), None)
+    supports_sdpa = bool(getattr(model_class, "_supports_sdpa", True))
+    if not supports_sdpa:  # its lines are asked for before the planner knows
+        opened = replace(opened, plan=replace(opened.plan, attention=Attention.EAGER))
+    return SubjectFacts(regime_lines(opened), plan_depths(text), text.num_hidden_layers, supports_sdpa)

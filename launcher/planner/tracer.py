@@ -49,6 +49,8 @@ class SubjectFacts:
     """Which depths to trace."""
     num_layers: int
     """Full depth."""
+    supports_sdpa: bool
+    """Whether the model's code has scaled-dot-product attention; eager attention always exists."""
 
 
 def facts_of(subject: Subject) -> SubjectFacts:
