@@ -71,6 +71,7 @@ PEER_SPELLINGS: Mapping[str, str] = {
     "output_dir": "run_dir",
     "resume_from_checkpoint": "resume",
     "attn_implementation": "planner.pin.attention",
+    "deepspeed": "planner.pin.zero_stage",
     "num_gpus": "hardware.num_devices",
     "report_to": "training.report_to",
 }

@@ -230,6 +230,12 @@ class PinSpec:
     """Overrides `method.name`."""
     rank: Annotated[int, Ge(1)] | None = None
     """Overrides `method.rank`."""
+    zero_stage: Annotated[int, Ge(0), Le(3)] | None = None
+    """ZeRO stage; on one device there is nothing to shard, and only 0 is accepted."""
+    offload_optimizer: bool | None = None
+    """Whether optimizer states live in host memory; only `false` is accepted yet."""
+    offload_parameters: bool | None = None
+    """Whether parameters live in host memory; only `false` is accepted yet."""
 
 
 @dataclass(frozen=True)

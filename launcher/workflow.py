@@ -70,6 +70,13 @@ def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
             f"hardware.num_devices x hardware.num_nodes is {hardware.world_size}; this version plans for 1 device",
             "leave both at 1",
         )
+    for name in ("zero_stage", "offload_optimizer", "offload_parameters"):
+        if getattr(job.planner.pin, name):
+            raise ConfigError(
+                f"planner.pin.{name}={getattr(job.planner.pin, name)}: this version plans for one device, "
+                "without sharding or offload",
+                f"leave planner.pin.{name} unset",
+            )
     needs_bf16 = job.training.precision in (Precision.BF16, Precision.BF16_MIXED)
     if needs_bf16 and not hardware.supports_bf16:
         raise ConfigError(

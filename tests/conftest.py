@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,9 @@ def nasty_path(tmp_path: Path) -> Path:
     folder = tmp_path / 'a b\'s "c", [d] {e} (f) $g=h'
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_arrive() -> None:
+    """A shell starts background jobs with interrupts ignored, and children inherit that; tests send some."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
