@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
+    Checkpointing,
     DataSpec,
     EvaluationSpec,
     JobSpec,
@@ -149,6 +150,8 @@ class Forecaster:
         return _Question(subject, facts, domain, shape, accumulation, self._cache.key(subject, what))
 
     def _facts_of(self, subject: Subject) -> SubjectFacts:
+        # checkpointing moves no line; one answer serves every mode
+        subject = replace(subject, plan=replace(subject.plan, activation_checkpointing=Checkpointing.NONE))
         key = self._cache.key(subject, {"facts": True})
         facts = self._facts.get(key) or self._cache.facts(key)
         if facts is None:
