@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.planner.polynomial import Exponents
-from launcher.planner.skyline import Instant, Profile
+from launcher.planner.skyline import Domain, Instant, Profile, Skyline, build_skyline
 
 if TYPE_CHECKING:  # the parent process extends profiles without loading the heavy libraries
     from transformers import PretrainedConfig
@@ -171,3 +171,21 @@ def _extend_polynomial(
 ) -> dict[Exponents, int]:
     keys = set(low) | set(high)
     return {key: round(low.get(key, 0) + steps * (high.get(key, 0) - low.get(key, 0))) for key in keys}
+
+
+def assemble(domain: Domain, profiles: Sequence[Profile], steps: float, accumulation: int) -> Skyline:
+    """The skyline of a full-depth profile, or of two shallow ones extended to the full depth.
+
+    Args:
+        domain: Shapes for which the traces hold.
+        profiles: One profile of the full depth, or the shallower and the deeper one.
+        steps: How many times the difference of the two is added to the shallower one.
+        accumulation: Micro batches per optimizer step in the trace.
+
+    Raises:
+        DepthMismatch: When the traces do not differ by repeated periods.
+    """
+    if len(profiles) == 1:
+        return build_skyline(domain, profiles[0], [profiles[0].live], accumulation)
+    profile, versions = extend(profiles[0], profiles[1], steps)
+    return build_skyline(domain, profile, versions, accumulation)

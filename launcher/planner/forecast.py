@@ -23,10 +23,10 @@ from launcher.job import (
 )
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
-from launcher.planner.depth import DepthMismatch, extend
+from launcher.planner.depth import DepthMismatch, assemble
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
-from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
+from launcher.planner.skyline import Domain, Profile, Skyline
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Subject, SubjectFacts, Tracer
 
@@ -124,17 +124,14 @@ class Forecaster:
 
     def _assemble(self, question: _Question) -> Skyline:
         profiles = [future.result() for future in self._pending.pop(question.key)]
-        if len(profiles) == 1:
-            return build_skyline(question.domain, profiles[0], [profiles[0].live], question.accumulation)
+        domain, steps = question.domain, question.facts.depths.steps
         try:
-            profile, versions = extend(profiles[0], profiles[1], question.facts.depths.steps)
+            return assemble(domain, profiles, steps, question.accumulation)
         except DepthMismatch as mismatch:
             logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
             depth = (question.facts.num_layers,)
             (future,) = self._tracer.records(question.subject, question.shape, depth, question.accumulation)
-            profile = future.result()
-            versions = [profile.live]
-        return build_skyline(question.domain, profile, versions, question.accumulation)
+            return assemble(domain, [future.result()], 0.0, question.accumulation)
 
     def _question(self, plan: Plan, exact: bool) -> _Question:
         subject = subject_of(self._job, plan)

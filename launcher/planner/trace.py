@@ -35,7 +35,7 @@ from launcher.memory import Category, Phase
 from launcher.plan import Plan
 from launcher.planner import worst_case
 from launcher.planner.cuda_twin import cuda_twin, replaced
-from launcher.planner.depth import DepthMismatch, DepthPlan, extend, plan_depths, truncate
+from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import Exponents, TracedShape
 from launcher.planner.profile import build_profile, sum_blocks
@@ -127,16 +127,13 @@ def trace_full_depth(subject: TraceSubject, batch: int, length: int, accumulatio
 def _trace(subject: TraceSubject, shape: TracedShape, domain: Domain, accumulation: int) -> Skyline:
     text = subject.config.get_text_config()
     depths = plan_depths(text)
-    if len(depths.depths) == 2:
-        profiles = [record(subject, shape, depth, accumulation) for depth in depths.depths]
-        try:
-            profile, versions = extend(profiles[0], profiles[1], depths.steps)
-            return build_skyline(domain, profile, versions, accumulation)
-        except DepthMismatch as mismatch:
-            logging.getLogger(__name__).info("tracing the full depth: %s", mismatch)
-            depths = DepthPlan((text.num_hidden_layers,), 0.0)
-    profile = record(subject, shape, depths.depths[0], accumulation)
-    return build_skyline(domain, profile, [profile.live], accumulation)
+    profiles = [record(subject, shape, depth, accumulation) for depth in depths.depths]
+    try:
+        return assemble(domain, profiles, depths.steps, accumulation)
+    except DepthMismatch as mismatch:
+        logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
+        profile = record(subject, shape, text.num_hidden_layers, accumulation)
+        return assemble(domain, [profile], 0.0, accumulation)
 
 
 def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: int) -> Profile:
