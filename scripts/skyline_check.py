@@ -51,6 +51,8 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 LONGEST, SHORTEST = 16384, 128
 TOKENS_MAX = 8 * 16384
 """Most tokens of a shape: the largest shape of the acceptance range."""
+CORNERS = ((2, 128), (8, 16384))
+"""The ends of the acceptance range, in turn the first shape of every setting."""
 
 WIDTHS = {
     "hidden_size": 320,
@@ -225,7 +227,9 @@ def compare(architecture: str, count: int, seed: int) -> Iterator[Case]:
         share = len(range(index, count, len(SETTINGS)))
         subject = build_subject(architecture, setting)
         skylines: dict[tuple[Domain, int], Skyline] = {}
-        for turn, (batch, length) in enumerate(random_shapes(subject, share, rng)):
+        corner = CORNERS[index % len(CORNERS)]
+        shapes = (corner, *random_shapes(subject, share, rng))[:share]
+        for turn, (batch, length) in enumerate(shapes):
             accumulation = rng.choice((1, 2, 3, 5))
             domain = domain_of(batch, length, regime_lines(subject))
             key = (domain, min(accumulation, 2))
