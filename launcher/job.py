@@ -21,6 +21,22 @@ class Method(StrEnum):
 
     FULL = "full"
     LORA = "lora"
+    QLORA = "qlora"
+
+
+class Quantization(StrEnum):
+    """How the frozen weights of `method=qlora` are stored, by bitsandbytes' names."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    INT8 = "int8"
+
+
+class AdapterDtype(StrEnum):
+    """Dtype of the adapters' weights."""
+
+    FP32 = "fp32"
+    BASE = "base"
 
 
 class Precision(StrEnum):
@@ -44,6 +60,7 @@ class Checkpointing(StrEnum):
     """Activation checkpointing: what the backward pass recomputes."""
 
     NONE = "none"
+    SELECTIVE = "selective"
     FULL = "full"
 
 
@@ -52,6 +69,7 @@ class Attention(StrEnum):
 
     SDPA = "sdpa"
     EAGER = "eager"
+    FLASH_ATTENTION_2 = "flash_attention_2"
 
 
 class Loss(StrEnum):
@@ -66,6 +84,14 @@ class Optimizer(StrEnum):
 
     ADAMW_TORCH_FUSED = "adamw_torch_fused"
     ADAMW_TORCH = "adamw_torch"
+    ADAMW_8BIT = "adamw_8bit"
+    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
+    LION_32BIT = "lion_32bit"
+    LION_8BIT = "lion_8bit"
+    PAGED_LION_32BIT = "paged_lion_32bit"
+    PAGED_LION_8BIT = "paged_lion_8bit"
+    ADAFACTOR = "adafactor"
     SGD = "sgd"
 
 
@@ -140,6 +166,20 @@ class MethodSpec:
     """Dropout before the adapters; 0 to below 1."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear`, or the names of the modules that get adapters."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapters, say `[embed_tokens, lm_head]`; saved with them."""
+    use_dora: bool = False
+    """DoRA: the size of each weight column is trained apart from its direction."""
+    use_rslora: bool = False
+    """Rank-stabilised scale, alpha / sqrt(rank) in place of alpha / rank."""
+    adapter_dtype: AdapterDtype = AdapterDtype.FP32
+    """`fp32` (PEFT's default), or `base`: that of the weights. With qlora TRL holds adapters in bf16 either way."""
+    quantization: Quantization = Quantization.NF4
+    """How `qlora` stores the frozen weights: `nf4`, `fp4` or `int8`."""
+    double_quantization: bool = True
+    """Whether `qlora` quantises the scales of 4-bit blocks too: 0.37 bits per weight less."""
+    kbit_preparation: bool = False
+    """PEFT's preparation for `qlora`: embeddings, norms and head turned to fp32. Steadier, and up to 4 GiB more."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +259,9 @@ class PinSpec:
     gradient_accumulation_steps: Annotated[int, Ge(1)] | None = None
     """Forward and backward passes per optimizer step."""
     activation_checkpointing: Checkpointing | None = None
-    """`none` or `full`."""
+    """`none`, `selective` (attention is kept, the rest recomputed) or `full`."""
     attention: Attention | None = None
-    """`sdpa` or `eager`."""
+    """`sdpa`, `eager` or `flash_attention_2`."""
     loss: Loss | None = None
     """`chunked` (TRL's tiles) or `plain` (all logits at once)."""
     max_length: Annotated[int, Ge(8)] | None = None

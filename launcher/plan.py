@@ -17,7 +17,7 @@ class Plan:
     """
 
     method: Method
-    """`full` or `lora`."""
+    """`full`, `lora` or `qlora`."""
     rank: int
     """LoRA rank; 0 for full fine-tuning."""
     max_length: int
@@ -49,7 +49,7 @@ class Plan:
                 f"micro batch {self.micro_batch_size} x accumulation {self.gradient_accumulation_steps} "
                 f"x length {self.max_length}: each must be at least 1"
             )
-        if (self.method is Method.LORA) != (self.rank > 0):
+        if (self.method is Method.FULL) == (self.rank > 0):
             raise ValueError(f"method {self.method} with rank {self.rank}")
 
     @property

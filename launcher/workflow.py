@@ -22,7 +22,7 @@ from launcher.plan import PlanChoice
 from launcher.planner.forecast import Forecaster
 from launcher.planner.search import search, semantic_plans
 from launcher.planner.trace_cache import TraceCache, library_versions
-from launcher.planner.tracer import Tracer
+from launcher.planner.tracer import Tracer, uses_bitsandbytes
 from launcher.report import tables
 from launcher.report.documents import plan_document, record_document, run_fields
 from launcher.run.detect import (
@@ -97,7 +97,7 @@ def cache_folder(name: str) -> Path:
 
 def plan_job(job: JobSpec) -> PlanChoice:
     """Finds the best plan of a resolved job."""
-    with Tracer() as tracer:
+    with Tracer(_needed_libraries(job)) as tracer:
         forecaster = Forecaster(job, tracer, _trace_cache(job))
         first = next(semantic_plans(job))
         if job.planner.pin.attention or forecaster.supports_sdpa(first):
@@ -107,6 +107,10 @@ def plan_job(job: JobSpec) -> PlanChoice:
         model_type = job.model.architecture["model_type"]
         note = f"attention is eager: transformers has no scaled-dot-product attention for {model_type}"
         return replace(choice, notes=(*choice.notes, note))
+
+
+def _needed_libraries(job: JobSpec) -> tuple[str, ...]:
+    return ("bitsandbytes",) if any(uses_bitsandbytes(plan) for plan in semantic_plans(job)) else ()
 
 
 def _trace_cache(job: JobSpec) -> TraceCache:
@@ -209,7 +213,7 @@ def _predict_as_run(order: WorkerOrder, measurement: MemoryMeasurement) -> Memor
     if (largest.micro_batch_size, largest.length) == (plan.micro_batch_size, plan.max_length):
         return None
     as_run = replace(plan, micro_batch_size=largest.micro_batch_size, max_length=largest.length)
-    with Tracer() as tracer:
+    with Tracer(_needed_libraries(order.job)) as tracer:
         return Forecaster(order.job, tracer, _trace_cache(order.job)).estimate(as_run, exact=True)
 
 

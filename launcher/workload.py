@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
@@ -27,12 +28,29 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from launcher.job import Checkpointing, JobSpec, Loss, Method, ModelSpec, Precision
+from launcher.job import (
+    AdapterDtype,
+    Checkpointing,
+    JobSpec,
+    Loss,
+    Method,
+    MethodSpec,
+    ModelSpec,
+    Precision,
+    Quantization,
+)
 from launcher.memory import Phase
 from launcher.plan import Plan
 
-LEARNING_RATES = {Method.LORA: 2e-4, Method.FULL: 2e-5}
+LEARNING_RATES = {Method.LORA: 2e-4, Method.QLORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
+
+CHECKPOINTING_OPTIONS: Mapping[Checkpointing, Mapping[str, bool] | None] = {
+    Checkpointing.NONE: None,
+    Checkpointing.SELECTIVE: {"selective": True},
+    Checkpointing.FULL: None,
+}
+"""What the trainer is told about each mode; `selective` is TRL's word (models/selective_activation_checkpointing.py)."""
 
 
 class PhaseCallback(TrainerCallback):
@@ -108,39 +126,74 @@ def model_config(source: str, model: ModelSpec) -> PretrainedConfig:
     return config
 
 
-def build_model(config: PretrainedConfig, plan: Plan, weights: str, model_spec: ModelSpec) -> nn.Module:
+def quantization_config(method: MethodSpec, plan: Plan) -> BitsAndBytesConfig | None:
+    """How the weights are quantised; None when they are not."""
+    if plan.method is not Method.QLORA:
+        return None
+    if method.quantization is Quantization.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method.quantization.value,
+        bnb_4bit_use_double_quant=method.double_quantization,
+        bnb_4bit_compute_dtype=compute_dtype(plan.precision),
+    )
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Dtype in which matrices are multiplied."""
+    names = {Precision.FP16_MIXED: torch.float16, Precision.FP32: torch.float32}
+    return names.get(precision, torch.bfloat16)
+
+
+def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec) -> nn.Module:
     """Builds the model: with the weights of a folder or hub id, or (empty) with its shapes only.
 
-    Without weights the tensors are on the current default device.
+    Without weights the tensors are on the current default device, and not quantised yet.
     """
     options: dict[str, Any] = {
         "dtype": weight_dtype(plan.precision),
         "attn_implementation": plan.attention.value,
-        "trust_remote_code": model_spec.trust_remote_code,
+        "trust_remote_code": job.model.trust_remote_code,
     }
     model: nn.Module
     if not weights:
         model = AutoModelForCausalLM.from_config(config, **options)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            weights, config=config, revision=model_spec.revision, **options
-        )
+        return model
+    quantization = quantization_config(job.method, plan)
+    if quantization is not None:  # weights go straight to the device that quantises them
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(
+        weights, config=config, revision=job.model.revision, **options
+    )
     return model
 
 
 def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
-    """Puts LoRA adapters on the model, if the plan has any; frozen weights stay as they are."""
-    if plan.method is not Method.LORA:
+    """Puts LoRA adapters on the model, if the plan has any; frozen weights stay as they are.
+
+    Quantised models are prepared first, when the job asks for it: what is not quantised becomes fp32.
+    """
+    if plan.method is Method.FULL:
         return model
-    targets = job.method.target_modules
+    method = job.method
+    if plan.method is Method.QLORA and method.kbit_preparation:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    targets = method.target_modules
     config = LoraConfig(
         r=plan.rank,
-        lora_alpha=job.method.alpha or 2 * plan.rank,
-        lora_dropout=job.method.dropout,
+        lora_alpha=method.alpha or 2 * plan.rank,
+        lora_dropout=method.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(method.modules_to_save) or None,
+        use_dora=method.use_dora,
+        use_rslora=method.use_rslora,
         task_type="CAUSAL_LM",
     )
-    adapted: nn.Module = get_peft_model(model, config)
+    adapted: nn.Module = get_peft_model(
+        model, config, autocast_adapter_dtype=method.adapter_dtype is AdapterDtype.FP32
+    )
     return adapted
 
 
@@ -162,7 +215,8 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "per_device_train_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "per_device_eval_batch_size": evaluation_batch_size(job, plan),
-        "gradient_checkpointing": plan.activation_checkpointing is Checkpointing.FULL,
+        "gradient_checkpointing": plan.activation_checkpointing is not Checkpointing.NONE,
+        "gradient_checkpointing_kwargs": dict(CHECKPOINTING_OPTIONS[plan.activation_checkpointing] or {}) or None,
         "max_steps": training.max_steps or -1,
         "num_train_epochs": training.num_epochs,
         "learning_rate": training.learning_rate or LEARNING_RATES[plan.method],

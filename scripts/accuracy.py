@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -24,11 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 
-LLAMA = {
-    "model_type": "llama",
+WIDTHS = {
     "hidden_size": 320,
     "intermediate_size": 864,
     "num_hidden_layers": 8,
@@ -36,22 +38,74 @@ LLAMA = {
     "num_key_value_heads": 4,
     "vocab_size": 8000,
     "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
 }
-GEMMA = {
-    "model_type": "gemma3_text",
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 6000,
-    "max_position_embeddings": 4096,
-    "sliding_window": 256,
-    "layer_types": ["sliding_attention", "full_attention"] * 4,
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False, **WIDTHS},
+    "gemma": {
+        "model_type": "gemma3_text",
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 6000,
+        "max_position_embeddings": 4096,
+        "sliding_window": 256,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+    },
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, **WIDTHS},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_layer": 8,
+        "n_embd": 320,
+        "n_head": 8,
+        "n_positions": 2048,
+        "vocab_size": 8000,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 208,
+        "head_dim": 40,
+        "tie_word_embeddings": False,
+        **WIDTHS,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 40,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        **WIDTHS,
+    },
+    "deepseek": {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 6,
+        "hidden_size": 320,
+        "intermediate_size": 864,
+        "moe_intermediate_size": 208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 64,
+        "q_lora_rank": 96,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "vocab_size": 8000,
+        "max_position_embeddings": 4096,
+    },
 }
-ARCHITECTURES = {"llama": LLAMA, "gemma": GEMMA}
+EAGER_ONLY = ("gpt_oss",)
+"""Architectures for which transformers has no sdpa (attention sinks)."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +118,110 @@ class AccuracyJob:
     micro_batch_size: int
     length: int
     accumulation: int = 1
-    precision: str = "bf16"
+    precision: str = "fp32"
     loss: str = "chunked"
+    optimizer: str = "adamw_torch_fused"
+    attention: str = "sdpa"
+    packing: bool = True
+    evaluation: bool = False
+    save: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+    """Further keys of the method."""
 
     @property
     def name(self) -> str:
-        """The job in words."""
-        return (
-            f"{self.architecture} {self.method} checkpointing={self.checkpointing} {self.precision} "
-            f"{self.loss} {self.micro_batch_size}x{self.length} accumulation={self.accumulation}"
-        )
+        """The job in words; what is usual goes without saying."""
+        unusual = [
+            word
+            for word, usual in (
+                (self.loss, "chunked"),
+                (self.optimizer, "adamw_torch_fused"),
+                (self.attention, "sdpa"),
+            )
+            if word != usual
+        ]
+        unusual += [f"{key}={value}" for key, value in self.options]
+        flags = {"padded": not self.packing, "evaluation": self.evaluation, "save": self.save}
+        unusual += [flag for flag, on in flags.items() if on]
+        words = [self.architecture, self.method, f"checkpointing={self.checkpointing}", self.precision]
+        shape = f"{self.micro_batch_size}x{self.length}"
+        words += [*unusual, shape if self.accumulation == 1 else f"{shape}x{self.accumulation}"]
+        return " ".join(words)
 
 
 JOBS = (
-    AccuracyJob("llama", "lora", "none", 4, 128),
-    AccuracyJob("llama", "lora", "full", 2, 640, precision="fp32"),
-    AccuracyJob("llama", "full", "none", 2, 640, accumulation=2, precision="fp32"),
-    AccuracyJob("llama", "full", "full", 16, 288, precision="fp32"),
-    AccuracyJob("gemma", "lora", "none", 2, 640, precision="fp32"),
-    AccuracyJob("gemma", "lora", "full", 16, 288, accumulation=2, precision="fp32"),
-    AccuracyJob("gemma", "full", "none", 4, 128),
-    AccuracyJob("gemma", "full", "full", 2, 640, precision="fp32"),
-    AccuracyJob("llama", "lora", "none", 1, 1536, precision="fp32"),
+    # full fine-tuning and LoRA, over shapes, checkpointing and precisions
+    AccuracyJob("llama", "lora", "none", 4, 128, precision="bf16"),
+    AccuracyJob("llama", "full", "full", 2, 640, 2),
+    AccuracyJob("llama", "qlora", "full", 2, 640),
+    AccuracyJob("gemma", "lora", "none", 2, 640),
+    AccuracyJob("gemma", "full", "none", 4, 128, precision="bf16", optimizer="adamw_8bit"),
+    AccuracyJob("qwen2", "lora", "full", 3, 333, 3, packing=False, evaluation=True),
+    AccuracyJob("gpt2", "full", "none", 2, 256, optimizer="adafactor"),
+    AccuracyJob("qwen3_moe", "full", "none", 2, 192),
+    AccuracyJob("llama", "lora", "full", 2, 512, loss="plain", options=(("use_dora", True),)),
+    AccuracyJob("llama", "qlora", "none", 2, 512, precision="bf16", options=(("kbit_preparation", True),)),
+    AccuracyJob("gpt_oss", "lora", "full", 2, 256, attention="eager"),
+    AccuracyJob("deepseek", "lora", "full", 2, 256),
+    # the first twelve are what continuous integration runs
+    AccuracyJob("llama", "lora", "full", 2, 640),
+    AccuracyJob("llama", "full", "none", 2, 640, 2),
+    AccuracyJob("llama", "full", "full", 16, 288),
+    AccuracyJob("llama", "lora", "none", 1, 1536),
     AccuracyJob("llama", "full", "full", 4, 128, precision="bf16_mixed"),
-    AccuracyJob("llama", "lora", "full", 3, 333, accumulation=3, precision="fp32", loss="plain"),
-    AccuracyJob("gemma", "full", "none", 1, 2048, precision="fp32", loss="plain"),
+    AccuracyJob("llama", "lora", "none", 2, 320, precision="bf16_mixed"),
+    AccuracyJob("llama", "full", "none", 2, 192, precision="bf16"),
+    AccuracyJob("llama", "full", "selective", 2, 640),
+    AccuracyJob("llama", "lora", "selective", 2, 640, 2),
+    AccuracyJob("llama", "lora", "full", 3, 333, 3, loss="plain"),
+    AccuracyJob("llama", "full", "none", 4, 320, loss="plain", evaluation=True),
+    AccuracyJob("llama", "lora", "none", 2, 512, attention="eager"),
+    AccuracyJob("llama", "full", "full", 3, 400, packing=False, evaluation=True, save=True),
+    AccuracyJob("llama", "full", "none", 2, 256, save=True),
+    # adapters
+    AccuracyJob("llama", "lora", "full", 2, 512, options=(("use_dora", True),)),
+    AccuracyJob("llama", "lora", "full", 2, 512, options=(("use_rslora", True), ("dropout", 0.1))),
+    AccuracyJob("llama", "lora", "none", 2, 384, options=(("dropout", 0.05),)),
+    AccuracyJob("llama", "lora", "full", 2, 512, options=(("modules_to_save", ("embed_tokens", "lm_head")),)),
+    AccuracyJob("llama", "lora", "full", 2, 512, options=(("target_modules", ("q_proj", "v_proj")),)),
+    AccuracyJob(
+        "llama", "lora", "full", 2, 256, precision="bf16", options=(("adapter_dtype", "base"),), save=True
+    ),
+    # quantised
+    AccuracyJob("llama", "qlora", "full", 2, 640, 2, options=(("double_quantization", False),)),
+    AccuracyJob("llama", "qlora", "full", 2, 512, options=(("quantization", "fp4"),)),
+    AccuracyJob("llama", "qlora", "full", 2, 512, options=(("quantization", "int8"),)),
+    AccuracyJob("llama", "qlora", "none", 2, 256, options=(("quantization", "int8"),)),
+    AccuracyJob("gemma", "qlora", "full", 2, 512),
+    AccuracyJob("gemma", "qlora", "none", 2, 256, optimizer="paged_adamw_8bit"),
+    AccuracyJob("qwen2", "qlora", "full", 4, 256, packing=False, loss="plain", evaluation=True),
+    AccuracyJob("qwen2", "qlora", "none", 2, 256, options=(("use_dora", True),)),
+    AccuracyJob("llama", "qlora", "full", 2, 256, precision="bf16", save=True),
+    AccuracyJob("gpt2", "qlora", "full", 2, 256),
+    # optimizers
+    AccuracyJob("llama", "full", "full", 2, 256, optimizer="adamw_torch"),
+    AccuracyJob("llama", "full", "full", 2, 256, optimizer="adamw_8bit"),
+    AccuracyJob("llama", "full", "full", 2, 256, optimizer="paged_adamw_32bit"),
+    AccuracyJob("llama", "full", "full", 2, 256, optimizer="lion_8bit"),
+    AccuracyJob("llama", "full", "full", 2, 256, optimizer="lion_32bit"),
+    AccuracyJob("llama", "full", "full", 2, 256, optimizer="adafactor"),
+    AccuracyJob("llama", "full", "full", 2, 256, optimizer="sgd"),
+    AccuracyJob("gemma", "full", "full", 2, 256, precision="bf16", optimizer="adafactor"),
+    # architectures
+    AccuracyJob("gemma", "lora", "full", 16, 288, 2),
+    AccuracyJob("gemma", "full", "full", 2, 640),
+    AccuracyJob("gemma", "full", "none", 1, 2048, loss="plain"),
+    AccuracyJob("qwen2", "full", "full", 4, 256),
+    AccuracyJob("qwen2", "full", "none", 2, 512, packing=False),
+    AccuracyJob("gpt2", "lora", "none", 2, 512),
+    AccuracyJob("gpt2", "full", "full", 2, 512, loss="plain"),
+    AccuracyJob("qwen3_moe", "lora", "full", 2, 320),
+    AccuracyJob("qwen3_moe", "full", "full", 2, 320, optimizer="adamw_8bit"),
+    AccuracyJob("gpt_oss", "full", "none", 2, 192, attention="eager"),
+    AccuracyJob("deepseek", "full", "none", 2, 192),
+    AccuracyJob("deepseek", "qlora", "full", 2, 192),
 )
+NUM_CI_JOBS = 12
 
 
 def run_job(job: AccuracyJob) -> dict[str, Any]:
@@ -104,61 +236,76 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         Attention,
         Checkpointing,
         DataSpec,
+        EvaluationSpec,
         JobSpec,
         Loss,
         Method,
+        MethodSpec,
         ModelSpec,
         Optimizer,
         Precision,
+        StoredDtype,
         TrainingSpec,
     )
     from launcher.plan import Plan  # noqa: PLC0415
     from launcher.planner import trace  # noqa: PLC0415
+    from launcher.planner.forecast import read_estimate  # noqa: PLC0415
     from launcher.worker.train import Ingredients, Progress, train  # noqa: PLC0415
 
     torch.manual_seed(0)
+    precision = Precision(job.precision)
+    weight_dtype = workload.weight_dtype(precision)
     spec = JobSpec(
-        model=ModelSpec(architecture=ARCHITECTURES[job.architecture]),
-        data=DataSpec(packing=True),
-        training=TrainingSpec(max_steps=3, report_to=()),
+        model=ModelSpec(
+            architecture=ARCHITECTURES[job.architecture],
+            stored_dtype=StoredDtype.BF16 if weight_dtype is torch.bfloat16 else StoredDtype.FP32,
+        ),
+        method=TypeAdapter(MethodSpec).validate_python(dict(job.options)),
+        data=DataSpec(packing=job.packing),
+        training=TrainingSpec(max_steps=3, save_steps=2 if job.save else None, report_to=()),
+        evaluation=EvaluationSpec(enabled=job.evaluation, steps=2, num_examples=2 * job.micro_batch_size),
+        hardware=HardwareSpec(kind=DeviceKind.CPU),
     )
     plan = Plan(
         method=Method(job.method),
-        rank=16 if job.method == "lora" else 0,
+        rank=0 if job.method == "full" else 16,
         max_length=job.length,
         micro_batch_size=job.micro_batch_size,
         gradient_accumulation_steps=job.accumulation,
         activation_checkpointing=Checkpointing(job.checkpointing),
-        attention=Attention.SDPA,
+        attention=Attention(job.attention),
         loss=Loss(job.loss),
-        optimizer=Optimizer.ADAMW_TORCH_FUSED,
-        precision=Precision(job.precision),
+        optimizer=Optimizer(job.optimizer),
+        precision=precision,
     )
     config = workload.model_config("", spec.model)
-    subject = trace.TraceSubject(spec, plan, HardwareSpec(kind=DeviceKind.CPU), config)
+    subject = trace.TraceSubject(spec, plan, spec.hardware, config)
     skyline = trace.trace_regime(subject, job.micro_batch_size, job.length, job.accumulation)
-    predicted = skyline.peaks(job.micro_batch_size, job.length, job.accumulation)
+    predicted = read_estimate(skyline, plan, spec).phases
 
-    def load() -> torch.nn.Module:
-        model = AutoModelForCausalLM.from_config(config, dtype=workload.weight_dtype(plan.precision))
-        return workload.attach_adapters(model, spec, plan)
-
-    rows = 3 * job.micro_batch_size * job.accumulation
-    tokens = torch.randint(2, config.vocab_size, (rows, job.length)).tolist()
     with tempfile.TemporaryDirectory() as folder:
+        weights = str(Path(folder) / "weights")
+        AutoModelForCausalLM.from_config(config, dtype=weight_dtype).save_pretrained(weights)
+
+        def load() -> torch.nn.Module:
+            model = workload.build_model(workload.model_config(weights, spec.model), plan, weights, spec)
+            return workload.attach_adapters(model, spec, plan)
+
         ingredients = Ingredients(
             load=load,
-            train_dataset=Dataset.from_dict({"input_ids": tokens}),
-            eval_dataset=None,
+            train_dataset=Dataset.from_list(_rows(job, 3 * job.micro_batch_size * job.accumulation)),
+            eval_dataset=Dataset.from_list(_rows(job, 2 * job.micro_batch_size)) if job.evaluation else None,
             tokenizer=trace.blank_tokenizer(),
             changes={
                 "use_cpu": True,
-                "save_strategy": "no",
+                "save_strategy": "steps" if job.save else "no",
+                "save_steps": 2,
                 "report_to": [],
                 "dataset_kwargs": {"skip_prepare_dataset": True},
                 "dataloader_pin_memory": False,
+                "train_sampling_strategy": "sequential",
             },
-            output_dir=Path(folder),
+            output_dir=Path(folder) / "checkpoints",
         )
         _, measured = train(spec, plan, ingredients, Progress(), lambda line: None)
     return {
@@ -168,41 +315,61 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
     }
 
 
+def _rows(job: AccuracyJob, count: int) -> list[dict[str, list[int]]]:
+    """Random rows; without packing every other one is shorter, so that each batch has padding."""
+    rng = random.Random(0)
+    vocabulary = ARCHITECTURES[job.architecture]["vocab_size"]
+    lengths = [job.length if job.packing or index % 2 == 0 else job.length // 2 for index in range(count)]
+    return [{"input_ids": [rng.randrange(2, vocabulary) for _ in range(length)]} for length in lengths]
+
+
+class JobFailed(Exception):
+    """A job that could not be traced or trained, with the end of what it printed."""
+
+
 def measure(job: AccuracyJob) -> dict[str, Any]:
     """Runs one job in a process of its own."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, __file__, "--job", str(JOBS.index(job))]
     child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if child.returncode:
-        raise SystemExit(f"{job.name} failed:\n{child.stderr[-3000:]}")
+        raise JobFailed(f"{job.name} failed:\n{child.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     return result
 
 
 def peak_error_percent(result: dict[str, Any]) -> float:
     """Signed error of the highest peak, percent of the measurement."""
-    phases = ("train_step", "optimizer_step")
-    predicted = max(result["predicted_bytes"][phase] for phase in phases)
-    measured = max(result["measured_bytes"][phase] for phase in phases)
+    measured = max(result["measured_bytes"].values())
+    predicted = max(result["predicted_bytes"][phase] for phase in result["measured_bytes"])
     return 100.0 * float(predicted - measured) / float(measured)
+
+
+def phase_error_percent(result: dict[str, Any], phase: str) -> float | None:
+    """Signed error of the peak of one phase; None where the job has no such phase."""
+    if phase not in result["measured_bytes"]:
+        return None
+    measured = result["measured_bytes"][phase]
+    return 100.0 * float(result["predicted_bytes"][phase] - measured) / float(measured)
+
+
+PHASES = ("load", "train_step", "optimizer_step", "evaluation", "save")
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a markdown table, under-predictions first."""
     lines = [
-        "| job | predicted peak, MiB | measured peak, MiB | error | train step | optimizer step |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| job | predicted peak, MiB | measured peak, MiB | error | " + " | ".join(PHASES) + " |",
+        "|---|--:|--:|--:|" + "--:|" * len(PHASES),
     ]
     for result in sorted(results, key=peak_error_percent):
-        predicted, measured = result["predicted_bytes"], result["measured_bytes"]
-        by_phase = [
-            f"{100.0 * (predicted[phase] - measured[phase]) / measured[phase]:+.3f} %"
-            for phase in ("train_step", "optimizer_step")
-        ]
-        highest = [max(side["train_step"], side["optimizer_step"]) / 2**20 for side in (predicted, measured)]
+        measured = max(result["measured_bytes"].values())
+        predicted = max(result["predicted_bytes"][phase] for phase in result["measured_bytes"])
+        errors = [phase_error_percent(result, phase) for phase in PHASES]
+        by_phase = " | ".join("" if error is None else f"{error:+.3f} %" for error in errors)
         lines.append(
-            f"| {result['job']} | {highest[0]:.2f} | {highest[1]:.2f} | {peak_error_percent(result):+.3f} % "
-            f"| {by_phase[0]} | {by_phase[1]} |"
+            f"| {result['job']} | {predicted / 2**20:.2f} | {measured / 2**20:.2f} "
+            f"| {peak_error_percent(result):+.3f} % | {by_phase} |"
         )
     return "\n".join(lines)
 
@@ -249,16 +416,32 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--job", type=int, help="run one job in this process and print JSON")
+    parser.add_argument("--only", type=int, nargs="+", help="the jobs of these numbers")
     parser.add_argument("--subset", type=int, default=len(JOBS), help="only the first so many jobs")
     parser.add_argument("--write", action="store_true", help="write docs/accuracy")
     options = parser.parse_args()
     if options.job is not None:
         print(json.dumps(run_job(JOBS[options.job])))
         return
-    results = []
-    for job in JOBS[: options.subset]:
-        results.append(measure(job))
-        print(f"{job.name}: {peak_error_percent(results[-1]):+.3f} %", file=sys.stderr, flush=True)
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
+    chosen = JOBS[: options.subset] if options.only is None else [JOBS[number] for number in options.only]
+    for job in chosen:
+        try:
+            results.append(measure(job))
+        except JobFailed as failure:
+            print(failure, file=sys.stderr, flush=True)
+            failed.append(job.name)
+            continue
+        errors = {phase: phase_error_percent(results[-1], phase) for phase in PHASES}
+        words = [f"{phase} {error:+.3f} %" for phase, error in errors.items() if error is not None]
+        print(
+            f"{JOBS.index(job)} {job.name}: {peak_error_percent(results[-1]):+.3f} % ({', '.join(words)})",
+            file=sys.stderr,
+            flush=True,
+        )
+    if failed:
+        raise SystemExit(f"failed: {failed}")
     print(table(results))
     print(summary(results))
     if options.write:

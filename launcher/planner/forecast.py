@@ -160,9 +160,10 @@ class Forecaster:
 
 def subject_of(job: JobSpec, plan: Plan) -> Subject:
     """Reduces job and plan to what a trace depends on; everything else takes its default."""
+    defaults = MethodSpec()
     reduced = JobSpec(
         model=ModelSpec(architecture=job.model.architecture, trust_remote_code=job.model.trust_remote_code),
-        method=MethodSpec(dropout=job.method.dropout, target_modules=job.method.target_modules),
+        method=replace(job.method, name=defaults.name, rank=defaults.rank, alpha=defaults.alpha),
         data=DataSpec(packing=job.data.packing),
         training=TrainingSpec(
             max_grad_norm=1.0 if job.training.max_grad_norm > 0 else 0.0,

@@ -25,6 +25,8 @@ from launcher.units import format_bytes
 AUTO_HEADROOM = 0.05
 """Share of the usable memory that `planner.headroom=auto` keeps free: a convention until residuals of past runs
 give an interval."""
+MODES = (Checkpointing.NONE, Checkpointing.FULL)
+"""Checkpointing modes that the search weighs, fastest first; others have to be pinned until speed has a model."""
 NOT_PRICED = "; not priced"
 """Remark on a plan that may fit or not: it is slower in any case."""
 _Priced = tuple[Plan, MemoryEstimate]
@@ -42,14 +44,14 @@ def semantic_plans(job: JobSpec) -> Iterator[Plan]:
     methods = (pin.method,) if pin.method else choices.method or (job.method.name,)
     lengths = (pin.max_length,) if pin.max_length else choices.max_length or (job.data.max_length,)
     ranks = (pin.rank,) if pin.rank else choices.rank or (job.method.rank,)
-    if pin.rank and Method.LORA not in methods:
+    if pin.rank and set(methods) == {Method.FULL}:
         raise ConfigError(
             f"planner.pin.rank={pin.rank} is a LoRA rank, and the job's only method is {Method.FULL.value}",
-            "unpin the rank, or allow method lora",
+            "unpin the rank, or allow method lora or qlora",
         )
     for method in dict.fromkeys(methods):
         for length in dict.fromkeys(lengths):
-            for rank in dict.fromkeys(ranks) if method is Method.LORA else (0,):
+            for rank in (0,) if method is Method.FULL else dict.fromkeys(ranks):
                 yield Plan(
                     method=method,
                     rank=rank,
@@ -115,7 +117,7 @@ class _Search:
         self._forecaster = forecaster
         self._splits = batch_splits(job)
         pinned = job.planner.pin.activation_checkpointing
-        self._modes = (pinned,) if pinned else tuple(Checkpointing)
+        self._modes = (pinned,) if pinned else MODES
         self._headroom = headroom_bytes(job)
         self._budget = job.hardware.memory_bytes - self._headroom
         self._by_memory = job.planner.objective is Objective.MEMORY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import logging
 import tempfile
 import warnings
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, PrinterCallback
+from transformers.core_model_loading import dot_natural_key
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
@@ -42,7 +44,7 @@ from launcher.planner.profile import build_profile, sum_blocks
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Region, Tape
-from launcher.planner.tracer import Subject, SubjectFacts
+from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
 
 STEPS = 2
 """Optimizer steps traced: the optimizer's state is born in the first, the peak is often in the second."""
@@ -157,15 +159,23 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     config = copy.deepcopy(subject.config)
     truncate(config.get_text_config(), depth)
     fake = FastFakeTensorMode()
-    tape = Tape(shape, twins=worst_case.twins(), padded=subject.padded and shape.batch > 1, fake=fake)
+    on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
+    twins = dict(worst_case.twins())
+    quantizes = uses_bitsandbytes(plan)
+    if quantizes:
+        _quantized().prepare()
+        twins |= _quantized().twins(on_cpu=not on_gpu)
+    tape = Tape(shape, twins=twins, padded=subject.padded and shape.batch > 1, fake=fake)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         model = _build_on_meta(subject, config, plan)
         stack.enter_context(replaced(masking_utils, "is_tracing", lambda tensor=None: False))
         stack.enter_context(replaced(masking_utils, "fast_all", _without_padding(subject.padded)))
         stack.enter_context(replaced(trainer_pt_utils, "nested_numpify", _zeros_like))
-        if subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM):
+        if on_gpu:
             stack.enter_context(cuda_twin(subject.hardware))
+        if on_gpu and quantizes:
+            stack.enter_context(_quantized().gpu_branches())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rehearsal = _Rehearsal(tape, model, subject.job, plan)
         trainer_inputs = rehearsal.inputs(folder)
@@ -195,13 +205,21 @@ def _zeros_like(tensor: torch.Tensor) -> NDArray[np.float64]:
 def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) -> nn.Module:
     try:
         with torch.device("meta"):
-            model = workload.build_model(config, plan, "", subject.job.model)
+            model = workload.build_model(config, plan, "", subject.job)
+            quantization = workload.quantization_config(subject.job.method, plan)
+            if quantization is not None:
+                model = _quantized().convert_to_shell(model, quantization)
             return workload.attach_adapters(model, subject.job, plan)
     except ValueError as failure:
         raise UnsupportedByPlanner(
             f"transformers can't build {config.model_type} with attention={plan.attention}: {failure}",
             "another `planner.pin.attention` may be supported",
         ) from failure
+
+
+def _quantized() -> Any:
+    """What knows bitsandbytes; importing it takes a second that most jobs need not wait."""
+    return importlib.import_module("launcher.planner.quantized")
 
 
 @contextmanager
@@ -270,9 +288,10 @@ class _Rehearsal:
     def run(self, inputs: dict[str, Any]) -> Profile:
         """Builds the trainer around fake tensors, trains, and sums up the tape."""
         _materialize(self.model)
-        self.tape.mark(self.model.parameters(), Category.PARAMETERS)
+        weights = _weights(self.model)
+        self.tape.mark(weights, Category.PARAMETERS)
         self.tape.mark(self.model.buffers(), Category.BUFFERS)
-        parameters = self.tape.size_of(self.model.parameters())
+        parameters = self.tape.size_of(weights)
         buffers = self.tape.size_of(self.model.buffers())
         trainer = workload.build_trainer(
             self.model, self.plan, callbacks=[workload.PhaseCallback(self._enter)], **inputs
@@ -347,26 +366,58 @@ class _Rehearsal:
             self.tape.region = Region.BACKWARD
 
 
+def _weights(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, and the scales that belong to quantised ones."""
+    parameters: list[torch.Tensor] = list(model.parameters())
+    quantized = [p for p in parameters if hasattr(p, "quant_state") or hasattr(p, "SCB")]
+    return parameters + [value for p in quantized for value in _quantized().state_tensors(p)]
+
+
 def _state_tensors(trainer: SFTTrainer) -> list[torch.Tensor]:
     states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
     return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 def _materialize(model: nn.Module) -> None:
-    """Puts fake tensors on the fake device in place of parameters and buffers; shared ones stay shared."""
+    """Puts fake tensors on the fake device in place of parameters and buffers; shared ones stay shared.
+
+    In the order in which weights are loaded: the base model's by name, adapters afterwards.
+    """
     fakes: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in fakes:
-                    fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                    fakes[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-                module._parameters[name] = fakes[id(parameter)]
+    modules = dict(model.named_modules())
+    names = [
+        (f"{path}.{name}", module, name)
+        for path, module in modules.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    for _, module, name in sorted(names, key=lambda item: (_is_adapter(item[0]), dot_natural_key(item[0]))):
+        parameter = module._parameters[name]
+        assert parameter is not None  # listed above
+        if id(parameter) not in fakes:
+            fakes[id(parameter)] = _fake_parameter(module, name, parameter, dtype)
+        module._parameters[name] = fakes[id(parameter)]
+    for module in modules.values():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     # Fake parameters are in place; torch can't swap fake tensors, which moving a module asks for.
     model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or "modules_to_save" in name
+
+
+def _fake_parameter(
+    module: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype
+) -> nn.Parameter:
+    if type(parameter) is not nn.Parameter and name == "weight" and _quantized().is_quantized(module):
+        weight: nn.Parameter = _quantized().quantize_weight(module, dtype)
+        return weight
+    fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    return nn.Parameter(fake, requires_grad=parameter.requires_grad)
 
 
 def _blank_rows(count: int, length: int) -> Dataset:

@@ -1,7 +1,7 @@
 """The door to the heavy libraries: traces run in child processes, two at a time.
 
-The planner's own process never imports torch. One server process imports the libraries once, and forks a child
-per trace worker, so that the traces of two depths (or of two plans) run side by side.
+The planner's own process never imports torch. Two processes do, side by side, so that the traces of two depths
+(or of two plans) run at the same time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from launcher.hardware import HardwareSpec
-from launcher.job import JobSpec
+from launcher.job import JobSpec, Method, Optimizer
 from launcher.plan import Plan
 from launcher.planner.depth import DepthPlan
 from launcher.planner.polynomial import TracedShape
@@ -22,8 +22,9 @@ from launcher.planner.regimes import Lines
 from launcher.planner.skyline import Profile
 
 NUM_PROCESSES = 2
-UNUSED_LIBRARIES = ("bitsandbytes", "deepspeed")
-"""Optional libraries that no traced step calls yet; PEFT and accelerate load them at import when they can."""
+OPTIONAL_LIBRARIES = ("bitsandbytes", "deepspeed")
+"""Libraries that PEFT and accelerate load at import when they can, and that few traced steps call."""
+BITSANDBYTES_OPTIMIZERS = tuple(name for name in Optimizer if name.value.endswith(("_8bit", "_32bit")))
 TRACE_MODULE = "launcher.planner.trace"
 
 
@@ -66,10 +67,20 @@ def record(subject: Subject, shape: TracedShape, depth: int, accumulation: int) 
     return answer
 
 
-class Tracer:
-    """Two child processes that trace. Started at the first use; close it, or use it as a context."""
+def uses_bitsandbytes(plan: Plan) -> bool:
+    """Whether a plan's step calls bitsandbytes."""
+    return plan.method is Method.QLORA or plan.optimizer in BITSANDBYTES_OPTIMIZERS
 
-    def __init__(self) -> None:
+
+class Tracer:
+    """Two child processes that trace. Started at the first use; close it, or use it as a context.
+
+    Args:
+        needed: Those of `OPTIONAL_LIBRARIES` that a traced step calls; the others are hidden from it.
+    """
+
+    def __init__(self, needed: Sequence[str] = ()) -> None:
+        self._hidden = tuple(name for name in OPTIONAL_LIBRARIES if name not in needed)
         self._pool: ProcessPoolExecutor | None = None
 
     def facts(self, subject: Subject) -> Future[SubjectFacts]:
@@ -82,10 +93,6 @@ class Tracer:
         """Starts a trace at each depth."""
         pool = self._started()
         return tuple(pool.submit(record, subject, shape, depth, accumulation) for depth in depths)
-
-    def warm_up(self) -> None:
-        """Starts the child processes, so that they load the libraries while the parent does something else."""
-        self._started().submit(_load)
 
     def close(self) -> None:
         """Ends the child processes."""
@@ -101,18 +108,18 @@ class Tracer:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            context = get_context("forkserver")
-            context.set_forkserver_preload([f"{__package__}.tracer_preload"])
-            self._pool = ProcessPoolExecutor(NUM_PROCESSES, mp_context=context)
+            # each process imports for itself, side by side: no slower than forking one that has imported
+            self._pool = ProcessPoolExecutor(
+                NUM_PROCESSES,
+                mp_context=get_context("spawn"),
+                initializer=hide_libraries,
+                initargs=(self._hidden,),
+            )
         return self._pool
 
 
-def _load() -> None:
-    importlib.import_module(TRACE_MODULE)
-
-
-def hide_unused_libraries() -> None:
+def hide_libraries(names: Sequence[str]) -> None:
     """Makes optional libraries look absent in this process, which halves the time that imports take."""
-    for name in UNUSED_LIBRARIES:
+    for name in names:
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]  # how Python marks a module as absent

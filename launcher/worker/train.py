@@ -235,7 +235,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     require_chat_template(tokenizer, train_rows)
 
     def load() -> nn.Module:
-        model = workload.build_model(config, plan, source, job.model)
+        model = workload.build_model(config, plan, source, job)
         return workload.attach_adapters(model, job, plan)
 
     training = job.training

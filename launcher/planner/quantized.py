@@ -1,0 +1,175 @@
+"""bitsandbytes on fake tensors: quantised weights, and what its kernels allocate.
+
+Loaded only for jobs that quantise or use one of its optimizers: the import takes a second. The layers, the
+quantising functions and the autograd functions are bitsandbytes' own; what stands in for its kernels is read off
+bitsandbytes 0.50 (backends/default/ops.py, backends/cuda/ops.py, backends/cpu/ops.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import bitsandbytes
+import bitsandbytes.autograd._functions as bnb_autograd
+import bitsandbytes.backends.cpu.ops as bnb_cpu
+import bitsandbytes.backends.default.ops as bnb_default
+import torch
+from bitsandbytes import functional as bnb_functional
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from launcher.planner.cuda_twin import replaced
+
+ops = torch.ops.bitsandbytes
+
+
+def convert_to_shell(model: nn.Module, quantization: BitsAndBytesConfig) -> nn.Module:
+    """Puts bitsandbytes' layers in place of linear ones, as loading does, in a model on the meta device."""
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    return model
+
+
+def prepare() -> None:
+    """Makes the tables that bitsandbytes computes once per process, outside of any fake mode."""
+    bnb_functional.quantize_blockwise(torch.zeros(256), blocksize=256)
+
+
+def quantize_weight(module: nn.Module, dtype: torch.dtype) -> nn.Parameter:
+    """The quantised weight of a layer of the shell, as loading makes it, from a full one that is born and freed.
+
+    `Params4bit` and `Int8Params` can't wrap a fake tensor, so a plain parameter carries their attributes.
+    """
+    full = torch.empty(module.weight.shape, dtype=dtype, device="cpu")
+    weight: Any
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        shell = module.weight
+        packed, state = bnb_functional.quantize_4bit(
+            full,
+            blocksize=shell.blocksize,
+            compress_statistics=shell.compress_statistics,
+            quant_type=shell.quant_type,
+            quant_storage=shell.quant_storage,
+        )
+        weight = nn.Parameter(packed, requires_grad=False)
+        for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
+            setattr(weight, name, getattr(shell, name))
+        weight.quant_state, weight.bnb_quantized, weight.module = state, True, module
+        module.quant_state = state
+        module.support_avx512bf16_for_cpu = False  # repacks weights in evaluation, on some CPUs only
+        return weight  # type: ignore[no-any-return]
+    rows, scales, _ = bnb_functional.int8_vectorwise_quant(full.to(torch.float16))
+    weight = nn.Parameter(rows, requires_grad=False)
+    weight.CB, weight.SCB, weight.has_fp16_weights = weight.data, scales, False
+    return weight  # type: ignore[no-any-return]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer's weight is to be quantised."""
+    return isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+
+
+def state_tensors(weight: nn.Parameter) -> list[torch.Tensor]:
+    """Scales and tables that belong to a quantised weight."""
+    state = getattr(weight, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    values = [getattr(weight, "SCB", None), getattr(state, "offset", None)]
+    values += [getattr(holder, name, None) for holder in (state, nested) for name in ("absmax", "code")]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def int8_vectorwise_quant(
+    activations: torch.Tensor, threshold: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Rows scaled to int8; shapes (rows, columns), (rows,).
+
+    No column is taken for an outlier: how many there are is a matter of the data, and each adds only a column.
+    """
+    scales = activations.new_empty(activations.numel() // activations.shape[-1], dtype=torch.float32)
+    rows = torch.empty_like(activations, dtype=torch.int8)
+    outliers = None
+    if threshold > 0:
+        above = torch.empty_like(activations, dtype=torch.bool)
+        del above
+        outliers = activations.new_empty(0, dtype=torch.int64)
+    return rows, scales, outliers
+
+
+def int8_scaled_mm(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    row_stats: torch.Tensor,
+    col_stats: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """int8 product: accumulated in int32, scaled in fp16, cast to `dtype`; shape (rows, outputs)."""
+    size = (*left.shape[:-1], right.shape[0])
+    accumulator = left.new_empty(size, dtype=torch.int32)
+    scaled = left.new_empty(size, dtype=torch.float16)
+    del accumulator
+    return scaled.to(dtype or torch.float16)
+
+
+def _update_nothing(*args: Any, **kwargs: Any) -> None:
+    """A fused kernel that writes into its arguments and allocates nothing."""
+
+
+def twins(*, on_cpu: bool) -> Mapping[Any, Callable[..., Any]]:
+    """The stand-ins, by operation. On a CPU bitsandbytes' own Python kernels run, with their temporaries."""
+    common = {
+        ops.gemm_4bit.default: bnb_default._gemm_4bit_default_impl,
+        ops.int8_vectorwise_quant.default: int8_vectorwise_quant,
+        ops.int8_scaled_mm.default: int8_scaled_mm,
+        ops.int8_mixed_scaled_mm.default: _int8_mixed_scaled_mm,
+    }
+    if on_cpu:
+        return common | {
+            ops.optimizer_update_32bit.default: bnb_cpu._optimizer_update_32bit_cpu,
+            ops.optimizer_update_8bit_blockwise.default: bnb_cpu._optimizer_update_8bit_blockwise_cpu,
+        }
+    return common | {
+        ops.optimizer_update_32bit.default: _update_nothing,
+        ops.optimizer_update_8bit_blockwise.default: _update_nothing,
+    }
+
+
+def _int8_mixed_scaled_mm(
+    activations: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    row_stats: torch.Tensor,
+    col_stats: torch.Tensor,
+    outliers: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """int8 product without outlier columns; see `int8_vectorwise_quant`."""
+    kept = activations.new_empty(0)
+    return int8_scaled_mm(left, right, row_stats, col_stats, bias, activations.dtype), kept
+
+
+def _matmul_on_gpu(
+    activations: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor | None = None,
+    state: Any = None,
+    threshold: float = 0.0,
+    bias: torch.Tensor | None = None,
+) -> Any:
+    """`bitsandbytes.matmul` without its branch for CPUs."""
+    if threshold > 0.0:
+        state.threshold = threshold
+    return bnb_autograd.MatMul8bitLt.apply(activations, weight, out, bias, state)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def gpu_branches() -> Iterator[None]:
+    """Makes bitsandbytes take the branches of a GPU while it is open."""
+    with ExitStack() as stack:
+        stack.enter_context(replaced(bitsandbytes, "matmul", _matmul_on_gpu))
+        yield
