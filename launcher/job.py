@@ -62,6 +62,7 @@ class Checkpointing(StrEnum):
     NONE = "none"
     SELECTIVE = "selective"
     FULL = "full"
+    OFFLOAD = "offload"
 
 
 class Attention(StrEnum):
@@ -251,6 +252,22 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True)
+class GenerationSpec:
+    """Text generated while training, to look at; its cache of keys and values has a peak of its own."""
+
+    enabled: bool = False
+    """Generate after each evaluation, and at the end of training."""
+    num_prompts: Annotated[int, Ge(1)] = 4
+    """Prompts: the beginnings of held-out examples (of training examples, when none are held out)."""
+    batch_size: Annotated[int, Ge(1)] = 4
+    """Prompts per batch."""
+    prompt_length: Annotated[int, Ge(2)] = 256
+    """Tokens per prompt at most; of longer ones the last tokens are kept."""
+    max_new_tokens: Annotated[int, Ge(2)] = 128
+    """Tokens generated per prompt at most."""
+
+
+@dataclass(frozen=True)
 class PinSpec:
     """Knobs the user fixed; an unset knob is the planner's to turn."""
 
@@ -259,7 +276,8 @@ class PinSpec:
     gradient_accumulation_steps: Annotated[int, Ge(1)] | None = None
     """Forward and backward passes per optimizer step."""
     activation_checkpointing: Checkpointing | None = None
-    """`none`, `selective` (attention is kept, the rest recomputed) or `full`."""
+    """`none`, `selective` (attention is kept, the rest recomputed), `full`, or `offload` (full, and what a layer
+    starts from waits in host memory)."""
     attention: Attention | None = None
     """`sdpa`, `eager` or `flash_attention_2`."""
     loss: Loss | None = None
@@ -330,6 +348,8 @@ class JobSpec:
     """The optimisation."""
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     """Loss on held-out examples."""
+    generation: GenerationSpec = field(default_factory=GenerationSpec)
+    """Text generated while training."""
     hardware: HardwareSpec = field(default_factory=HardwareSpec)
     """Where it runs."""
     planner: PlannerSpec = field(default_factory=PlannerSpec)

@@ -14,6 +14,7 @@ class Phase(StrEnum):
     TRAIN_STEP = "train_step"
     OPTIMIZER_STEP = "optimizer_step"
     EVALUATION = "evaluation"
+    GENERATION = "generation"
     SAVE = "save"
 
 

@@ -44,6 +44,11 @@ class RunPaths:
         return self.root / "worker.log"
 
     @property
+    def generations(self) -> Path:
+        """Generated text, one JSON object a line."""
+        return self.root / "generations.jsonl"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object per logged step."""
         return self.root / "metrics.jsonl"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,10 +27,12 @@ from transformers import (
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 
 from launcher.job import (
     AdapterDtype,
     Checkpointing,
+    GenerationSpec,
     JobSpec,
     Loss,
     Method,
@@ -44,14 +46,6 @@ from launcher.plan import Plan
 
 LEARNING_RATES = {Method.LORA: 2e-4, Method.QLORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
-
-CHECKPOINTING_OPTIONS: Mapping[Checkpointing, Mapping[str, bool] | None] = {
-    Checkpointing.NONE: None,
-    Checkpointing.SELECTIVE: {"selective": True},
-    Checkpointing.FULL: None,
-}
-"""What the trainer is told about each mode; `selective` is TRL's word (models/selective_activation_checkpointing.py)."""
-
 
 class PhaseCallback(TrainerCallback):
     """Says when the training loop enters a phase. The tracer and the meter listen to the same calls.
@@ -178,8 +172,12 @@ def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
     if plan.method is Method.FULL:
         return model
     method = job.method
+    for module in model.modules():
+        # on CPUs with avx512_bf16 bitsandbytes repacks 4-bit weights in evaluation, and training can't read them then
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # nn.Module's attributes have no type
     if plan.method is Method.QLORA and method.kbit_preparation:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
     targets = method.target_modules
     config = LoraConfig(
         r=plan.rank,
@@ -216,7 +214,9 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "per_device_eval_batch_size": evaluation_batch_size(job, plan),
         "gradient_checkpointing": plan.activation_checkpointing is not Checkpointing.NONE,
-        "gradient_checkpointing_kwargs": dict(CHECKPOINTING_OPTIONS[plan.activation_checkpointing] or {}) or None,
+        "gradient_checkpointing_kwargs": (
+            {"offload": True} if plan.activation_checkpointing is Checkpointing.OFFLOAD else None
+        ),
         "max_steps": training.max_steps or -1,
         "num_train_epochs": training.num_epochs,
         "learning_rate": training.learning_rate or LEARNING_RATES[plan.method],
@@ -252,6 +252,10 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> SFTTrainer:
     """Builds the trainer whose `train()` is both traced and run."""
+    if plan.activation_checkpointing is Checkpointing.SELECTIVE:
+        # TRL wraps the model that it is given, and PEFT hands the call on to its base model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        enable_selective_activation_checkpointing(base)
     trainer_class = PlainLossTrainer if plan.loss is Loss.PLAIN else SFTTrainer
     trainer = trainer_class(
         model=model,  # type: ignore[arg-type]  # any module that transformers or PEFT built
@@ -266,6 +270,86 @@ def build_trainer(
         if trainer.eval_dataset is not None:
             trainer.eval_dataset = without_short_row(trainer.eval_dataset, plan.max_length)
     return trainer
+
+
+class GenerationCallback(TrainerCallback):
+    """Generates text after each evaluation and at the end of training.
+
+    Args:
+        enter: Called with the phase that begins.
+        prompts: Batches of prompts, padded on the left; each (input_ids, attention_mask), shape (batch, length).
+        generation: How much to generate.
+        write: Called with the optimizer step and the token ids of each batch, shape (batch, length).
+    """
+
+    def __init__(
+        self,
+        enter: Callable[[Phase], None],
+        prompts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        generation: GenerationSpec,
+        write: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        self._enter = enter
+        self._prompts = prompts
+        self._generation = generation
+        self._write = write
+        self._last_step = -1
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluation is over."""
+        self._generate(state.global_step, kwargs["model"])
+        self._enter(_next_phase(control, evaluated=True))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Training is over."""
+        if self._last_step != state.global_step:
+            self._generate(state.global_step, kwargs["model"])
+            self._enter(Phase.SAVE)
+
+    def _generate(self, step: int, model: nn.Module) -> None:
+        self._enter(Phase.GENERATION)
+        self._last_step = step
+        for tokens, mask in self._prompts:
+            device = next(model.parameters()).device
+            answer = generate(model, tokens.to(device), mask.to(device), self._generation.max_new_tokens)
+            self._write(step, answer.cpu())
+
+
+def generate(
+    model: Any, tokens: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **options: Any
+) -> Any:
+    """Continues prompts greedily, with a cache of keys and values.
+
+    Args:
+        model: The model, in training; it is put back so.
+        tokens: Prompts, shape (batch, length).
+        mask: 0 where a prompt is padded, shape (batch, length).
+        max_new_tokens: Tokens generated at most.
+        options: Further arguments of transformers' `generate`.
+    """
+    training = model.training
+    model.eval()
+    # TRL asks for the router's logits in training; with them transformers computes a loss that fails on single tokens
+    routed = getattr(model.config, "output_router_logits", None)
+    if routed:
+        model.config.output_router_logits = False
+    with torch.no_grad():
+        answer = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            **options,
+        )
+    if routed:
+        model.config.output_router_logits = routed
+    model.train(training)
+    return answer
 
 
 def without_short_row(rows: Dataset, length: int) -> Dataset:

@@ -23,9 +23,12 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
+
+if TYPE_CHECKING:
+    from launcher.worker.prompts import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
@@ -125,6 +128,8 @@ class AccuracyJob:
     packing: bool = True
     evaluation: bool = False
     save: bool = False
+    new_tokens: int = 0
+    """Tokens generated per prompt at the end; 0: none."""
     options: tuple[tuple[str, Any], ...] = ()
     """Further keys of the method."""
 
@@ -141,6 +146,7 @@ class AccuracyJob:
             if word != usual
         ]
         unusual += [f"{key}={value}" for key, value in self.options]
+        unusual += [f"generate={self.new_tokens}"] if self.new_tokens else []
         flags = {"padded": not self.packing, "evaluation": self.evaluation, "save": self.save}
         unusual += [flag for flag, on in flags.items() if on]
         words = [self.architecture, self.method, f"checkpointing={self.checkpointing}", self.precision]
@@ -178,6 +184,10 @@ JOBS = (
     AccuracyJob("llama", "lora", "none", 2, 512, attention="eager"),
     AccuracyJob("llama", "full", "full", 3, 400, packing=False, evaluation=True, save=True),
     AccuracyJob("llama", "full", "none", 2, 256, save=True),
+    AccuracyJob("llama", "lora", "full", 2, 200, new_tokens=160),
+    AccuracyJob("gemma", "lora", "full", 1, 320, evaluation=True, new_tokens=200),
+    AccuracyJob("qwen3_moe", "lora", "none", 1, 128, new_tokens=60),
+    AccuracyJob("deepseek", "full", "full", 2, 128, new_tokens=60),
     # adapters
     AccuracyJob("llama", "lora", "full", 2, 512, options=(("use_dora", True),)),
     AccuracyJob("llama", "lora", "full", 2, 512, options=(("use_rslora", True), ("dropout", 0.1))),
@@ -237,6 +247,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         Checkpointing,
         DataSpec,
         EvaluationSpec,
+        GenerationSpec,
         JobSpec,
         Loss,
         Method,
@@ -264,6 +275,13 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         data=DataSpec(packing=job.packing),
         training=TrainingSpec(max_steps=3, save_steps=2 if job.save else None, report_to=()),
         evaluation=EvaluationSpec(enabled=job.evaluation, steps=2, num_examples=2 * job.micro_batch_size),
+        generation=GenerationSpec(
+            enabled=job.new_tokens > 0,
+            num_prompts=2 * job.micro_batch_size,
+            batch_size=2 * job.micro_batch_size,
+            prompt_length=job.length // 2,
+            max_new_tokens=max(2, job.new_tokens),
+        ),
         hardware=HardwareSpec(kind=DeviceKind.CPU),
     )
     plan = Plan(
@@ -306,6 +324,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
                 "train_sampling_strategy": "sequential",
             },
             output_dir=Path(folder) / "checkpoints",
+            prompts=_prompts(job) if job.new_tokens else (),
         )
         _, measured = train(spec, plan, ingredients, Progress(), lambda line: None)
     return {
@@ -313,6 +332,16 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         "predicted_bytes": {peak.phase.value: peak.allocated_bytes for peak in predicted},
         "measured_bytes": {peak.phase.value: peak.allocated_bytes for peak in measured.phases},
     }
+
+
+def _prompts(job: AccuracyJob) -> tuple[Batch, ...]:
+    """One batch of random prompts, one of them shorter than the others."""
+    import torch  # noqa: PLC0415  # only the child process needs the heavy libraries
+
+    shape = (2 * job.micro_batch_size, job.length // 2)
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[0, :3] = 0
+    return ((torch.randint(2, ARCHITECTURES[job.architecture]["vocab_size"], shape), mask),)
 
 
 def _rows(job: AccuracyJob, count: int) -> list[dict[str, list[int]]]:
@@ -353,7 +382,7 @@ def phase_error_percent(result: dict[str, Any], phase: str) -> float | None:
     return 100.0 * float(result["predicted_bytes"][phase] - measured) / float(measured)
 
 
-PHASES = ("load", "train_step", "optimizer_step", "evaluation", "save")
+PHASES = ("load", "train_step", "optimizer_step", "evaluation", "generation", "save")
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -193,12 +193,12 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
 @pytest.mark.parametrize(
     ("argument", "legal"),
     [
-        ("method.name=qlora", "full, lora"),
+        ("method.name=prefix", "full, lora, qlora"),
         ("training.precision=fp8", "bf16, bf16_mixed, fp16_mixed, fp32"),
-        ("training.optimizer=lion", "adamw_torch_fused, adamw_torch, sgd"),
+        ("method.quantization=int3", "nf4, fp4, int8"),
         ("data.format=parquet", "auto, messages, alpaca, sharegpt, prompt_completion, text"),
-        ("planner.pin.activation_checkpointing=some", "none, full"),
-        ("planner.pin.attention=flash", "sdpa, eager"),
+        ("planner.pin.activation_checkpointing=some", "none, selective, full, offload"),
+        ("planner.pin.attention=flash", "sdpa, eager, flash_attention_2"),
         ("planner.pin.loss=liger", "chunked, plain"),
         ("planner.objective=cost", "speed, memory"),
         ("action=explain", "run, plan, report"),
@@ -212,9 +212,9 @@ def test_impossible_word_lists_the_legal_ones(argument: str, legal: str) -> None
 
 
 def test_impossible_word_in_a_list_names_its_place() -> None:
-    message = refusal("planner.choices.method=[full,qlora]")
-    assert "`planner.choices.method.1=qlora`" in message
-    assert message.endswith("legal: full, lora")
+    message = refusal("planner.choices.method=[full,prefix]")
+    assert "`planner.choices.method.1=prefix`" in message
+    assert message.endswith("legal: full, lora, qlora")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_open_keys_exist() -> None:
 def test_no_group_file_has_a_key_of_its_own() -> None:
     """`load_job` refuses unknown keys of files as of command lines; conf/config.yaml names every group."""
     named = (config_root() / "conf" / "config.yaml").read_text(encoding="utf-8")
-    assert len(groups()) == 8
+    assert len(groups()) == 9
     for group in groups():
         assert f"- {'recipes' if group == 'recipe' else group}: " in named
 

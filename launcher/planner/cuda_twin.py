@@ -1,13 +1,13 @@
 """The places where a CUDA device allocates otherwise than the fake CPU device, each with its source.
 
 Fake tensors live on a fake CPU, because a CPU build of torch cannot execute fake CUDA tensors in autograd. Inside
-`cuda_twin()` the library branches that depend on the device take their CUDA side, with the allocations read off
+`branches()` the library branches that depend on the device take their CUDA side, with the allocations read off
 the CUDA sources. Not verified against a GPU by this project yet; docs/accuracy.md says what was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -16,93 +16,103 @@ import torch
 import torch.optim.adam as torch_adam
 import torch.optim.sgd as torch_sgd
 import transformers.integrations.moe as transformers_moe
+import transformers.modeling_flash_attention_utils as transformers_flash
+import transformers.modeling_utils as transformers_modeling
 import trl.kernels.chunked_logprob as trl_chunked
 import trl.trainer.utils as trl_utils
 from torch.nn import functional
 
 from launcher.hardware import HardwareSpec
 
-LSE_ALIGNMENT = 32
-"""Memory-efficient attention pads its log-sum-exp to 32 queries (aten/native/transformers/cuda/mem_eff_attention)."""
+aten = torch.ops.aten
+FLASH_HEAD_SIZE_MAX = 256
+"""Largest head size of FlashAttention-2."""
 
 
-class FlashAttention(torch.autograd.Function):
-    """FlashAttention-2 as torch's SDPA calls it, with its allocations.
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any
+) -> tuple[Any, ...]:
+    """FlashAttention-2's forward pass as torch's SDPA calls it: out, and an fp32 log-sum-exp (batch, heads, length).
 
-    Forward keeps q, k, v, out and an fp32 log-sum-exp (batch, heads, length). Backward holds an fp32 accumulator
-    of dq (batch, heads, length, head size), the fp32 row sums, and, with fewer key heads than query heads, dk and
-    dv for every query head before they are summed (aten/native/transformers/cuda/flash_attn/flash_api.cpp,
-    `mha_fwd` and `mha_bwd`, torch 2.9 to 2.13). Rounding of the length to 128 is left out.
+    `_flash_attention_forward` and `mha_fwd` (aten/native/transformers/cuda/flash_attn/flash_api.cpp, torch 2.9 to
+    2.13). Rounding of the length to 128 is left out.
     """
+    batch, heads, length, _ = query.shape
+    output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
+    log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
+    seed, offset = (query.new_empty((), dtype=torch.int64) for _ in range(2))
+    debug = query.new_empty(0)
+    return output, log_sum_exp, None, None, length, key.shape[2], seed, offset, debug
 
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Shapes (batch, heads, length, head size); the output has the layout of (batch, length, heads, ...)."""
-        batch, heads, length, _ = query.shape
-        output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
-        log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of query, key and value."""
-        query, key, value, _, _ = ctx.saved_tensors
-        batch, heads, length, size = query.shape
-        grad_query, grad_key, grad_value = (
-            torch.empty_like(query),
-            torch.empty_like(key),
-            torch.empty_like(value),
-        )
+def flash_attention_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """FlashAttention-2's backward pass; returns the gradients of query, key and value.
+
+    It holds an fp32 accumulator of dq (batch, heads, length, head size), the fp32 row sums, and, with fewer key heads
+    than query heads, dk and dv for every query head before they are summed (`mha_bwd`, same file).
+    """
+    batch, heads, length, size = query.shape
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    accumulator = query.new_empty((batch, heads, length, size), dtype=torch.float32)
+    row_sums = query.new_empty((batch, heads, length), dtype=torch.float32)
+    if key.shape[1] != heads:
+        wide_key = key.new_empty((batch, key.shape[2], heads, size))
+        wide_value = value.new_empty((batch, key.shape[2], heads, value.shape[-1]))
+        del wide_key, wide_value
+    del accumulator, row_sums
+    return gradients
+
+
+def efficient_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any
+) -> tuple[torch.Tensor, ...]:
+    """Memory-efficient attention's forward pass: out, and an fp32 log-sum-exp, whose padding to 32 is left out.
+
+    aten/native/transformers/cuda/attention.cu, torch 2.9 to 2.13.
+    """
+    batch, heads, length, _ = query.shape
+    output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
+    log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
+    seed, offset = (query.new_empty((), dtype=torch.int64) for _ in range(2))
+    return output, log_sum_exp, seed, offset
+
+
+def efficient_attention_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """Memory-efficient attention's backward pass; masks have no gradient.
+
+    It accumulates dq in fp32 for 16-bit inputs (mem_eff_attention/kernel_backward.h, torch 2.9 to 2.13).
+    """
+    batch, heads, length, size = query.shape
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    row_sums = query.new_empty((batch, heads, length), dtype=torch.float32)
+    if query.dtype is not torch.float32:
         accumulator = query.new_empty((batch, heads, length, size), dtype=torch.float32)
-        row_sums = query.new_empty((batch, heads, length), dtype=torch.float32)
-        if key.shape[1] != heads:
-            wide_key = key.new_empty((batch, key.shape[2], heads, size))
-            wide_value = value.new_empty((batch, key.shape[2], heads, value.shape[-1]))
-            del wide_key, wide_value
-        del accumulator, row_sums
-        return grad_query, grad_key, grad_value
+        del accumulator
+    del row_sums
+    return *gradients, None
 
 
-class EfficientAttention(torch.autograd.Function):
-    """Memory-efficient attention as torch's SDPA calls it, with its allocations.
-
-    Taken where a mask is given, or where the device has no flash kernel. A boolean mask becomes an additive bias
-    of the query's dtype, which is kept for backward; the log-sum-exp is padded to a multiple of 32 queries.
-    Backward accumulates dq in fp32 for 16-bit inputs
-    (aten/native/transformers/cuda/attention.cu and mem_eff_attention/kernel_backward.h, torch 2.9 to 2.13).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Shapes (batch, heads, length, head size)."""
-        batch, heads, length, _ = query.shape
-        output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
-        log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, bias, output, log_sum_exp)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        """Gradients of query, key and value; masks have none."""
-        query, key, value, _, _, _ = ctx.saved_tensors
-        batch, heads, length, size = query.shape
-        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        row_sums = query.new_empty((batch, heads, length), dtype=torch.float32)
-        if query.dtype is not torch.float32:
-            accumulator = query.new_empty((batch, heads, length, size), dtype=torch.float32)
-            del accumulator
-        del row_sums
-        return *gradients, None
+def twins() -> Mapping[Any, Callable[..., Any]]:
+    """What CUDA's attention kernels allocate, by operation; autograd and checkpointing see torch's own operations."""
+    return {
+        aten._scaled_dot_product_flash_attention.default: flash_attention,
+        aten._scaled_dot_product_flash_attention_backward.default: flash_attention_backward,
+        aten._scaled_dot_product_efficient_attention.default: efficient_attention,
+        aten._scaled_dot_product_efficient_attention_backward.default: efficient_attention_backward,
+    }
 
 
 def _attention(supports_flash: bool) -> Callable[..., torch.Tensor]:
+    """`scaled_dot_product_attention` with CUDA's choice of kernel (aten/native/transformers/cuda/sdp_utils.cpp).
+
+    Memory-efficient attention is taken where a mask is given, or where the device has no flash kernel. A boolean
+    mask becomes an additive bias of the query's dtype, which is kept for backward.
+    """
+
     def scaled_dot_product_attention(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -114,15 +124,84 @@ def _attention(supports_flash: bool) -> Callable[..., torch.Tensor]:
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         half = query.dtype in (torch.float16, torch.bfloat16)
-        if supports_flash and half and attn_mask is None and query.shape[-1] <= 256:
-            return FlashAttention.apply(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+        fits = query.shape[-1] <= FLASH_HEAD_SIZE_MAX and query.shape[-1] == value.shape[-1]
+        output: torch.Tensor
+        if supports_flash and half and attn_mask is None and fits:
+            output = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+            return output
         if enable_gqa and key.shape[1] != query.shape[1]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        bias = attn_mask.to(query.dtype) if attn_mask is not None else None
-        return EfficientAttention.apply(query, key, value, bias)  # type: ignore[no-any-return, no-untyped-call]
+        bias = None
+        if attn_mask is not None:
+            bias = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+        output = aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, dropout_p, is_causal
+        )[0]
+        return output
 
     return scaled_dot_product_attention
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """`flash_attn.flash_attn_func` (flash-attn 2.8): the kernels that torch has, shapes (batch, length, heads, size)."""
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    output: torch.Tensor = aten._scaled_dot_product_flash_attention(*heads_first, dropout_p, causal)[0]
+    return output.transpose(1, 2)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """`flash_attn.flash_attn_varlen_func` (flash-attn 2.8) over sequences joined in one, shapes (tokens, heads, size)."""
+    output = flash_attn_func(q[None], k[None], v[None], dropout_p, softmax_scale, causal)
+    return output[0]
+
+
+@contextmanager
+def flash_attention_2() -> Iterator[None]:
+    """Makes transformers take FlashAttention-2 for installed; its kernels are stood in for."""
+    process = transformers_flash._lazy_define_process_function(flash_attn_varlen_func)
+    changes = {
+        "_loaded_implementation": "flash_attention_2",
+        "_flash_fn": flash_attn_func,
+        "_flash_varlen_fn": flash_attn_varlen_func,
+        "_pad_fn": transformers_flash._pad_input,
+        "_unpad_fn": transformers_flash._unpad_input,
+        "_process_flash_kwargs_fn": process,
+    }
+    with ExitStack() as stack:
+        for name, value in changes.items():
+            stack.enter_context(replaced(transformers_flash, name, value))
+        model = transformers_modeling.PreTrainedModel
+        stack.enter_context(replaced(model, "_check_and_adjust_attn_implementation", _accept))
+        yield
+
+
+def _accept(model: Any, attn_implementation: str, *options: Any, **named: Any) -> str:
+    return attn_implementation
 
 
 def _dropout(
@@ -158,6 +237,19 @@ def _grouped_mm_from(supports_flash: bool) -> Callable[..., bool]:
     return lambda *args: supports_flash
 
 
+class SavedOnHost(torch.autograd.graph.saved_tensors_hooks):
+    """`torch.autograd.graph.save_on_cpu` as the device sees it: what is saved leaves it, and comes back anew."""
+
+    def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
+        def leave(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+            return tensor.size(), tensor.dtype
+
+        def come_back(facts: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+            return torch.empty(facts[0], dtype=facts[1])
+
+        super().__init__(leave, come_back)
+
+
 @contextmanager
 def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
     """Replaces an attribute of a library module while it is open."""
@@ -174,7 +266,7 @@ def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 
 @contextmanager
-def cuda_twin(hardware: HardwareSpec) -> Iterator[None]:
+def branches(hardware: HardwareSpec) -> Iterator[None]:
     """Makes library branches that depend on the device take their CUDA side while it is open."""
     kernel = _InPlaceKernel()
     replacements: list[tuple[Any, str, Any]] = [
@@ -188,6 +280,7 @@ def cuda_twin(hardware: HardwareSpec) -> Iterator[None]:
         (trl_chunked, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b))),
         (torch_adam, "_default_to_fused_or_foreach", _prefer_foreach),
         (torch_sgd, "_default_to_fused_or_foreach", _prefer_foreach),
+        (transformers_modeling, "save_on_cpu", SavedOnHost),
         (transformers_moe, "_can_use_grouped_mm", _grouped_mm_from(hardware.supports_flash_attention)),
     ]
     with ExitStack() as stack:

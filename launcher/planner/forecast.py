@@ -170,6 +170,7 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
             weight_decay=job.training.weight_decay,
         ),
         evaluation=EvaluationSpec(enabled=job.evaluation.enabled, batch_size=job.evaluation.batch_size),
+        generation=job.generation,
         hardware=HardwareSpec(),
     )
     shapeless = replace(plan, micro_batch_size=1, gradient_accumulation_steps=1, max_length=8)
@@ -201,12 +202,12 @@ def _with_stored_copy(
     tensors that were read stay alive until the last one is in place. Adapters, as large as their gradients, come
     afterwards. On a GPU the cast happens in host memory, before the model moves to the device.
     """
-    held = 2 if plan.precision is Precision.BF16 else 4
-    stored = 4 if job.model.stored_dtype is StoredDtype.FP32 else 2
-    same_dtype = job.model.stored_dtype.value == plan.precision.value
-    if same_dtype or job.hardware.kind is not DeviceKind.CPU:
-        return peak
-    adapters = resident[Category.GRADIENTS] if plan.method is Method.LORA else 0
+    held_dtype = StoredDtype.BF16 if plan.precision is Precision.BF16 else StoredDtype.FP32
+    same_dtype = job.model.stored_dtype is held_dtype
+    if same_dtype or job.hardware.kind is not DeviceKind.CPU or plan.method is Method.QLORA:
+        return peak  # quantised weights are read one by one
+    held, stored = (4 if dtype is StoredDtype.FP32 else 2 for dtype in (held_dtype, job.model.stored_dtype))
+    adapters = 0 if plan.method is Method.FULL else resident[Category.GRADIENTS]
     weights = resident[Category.PARAMETERS] - adapters
     copy = weights // held * stored
     if copy <= adapters:

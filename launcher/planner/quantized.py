@@ -15,18 +15,22 @@ import bitsandbytes
 import bitsandbytes.autograd._functions as bnb_autograd
 import bitsandbytes.backends.cpu.ops as bnb_cpu
 import bitsandbytes.backends.default.ops as bnb_default
+import bitsandbytes.nn.modules as bnb_layers
+import peft.tuners.lora.dora as peft_dora
 import torch
 from bitsandbytes import functional as bnb_functional
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from launcher.planner.cuda_twin import replaced
+from launcher.planner.tape import OFF_DEVICE
 
 ops = torch.ops.bitsandbytes
 
 
-def convert_to_shell(model: nn.Module, quantization: BitsAndBytesConfig) -> nn.Module:
+def convert_to_shell(model: Any, quantization: BitsAndBytesConfig) -> Any:
     """Puts bitsandbytes' layers in place of linear ones, as loading does, in a model on the meta device."""
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
@@ -40,15 +44,15 @@ def prepare() -> None:
     bnb_functional.quantize_blockwise(torch.zeros(256), blocksize=256)
 
 
-def quantize_weight(module: nn.Module, dtype: torch.dtype) -> nn.Parameter:
+def quantize_weight(module: Any, dtype: torch.dtype) -> nn.Parameter:
     """The quantised weight of a layer of the shell, as loading makes it, from a full one that is born and freed.
 
     `Params4bit` and `Int8Params` can't wrap a fake tensor, so a plain parameter carries their attributes.
     """
     full = torch.empty(module.weight.shape, dtype=dtype, device="cpu")
     weight: Any
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
-        shell = module.weight
+    if isinstance(module, bnb_layers.Linear4bit):
+        shell: Any = module.weight
         packed, state = bnb_functional.quantize_4bit(
             full,
             blocksize=shell.blocksize,
@@ -61,7 +65,6 @@ def quantize_weight(module: nn.Module, dtype: torch.dtype) -> nn.Parameter:
             setattr(weight, name, getattr(shell, name))
         weight.quant_state, weight.bnb_quantized, weight.module = state, True, module
         module.quant_state = state
-        module.support_avx512bf16_for_cpu = False  # repacks weights in evaluation, on some CPUs only
         return weight  # type: ignore[no-any-return]
     rows, scales, _ = bnb_functional.int8_vectorwise_quant(full.to(torch.float16))
     weight = nn.Parameter(rows, requires_grad=False)
@@ -71,7 +74,7 @@ def quantize_weight(module: nn.Module, dtype: torch.dtype) -> nn.Parameter:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer's weight is to be quantised."""
-    return isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+    return isinstance(module, (bnb_layers.Linear4bit, bnb_layers.Linear8bitLt))
 
 
 def state_tensors(weight: nn.Parameter) -> list[torch.Tensor]:
@@ -81,6 +84,23 @@ def state_tensors(weight: nn.Parameter) -> list[torch.Tensor]:
     values = [getattr(weight, "SCB", None), getattr(state, "offset", None)]
     values += [getattr(holder, name, None) for holder in (state, nested) for name in ("absmax", "code")]
     return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def dequantized(module: Any) -> torch.Tensor:
+    """What `peft.utils.integrations.dequantize_module_weight` returns, for the weights of `quantize_weight` too.
+
+    On the meta device, where PEFT sets DoRA up, a quantised weight has its shape and no state yet.
+    """
+    weight: Any = module.weight
+    if not is_quantized(module):
+        return weight  # type: ignore[no-any-return]
+    if weight.device.type == "meta":
+        return torch.empty((module.out_features, module.in_features), device="meta")
+    if isinstance(module, bnb_layers.Linear4bit):
+        values: torch.Tensor = bnb_functional.dequantize_4bit(weight.data, module.quant_state)
+        return values
+    rows: torch.Tensor = bnb_functional.int8_vectorwise_dequant(weight.data, module.state.SCB)
+    return rows
 
 
 def int8_vectorwise_quant(
@@ -167,9 +187,23 @@ def _matmul_on_gpu(
     return bnb_autograd.MatMul8bitLt.apply(activations, weight, out, bias, state)  # type: ignore[no-untyped-call]
 
 
+PAGED_ELEMENTS_MIN = 100_000
+"""Smaller states of paged optimizers stay in device memory (optim/optimizer.py, `get_state_buffer`)."""
+
+
+def _state_buffer(optimizer: Any, parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An optimizer state. Paged ones are managed memory, which torch's allocator doesn't count: off the device."""
+    paged = optimizer.is_paged and parameter.numel() >= PAGED_ELEMENTS_MIN
+    return torch.zeros_like(parameter, dtype=dtype, device=OFF_DEVICE if paged else parameter.device)
+
+
 @contextmanager
-def gpu_branches() -> Iterator[None]:
-    """Makes bitsandbytes take the branches of a GPU while it is open."""
+def stand_ins(*, on_gpu: bool) -> Iterator[None]:
+    """Makes PEFT and bitsandbytes accept fake weights, and take the branches of a GPU if asked, while it is open."""
     with ExitStack() as stack:
-        stack.enter_context(replaced(bitsandbytes, "matmul", _matmul_on_gpu))
+        stack.enter_context(replaced(peft_dora, "dequantize_module_weight", dequantized))
+        if on_gpu:
+            stack.enter_context(replaced(bitsandbytes, "matmul", _matmul_on_gpu))
+            stack.enter_context(replaced(bnb_functional, "is_on_gpu", lambda tensors: True))
+            stack.enter_context(replaced(Optimizer8bit, "get_state_buffer", _state_buffer))
         yield

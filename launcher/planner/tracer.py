@@ -7,6 +7,7 @@ The planner's own process never imports torch. Two processes do, side by side, s
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -120,6 +121,7 @@ class Tracer:
 
 def hide_libraries(names: Sequence[str]) -> None:
     """Makes optional libraries look absent in this process, which halves the time that imports take."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels that no trace runs
     for name in names:
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]  # how Python marks a module as absent

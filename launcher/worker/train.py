@@ -53,6 +53,7 @@ from launcher.worker.meter import (
     weigh_gradients,
     weigh_residents,
 )
+from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -160,6 +161,10 @@ class Ingredients:
     """Where checkpoints go."""
     metrics: Path | None = None
     """Where metrics.jsonl goes."""
+    prompts: tuple[Batch, ...] = ()
+    """What to generate from."""
+    generations: Path | None = None
+    """Where generated text goes."""
 
 
 def train(
@@ -181,6 +186,13 @@ def train(
             progress.gradient_bytes = weigh_gradients(model)
         meter.enter(phase, trainer.state.global_step)
 
+    callbacks: list[TrainerCallback] = [
+        workload.PhaseCallback(enter),
+        ProgressCallback(progress, plan, ingredients.metrics, report),
+    ]
+    if ingredients.prompts:
+        write = _generation_writer(ingredients, report)
+        callbacks.append(workload.GenerationCallback(enter, ingredients.prompts, job.generation, write))
     trainer = workload.build_trainer(
         model,
         plan,
@@ -188,7 +200,7 @@ def train(
         ingredients.train_dataset,
         ingredients.eval_dataset,
         ingredients.tokenizer,
-        [workload.PhaseCallback(enter), ProgressCallback(progress, plan, ingredients.metrics, report)],
+        callbacks,
     )
     _watch_shapes(trainer, progress, METERED_STEPS * plan.gradient_accumulation_steps)
     trainer.train(resume_from_checkpoint=resume or None)
@@ -197,6 +209,19 @@ def train(
     resident[Category.GRADIENTS] = progress.gradient_bytes
     shapes = tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
     return trainer, MemoryMeasurement(_rank(), meter.name, phases, resident, shapes)
+
+
+def _generation_writer(
+    ingredients: Ingredients, report: Callable[[str], None]
+) -> Callable[[int, torch.Tensor], None]:
+    def write(step: int, tokens: torch.Tensor) -> None:
+        texts = ingredients.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        report(f"generated {len(texts)} texts at step {step}")
+        if ingredients.generations is not None:
+            with ingredients.generations.open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps({"step": step, "text": text}) + "\n" for text in texts)
+
+    return write
 
 
 def _watch_shapes(trainer: SFTTrainer, progress: Progress, num_batches: int) -> None:
@@ -238,6 +263,11 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         model = workload.build_model(config, plan, source, job)
         return workload.attach_adapters(model, job, plan)
 
+    prompts: tuple[Batch, ...] = ()
+    if job.generation.enabled:
+        prompts = prompt_batches(
+            tokenizer, train_rows if eval_rows is None else eval_rows, job.generation
+        )
     training = job.training
     return Ingredients(
         load=load,
@@ -253,6 +283,8 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         },
         output_dir=paths.checkpoints,
         metrics=paths.metrics,
+        prompts=prompts,
+        generations=paths.generations,
     )
 
 

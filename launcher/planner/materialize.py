@@ -1,0 +1,111 @@
+"""Loading on fake tensors: puts fake weights in place of those of a model on the meta device."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, dot_natural_key
+
+
+def quantized_layers() -> Any:
+    """What knows bitsandbytes; importing it takes a second that most jobs need not wait."""
+    return importlib.import_module("launcher.planner.quantized")
+
+
+def weight_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, and the scales that belong to quantised ones."""
+    return with_scales(list(model.parameters()))
+
+
+def with_scales(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """These parameters, and the scales of those among them that are quantised."""
+    quantized = [p for p in parameters if hasattr(p, "quant_state") or hasattr(p, "SCB")]
+    return parameters + [value for p in quantized for value in quantized_layers().state_tensors(p)]
+
+
+def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> None:
+    """Puts fake tensors on the fake device in place of parameters and buffers; shared ones stay shared.
+
+    In the order in which weights are loaded: the base model's by name, adapters afterwards. On the meta device PEFT
+    leaves adapters in fp32; `adapters_as_base` gives them the dtype of the base model, as it does elsewhere.
+    """
+    fakes: dict[int, nn.Parameter] = {}
+    modules = dict(model.named_modules())
+    names = [
+        (f"{path}.{name}", module, name)
+        for path, module in modules.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    dtype: Any = model.config.dtype
+    copies = _copies_by_pattern(model, on_gpu=on_gpu)
+    for full, module, name in sorted(names, key=lambda item: (_is_adapter(item[0]), dot_natural_key(item[0]))):
+        parameter = module._parameters[name]
+        assert parameter is not None  # listed above
+        if id(parameter) not in fakes:
+            waiting = [
+                torch.empty(parameter.shape, dtype=dtype)
+                for pattern, count in copies.items()
+                for _ in range(count if pattern.search(full) else 0)
+            ]
+            adapter_dtype = dtype if adapters_as_base and _is_adapter(full) else parameter.dtype
+            fakes[id(parameter)] = _fake_parameter(module, name, parameter, dtype, adapter_dtype)
+            del waiting
+        module._parameters[name] = fakes[id(parameter)]
+    for module in modules.values():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+    # Fake parameters are in place; torch can't swap fake tensors, which moving a module asks for.
+    model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]
+
+
+def _copies_by_pattern(model: nn.Module, *, on_gpu: bool) -> dict[re.Pattern[str], int]:
+    """How many copies of a weight exist while it is put together from several tensors of a checkpoint, by its name.
+
+    One for each operation but the last (experts are stacked, then joined: transformers 5.23, conversion_mapping.py and
+    core_model_loading.py), and on a GPU one of the tensors read, which on a CPU are views of the file.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    converters = [item for item in get_model_conversion_mapping(base) if isinstance(item, WeightConverter)]
+    return {
+        re.compile(target.replace(".", r"\.").replace("*", r"\d+")): len(item.operations) - 1 + on_gpu
+        for item in converters
+        for target in item.target_patterns
+    }
+
+
+def initialize_dora(model: nn.Module) -> None:
+    """Repeats on fake tensors what PEFT did on the meta device: the norms of weights and adapters together."""
+    for module in model.modules():
+        adapted: Any = module
+        for name, layer in getattr(adapted, "lora_magnitude_vector", {}).items():
+            if isinstance(layer, DoraLinearLayer):
+                with torch.no_grad():
+                    layer.update_layer(
+                        base_layer=adapted.get_base_layer(),
+                        lora_A=adapted.lora_A[name].weight,
+                        lora_B=adapted.lora_B[name].weight,
+                        scaling=adapted.scaling[name],
+                    )
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or "modules_to_save" in name
+
+
+def _fake_parameter(
+    module: nn.Module, name: str, parameter: nn.Parameter, stored: torch.dtype, held: torch.dtype
+) -> nn.Parameter:
+    if type(parameter) is not nn.Parameter and name == "weight" and quantized_layers().is_quantized(module):
+        weight: nn.Parameter = quantized_layers().quantize_weight(module, stored)
+        return weight
+    fake = torch.empty(parameter.shape, dtype=held, device="cpu")
+    return nn.Parameter(fake, requires_grad=parameter.requires_grad)
