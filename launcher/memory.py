@@ -101,6 +101,18 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
+class ModuleShare:
+    """What one module has alive at a moment."""
+
+    module: str
+    """Its path, `model.layers.3.mlp.down_proj`; "" is for what no module made."""
+    num_bytes: int
+    """Bytes of its live blocks."""
+    num_blocks: int
+    """How many they are."""
+
+
+@dataclass(frozen=True)
 class StepShape:
     """Shape of one measured forward pass."""
 

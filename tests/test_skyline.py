@@ -31,7 +31,8 @@ from launcher.memory import Category, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner import trace
 from launcher.planner.regimes import Lines, domain_of, symbolic_shape
-from launcher.planner.skyline import CATEGORIES, Domain, PhaseSkyline, Skyline, undominated
+from launcher.planner.skyline import Domain, PhaseSkyline, Skyline, undominated
+from launcher.planner.stream import CATEGORIES
 from launcher.workload import model_config
 
 ANYWHERE = Domain(1, None, 1, None, 0, None)

@@ -1,4 +1,4 @@
-"""From a tape to a profile: births and releases become live bytes at every instant."""
+"""From a tape to a profile: births and releases become live bytes at every instant; and to a stream of all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from launcher.memory import Category
 from launcher.planner.polynomial import CONSTANT, Exponents
-from launcher.planner.skyline import CATEGORIES, Instant, Profile
+from launcher.planner.skyline import Instant, Profile
+from launcher.planner.stream import CATEGORIES, PHASES, Stream, in_order_of_births
 from launcher.planner.tape import Block, Event, Region
 
 SMALL_BYTES = 1 << 16
@@ -28,6 +29,7 @@ def build_profile(
     events: Sequence[Event],
     resident: Mapping[Category, Mapping[Exponents, int]],
     batch_inputs: Mapping[Exponents, int],
+    stream: Stream | None = None,
 ) -> Profile:
     """Sums up a tape.
 
@@ -35,6 +37,7 @@ def build_profile(
         events: Births and releases in the order of time.
         resident: Full size of each resident category, bytes.
         batch_inputs: Bytes of the inputs of one micro batch.
+        stream: The same tape block by block; None where nobody asks.
     """
     exponents = sorted({CONSTANT} | {key for event in events for key in event.block.size})
     column = {key: index for index, key in enumerate(exponents)}
@@ -54,7 +57,36 @@ def build_profile(
                 instants.append(Instant(_signature(births), event.phase))
                 snapshots.append(live.copy())
                 births = []
-    return Profile(tuple(instants), tuple(exponents), np.stack(snapshots), resident, batch_inputs)
+    return Profile(tuple(instants), tuple(exponents), np.stack(snapshots), resident, batch_inputs, stream)
+
+
+def build_stream(events: Sequence[Event]) -> Stream:
+    """Lists what a tape has, block by block.
+
+    Args:
+        events: Births and releases in the order of time.
+    """
+    blocks = [event.block for event in events if event.birth]
+    numbers = {id(block): number for number, block in enumerate(blocks, 1)}
+    module_names = {name: index for index, name in enumerate(sorted({block.module for block in blocks}))}
+    operation_names = {
+        name: index for index, name in enumerate(sorted({block.operation for block in blocks}))
+    }
+    signed = np.array(
+        [numbers[id(event.block)] * (1 if event.birth else -1) for event in events], dtype=np.int64
+    )
+    phases = np.array([PHASES.index(event.phase) for event in events], dtype=np.int8)
+    ordered, phases = in_order_of_births(signed, phases)
+    return Stream(
+        sizes_bytes=np.array([block.num_bytes for block in blocks], dtype=np.int64),
+        categories=np.array([CATEGORIES.index(_category(block)) for block in blocks], dtype=np.int8),
+        modules=np.array([module_names[block.module] for block in blocks], dtype=np.int32),
+        module_names=tuple(module_names),
+        operations=np.array([operation_names[block.operation] for block in blocks], dtype=np.int32),
+        operation_names=tuple(operation_names),
+        events=ordered,
+        phases=phases,
+    )
 
 
 def _category(block: Block) -> Category:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from launcher.errors import UnsupportedByPlanner
 from launcher.memory import Category, Phase, PhasePeak
 from launcher.planner.polynomial import Exponents
+from launcher.planner.stream import CATEGORIES, Stream
 
-CATEGORIES = tuple(Category)
 Matrix = NDArray[np.float64]
 
 
@@ -72,6 +72,8 @@ class Profile:
     """Full size of each resident category, bytes."""
     batch_inputs: Mapping[Exponents, int]
     """Bytes of the inputs of one micro batch."""
+    stream: Stream | None = None
+    """The same trace block by block; traces with symbols have none."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
 
 aten = torch.ops.aten
+OFF_DEVICE = torch.device("meta")
+"""Where a trace puts tensors that live in host memory while the job runs on a GPU: the tape leaves them out."""
 
 
 class Region(StrEnum):
@@ -47,6 +49,8 @@ class Block:
     region: Region
     category: Category | None = None
     alive: bool = True
+    module: str = ""
+    """Path of the module that it was made for; empty when there is none, or nobody asked."""
 
 
 @dataclass(slots=True)
@@ -69,12 +73,14 @@ class Tape(TorchDispatchMode):
         twins: What to run in place of an operation; NotImplemented from a twin means the operation itself.
         padded: Whether padding masks have padding in them.
         fake: The fake-tensor mode below; asked first, because its shortcut is quicker than a dispatch.
+        locate: Tells the path of the module at work, for every block; None: nobody asks for modules.
     """
 
     shape: TracedShape
     twins: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     padded: bool = False
     fake: FastFakeTensorMode | None = None
+    locate: Callable[[], str] | None = None
     phase: Phase = Phase.LOAD
     region: Region = Region.OUTSIDE
     events: list[Event] = field(default_factory=list)
@@ -151,8 +157,8 @@ class Tape(TorchDispatchMode):
     def _record(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._live:
-            return  # two outputs of one operation share it
+        if key in self._live or tensor.fake_device == OFF_DEVICE:  # type: ignore[attr-defined]
+            return  # two outputs of one operation share it, or it is not on the device
         itemsize = tensor.element_size()
         sizes = tuple(tensor.shape)
         if tensor.numel() * itemsize != num_bytes:
@@ -162,6 +168,8 @@ class Tape(TorchDispatchMode):
         if size is None:
             size = self._sizes[sizes, itemsize] = factor_shape(sizes, itemsize, self.shape)
         block = Block(num_bytes, size, operation, self.phase, self.region)
+        if self.locate is not None:
+            block.module = self.locate()
         self._live[key] = block
         self.events.append(Event(block, True, self.num_instants, self.phase))
         self._watchers[key] = weakref.ref(storage, lambda reference, key=key: self._release(key))  # type: ignore[misc]
@@ -178,6 +186,13 @@ class Tape(TorchDispatchMode):
             block = self._live.get(tensor.untyped_storage()._cdata)
             if block is not None and block.category is None:
                 block.category = category
+
+    def assign(self, tensors: Iterable[torch.Tensor], module: str) -> None:
+        """Says which module the storages of these tensors belong to; the first word counts."""
+        for tensor in tensors:
+            block = self._live.get(tensor.untyped_storage()._cdata)
+            if block is not None and not block.module:
+                block.module = module
 
     def size_of(self, tensors: Iterable[torch.Tensor]) -> list[Block]:
         """The distinct live blocks behind these tensors."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,22 +24,30 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, PrinterCallback
-from transformers.core_model_loading import dot_natural_key
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
 from launcher import workload
 from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, JobSpec, Loss
+from launcher.job import AdapterDtype, Attention, JobSpec, Loss, Method
 from launcher.memory import Category, Phase
 from launcher.plan import Plan
-from launcher.planner import worst_case
-from launcher.planner.cuda_twin import cuda_twin, replaced
+from launcher.planner import cuda_twin, worst_case
+from launcher.planner.attribution import Attribution
+from launcher.planner.cuda_twin import replaced
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
 from launcher.planner.fast_fake import FastFakeTensorMode
+from launcher.planner.generation import generation_lengths, rehearse_generation
+from launcher.planner.materialize import (
+    initialize_dora,
+    materialize,
+    quantized_layers,
+    weight_tensors,
+    with_scales,
+)
 from launcher.planner.polynomial import Exponents, TracedShape
-from launcher.planner.profile import build_profile, sum_blocks
+from launcher.planner.profile import build_profile, build_stream, sum_blocks
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Region, Tape
@@ -88,6 +95,9 @@ def regime_lines(subject: TraceSubject) -> Lines:
     vocabulary_tile = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     dimensions |= {vocabulary_tile, text.vocab_size % vocabulary_tile, trl_chunked.TOKEN_CHUNK_SIZE}
     dimensions |= _parameter_dimensions(subject)
+    if subject.job.generation.enabled:
+        generation = subject.job.generation
+        dimensions |= {generation.batch_size, *(size + i for size in generation_lengths(generation) for i in (0, 1))}
     return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)))
 
 
@@ -96,7 +106,12 @@ def _parameter_dimensions(subject: TraceSubject) -> set[int]:
     config = copy.deepcopy(subject.config)
     text = config.get_text_config()
     truncate(text, min(plan_depths(text).depths))
-    with _quiet():
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        if uses_bitsandbytes(subject.plan):
+            stack.enter_context(quantized_layers().stand_ins(on_gpu=False))
+        if subject.plan.attention is Attention.FLASH_ATTENTION_2:
+            stack.enter_context(cuda_twin.flash_attention_2())
         model = _build_on_meta(subject, config, subject.plan)
     return {size for parameter in model.parameters() for size in parameter.shape}
 
@@ -161,23 +176,30 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     fake = FastFakeTensorMode()
     on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
     twins = dict(worst_case.twins())
+    if on_gpu:
+        twins |= cuda_twin.twins()
     quantizes = uses_bitsandbytes(plan)
     if quantizes:
-        _quantized().prepare()
-        twins |= _quantized().twins(on_cpu=not on_gpu)
+        quantized_layers().prepare()
+        twins |= quantized_layers().twins(on_cpu=not on_gpu)
     tape = Tape(shape, twins=twins, padded=subject.padded and shape.batch > 1, fake=fake)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
+        if quantizes:
+            stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
+        if on_gpu and plan.attention is Attention.FLASH_ATTENTION_2:
+            stack.enter_context(cuda_twin.flash_attention_2())
         model = _build_on_meta(subject, config, plan)
+        # the list of blocks is for one shape; a trace with symbols answers for many, and can do without
+        attribution = None if shape.length_is_symbol else Attribution(model)
+        tape.locate = attribution.path if attribution is not None else None
         stack.enter_context(replaced(masking_utils, "is_tracing", lambda tensor=None: False))
-        stack.enter_context(replaced(masking_utils, "fast_all", _without_padding(subject.padded)))
+        stack.enter_context(replaced(masking_utils, "fast_all", lambda mask: not _pads(tape, mask)))
         stack.enter_context(replaced(trainer_pt_utils, "nested_numpify", _zeros_like))
         if on_gpu:
-            stack.enter_context(cuda_twin(subject.hardware))
-        if on_gpu and quantizes:
-            stack.enter_context(_quantized().gpu_branches())
+            stack.enter_context(cuda_twin.branches(subject.hardware))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rehearsal = _Rehearsal(tape, model, subject.job, plan)
+        rehearsal = _Rehearsal(tape, model, subject.job, plan, on_gpu, attribution)
         trainer_inputs = rehearsal.inputs(folder)
         stack.enter_context(fake)
         stack.enter_context(tape)
@@ -192,9 +214,9 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
             ) from failure
 
 
-def _without_padding(padded: bool) -> Callable[[torch.Tensor], bool]:
-    """Answers transformers' question whether a mask masks nothing; a single sequence is never padded."""
-    return lambda mask: not (padded and mask.shape[0] > 1)
+def _pads(tape: Tape, mask: torch.Tensor) -> bool:
+    """Whether a mask masks something in the worst case; a single sequence is never padded."""
+    return tape.padded and mask.shape[0] > 1
 
 
 def _zeros_like(tensor: torch.Tensor) -> NDArray[np.float64]:
@@ -208,18 +230,13 @@ def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) 
             model = workload.build_model(config, plan, "", subject.job)
             quantization = workload.quantization_config(subject.job.method, plan)
             if quantization is not None:
-                model = _quantized().convert_to_shell(model, quantization)
+                model = quantized_layers().convert_to_shell(model, quantization)
             return workload.attach_adapters(model, subject.job, plan)
-    except ValueError as failure:
+    except (ValueError, ImportError) as failure:
         raise UnsupportedByPlanner(
             f"transformers can't build {config.model_type} with attention={plan.attention}: {failure}",
             "another `planner.pin.attention` may be supported",
         ) from failure
-
-
-def _quantized() -> Any:
-    """What knows bitsandbytes; importing it takes a second that most jobs need not wait."""
-    return importlib.import_module("launcher.planner.quantized")
 
 
 @contextmanager
@@ -250,6 +267,8 @@ class _Rehearsal:
     model: nn.Module
     job: JobSpec
     plan: Plan
+    on_gpu: bool
+    attribution: Attribution | None = None
     batch_inputs: Mapping[Exponents, int] | None = None
     gradients: Mapping[Exponents, int] | None = None
 
@@ -287,20 +306,32 @@ class _Rehearsal:
 
     def run(self, inputs: dict[str, Any]) -> Profile:
         """Builds the trainer around fake tensors, trains, and sums up the tape."""
-        _materialize(self.model)
-        weights = _weights(self.model)
-        self.tape.mark(weights, Category.PARAMETERS)
+        adapters_as_base = self.job.method.adapter_dtype is AdapterDtype.BASE
+        materialize(
+            self.model,
+            adapters_as_base=adapters_as_base and self.plan.method is Method.LORA,
+            on_gpu=self.on_gpu,
+        )
+        initialize_dora(self.model)
+        self.tape.mark(weight_tensors(self.model), Category.PARAMETERS)
         self.tape.mark(self.model.buffers(), Category.BUFFERS)
-        parameters = self.tape.size_of(weights)
-        buffers = self.tape.size_of(self.model.buffers())
         trainer = workload.build_trainer(
             self.model, self.plan, callbacks=[workload.PhaseCallback(self._enter)], **inputs
         )
         trainer.remove_callback(PrinterCallback)  # prints metrics, and there are none
         self._trainer = trainer
+        weights = weight_tensors(self.model)  # the trainer has cast the adapters of quantised models
+        self.tape.mark(weights, Category.PARAMETERS)
+        parameters = self.tape.size_of(weights)
+        buffers = self.tape.size_of(self.model.buffers())
+        self._assign_modules()
         self._listen(trainer)
         trainer.train()
         states = self.tape.size_of(_state_tensors(trainer))
+        if self.job.generation.enabled:
+            self._enter(Phase.GENERATION)
+            self.tape.padded = True  # prompts differ in length
+            rehearse_generation(self.model, self.job.generation, on_gpu=self.on_gpu)
         self._enter(Phase.SAVE)
         self._instant = torch.empty(1)  # the highest moment of saving is what is alive when it begins
         resident = {
@@ -309,17 +340,29 @@ class _Rehearsal:
             Category.GRADIENTS: self.gradients or {},
             Category.OPTIMIZER_STATE: sum_blocks(states),
         }
-        return build_profile(self.tape.events, resident, self.batch_inputs or {})
+        stream = build_stream(self.tape.events) if self.attribution is not None else None
+        return build_profile(self.tape.events, resident, self.batch_inputs or {}, stream)
 
     def _enter(self, phase: Phase) -> None:
         if phase is Phase.OPTIMIZER_STEP:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self.tape.mark(gradients, Category.GRADIENTS)
             self.gradients = sum_blocks(self.tape.size_of(gradients))
+            self._assign_modules()
         if self.tape.phase is Phase.OPTIMIZER_STEP:
             self.tape.mark(_state_tensors(self._trainer), Category.OPTIMIZER_STATE)
+            self._assign_modules()
         self.tape.phase = phase
         self.tape.region = Region.OUTSIDE
+
+    def _assign_modules(self) -> None:
+        if self.attribution is not None:
+            self.attribution.assign(self.tape, self._belongings)
+
+    def _belongings(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A parameter or buffer with what is kept for it: scales, gradient, optimizer state."""
+        gradient = [] if tensor.grad is None else [tensor.grad]
+        return [*with_scales([tensor]), *gradient, *_state_tensors(self._trainer, tensor)]
 
     def _listen(self, trainer: SFTTrainer) -> None:
         base: Any = self.model
@@ -366,58 +409,11 @@ class _Rehearsal:
             self.tape.region = Region.BACKWARD
 
 
-def _weights(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters, and the scales that belong to quantised ones."""
-    parameters: list[torch.Tensor] = list(model.parameters())
-    quantized = [p for p in parameters if hasattr(p, "quant_state") or hasattr(p, "SCB")]
-    return parameters + [value for p in quantized for value in _quantized().state_tensors(p)]
-
-
-def _state_tensors(trainer: SFTTrainer) -> list[torch.Tensor]:
-    states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
-    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-
-
-def _materialize(model: nn.Module) -> None:
-    """Puts fake tensors on the fake device in place of parameters and buffers; shared ones stay shared.
-
-    In the order in which weights are loaded: the base model's by name, adapters afterwards.
-    """
-    fakes: dict[int, nn.Parameter] = {}
-    modules = dict(model.named_modules())
-    names = [
-        (f"{path}.{name}", module, name)
-        for path, module in modules.items()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    for _, module, name in sorted(names, key=lambda item: (_is_adapter(item[0]), dot_natural_key(item[0]))):
-        parameter = module._parameters[name]
-        assert parameter is not None  # listed above
-        if id(parameter) not in fakes:
-            fakes[id(parameter)] = _fake_parameter(module, name, parameter, dtype)
-        module._parameters[name] = fakes[id(parameter)]
-    for module in modules.values():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-    # Fake parameters are in place; torch can't swap fake tensors, which moving a module asks for.
-    model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]
-
-
-def _is_adapter(name: str) -> bool:
-    return "lora_" in name or "modules_to_save" in name
-
-
-def _fake_parameter(
-    module: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype
-) -> nn.Parameter:
-    if type(parameter) is not nn.Parameter and name == "weight" and _quantized().is_quantized(module):
-        weight: nn.Parameter = _quantized().quantize_weight(module, dtype)
-        return weight
-    fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-    return nn.Parameter(fake, requires_grad=parameter.requires_grad)
+def _state_tensors(trainer: SFTTrainer, parameter: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Optimizer state, of one parameter or of all."""
+    states = trainer.optimizer.state if trainer.optimizer is not None else {}
+    chosen = states.values() if parameter is None else [states.get(parameter, {})]
+    return [value for state in chosen for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 def _blank_rows(count: int, length: int) -> Dataset:
