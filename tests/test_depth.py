@@ -25,8 +25,17 @@ from launcher.job import (
 from launcher.memory import Category, Phase
 from launcher.plan import Plan
 from launcher.planner import trace
-from launcher.planner.depth import DepthMismatch, align, extend, layer_period, meet_in_the_middle, plan_depths
-from launcher.planner.skyline import CATEGORIES, Instant, Profile
+from launcher.planner.depth import (
+    DepthMismatch,
+    DepthPlan,
+    align,
+    extend,
+    layer_period,
+    meet_in_the_middle,
+    plan_depths,
+)
+from launcher.planner.skyline import Instant, Profile
+from launcher.planner.stream import CATEGORIES
 from launcher.workload import model_config
 
 LAYER = list(range(100, 140))
@@ -104,13 +113,27 @@ def test_what_the_edge_layer_frees_is_not_multiplied_by_the_depth(depth: int) ->
     assert profile.resident[Category.PARAMETERS] == {(0, 0): 7 * depth}
 
 
+def test_first_layers_of_another_kind_are_left_out_of_the_pattern() -> None:
+    """DeepSeek's first layers are dense; Qwen's every second one can be."""
+    config: Any = SimpleNamespace(num_hidden_layers=27, first_k_dense_replace=1, moe_layer_freq=1)
+    config.to_dict = dict
+    assert layer_period(config) == (1, 1)
+    assert plan_depths(config) == DepthPlan((3, 4), 24.0)
+    config = SimpleNamespace(num_hidden_layers=24, decoder_sparse_step=2)
+    config.to_dict = dict
+    assert layer_period(config) == (0, 2)
+    config = SimpleNamespace(num_hidden_layers=13)
+    config.to_dict = lambda: {"mlp": ["dense", *["sparse"] * 12]}
+    assert layer_period(config) == (1, 1)
+
+
 def test_the_period_is_that_of_all_patterns_together() -> None:
     config: Any = SimpleNamespace(num_hidden_layers=12)
     config.to_dict = lambda: {"layer_types": ["a", "b"] * 6, "sparse": [0, 0, 1] * 4, "other": [1, 2]}
-    assert layer_period(config) == 6
+    assert layer_period(config) == (0, 6)
     assert plan_depths(config).depths == (12,)
     config.to_dict = lambda: {"layer_types": ["a", "b"] * 6}
-    assert layer_period(config) == 2
+    assert layer_period(config) == (0, 2)
     assert plan_depths(config).depths == (4, 6)
 
 

@@ -12,8 +12,10 @@ the halves that are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,14 +46,33 @@ class DepthPlan:
     """How many times the difference of the two is added to the shallower one."""
 
 
-def layer_period(config: PretrainedConfig) -> int:
-    """The smallest period of the layer pattern (sliding and full attention, dense and sparse layers)."""
+LAYER_STEPS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", "expert_layer_period")
+"""Config keys that say every how many layers a layer has experts."""
+FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index")
+"""Config keys that say how many of the first layers have none."""
+
+
+def layer_period(config: PretrainedConfig) -> tuple[int, int]:
+    """The layer pattern (sliding and full attention, dense and sparse layers): what comes first, and what repeats.
+
+    Returns:
+        Number of first layers outside the pattern, and the smallest period of all others.
+    """
     depth = int(config.num_hidden_layers)
     patterns = list(_per_layer_lists(config).values())
-    for period in range(1, depth + 1):
-        if all(pattern[i] == pattern[i % period] for pattern in patterns for i in range(depth)):
-            return period
-    return depth
+    step = math.lcm(*(_count(config, name) or 1 for name in LAYER_STEPS))
+    start = max(_count(config, name) for name in FIRST_LAYERS)
+    for prefix in (start, *range(start + 1, min(depth, 4))):
+        repeats = 2 if prefix == start else 3  # what nobody announced has to be plainer to see
+        for period in range(step, (depth - prefix) // repeats + 1, step):
+            if all(p[i] == p[i + period] for p in patterns for i in range(prefix, depth - period)):
+                return prefix, period
+    return 0, depth
+
+
+def _count(config: PretrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and 0 < value <= config.num_hidden_layers else 0
 
 
 def _per_layer_lists(config: PretrainedConfig) -> dict[str, list[object]]:
@@ -65,8 +86,9 @@ def _per_layer_lists(config: PretrainedConfig) -> dict[str, list[object]]:
 
 def plan_depths(config: PretrainedConfig) -> DepthPlan:
     """Chooses the depths to trace: two and three periods (and what is left of an incomplete one)."""
-    depth, period = config.num_hidden_layers, layer_period(config)
-    rest = depth % period
+    depth = config.num_hidden_layers
+    prefix, period = layer_period(config)
+    rest = prefix + (depth - prefix) % period
     shallow, deep = (
         (rest + 2 * period, rest + 3 * period) if period < 4 else (rest + period, rest + 2 * period)
     )
@@ -135,18 +157,20 @@ def align(short: Sequence[int], long: Sequence[int]) -> list[int]:
 def meet_in_the_middle(late: Sequence[int], early: Sequence[int]) -> list[int]:
     """Joins two matchings: where they differ, the first half is matched late and the second half early.
 
+    One event out of its place, in the first or the last period, makes a matching leave out a stretch in pieces.
+    So the half is that of the part where late has left out nothing yet, and early the whole stretch.
+
     Args:
         late: For each instant its match when stretches are left out as late as possible.
         early: The same, when they are left out as early as possible.
     """
     joined: list[int] = []
-    skipped = [(first - i, second - i) for i, (first, second) in enumerate(zip(late, early, strict=True))]
-    begin = 0
-    for end in range(1, len(skipped) + 1):
-        if end == len(skipped) or skipped[end] != skipped[begin]:
-            middle = (begin + end) // 2
-            joined += [*late[begin:middle], *early[middle:end]]
-            begin = end
+    begins = [i for i in range(len(late)) if i == 0 or late[i] > early[i - 1]]
+    for begin, end in pairwise([*begins, len(late)]):
+        left_out = late[begin] - begin, early[end - 1] - (end - 1)
+        whole = [i for i in range(begin, end) if (late[i] - i, early[i] - i) == left_out] or range(begin, end)
+        middle = whole[len(whole) // 2]
+        joined += [*late[begin:middle], *early[middle:end]]
     return joined
 
 
