@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,11 +27,15 @@ from launcher.planner.depth import DepthMismatch, assemble
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.skyline import Domain, Profile, Skyline
+from launcher.planner.stream import Stream, phase_peaks, with_waiting_inputs
+from launcher.planner.stream_depth import extend_stream
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Subject, SubjectFacts, Tracer
 
 WORKSPACES = 2
 """Matrix-library workspaces of a training process: one for the forward thread, one for autograd's."""
+PEAK_TOLERANCE = 1e-3
+"""Share by which the peaks of a stream and of the skyline from the same traces may differ."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class _Question:
     shape: TracedShape
     accumulation: int
     key: str
+
+    @property
+    def streams_key(self) -> str:
+        """Under which the streams of the same traces are kept."""
+        return f"{self.key}-streams"
 
 
 class Forecaster:
@@ -61,6 +70,7 @@ class Forecaster:
         self._cache = cache
         self._facts: dict[str, SubjectFacts] = {}
         self._skylines: dict[str, Skyline] = {}
+        self._streams: dict[str, tuple[Stream, ...]] = {}
         self._pending: dict[str, tuple[Future[Profile], ...]] = {}
 
     def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
@@ -68,9 +78,7 @@ class Forecaster:
         for plan in plans:
             question = self._question(plan, exact)
             if self._kept(question) is None and question.key not in self._pending:
-                self._pending[question.key] = self._tracer.records(
-                    question.subject, question.shape, question.facts.depths.depths, question.accumulation
-                )
+                self._pending[question.key] = self._start(question, question.facts.depths.depths)
 
     def is_prepared(self, plan: Plan) -> bool:
         """Whether a plan's price needs no new trace."""
@@ -108,11 +116,38 @@ class Forecaster:
         question = self._question(plan, exact)
         skyline = self._kept(question)
         if skyline is None:
-            self.prepare([plan], exact=exact)
-            skyline = self._assemble(question)
-            self._skylines[question.key] = skyline
-            self._cache.keep_skyline(question.key, skyline)
+            skyline = self._make(question)
         return read_estimate(skyline, plan, self._job)
+
+    def stream(self, plan: Plan) -> Stream:
+        """Every allocation and release of a plan at its true shape.
+
+        Made by the traces of the exact estimate. Of more than two micro batches per step only the waiting inputs
+        of the others are in it.
+
+        Raises:
+            UnsupportedByPlanner: When the tracer can't follow the plan.
+        """
+        question = self._question(plan, exact=True)
+        skyline, streams = self._kept(question), self._kept_streams(question)
+        if skyline is None or streams is None:
+            skyline = self._make(question)
+            streams = self._streams[question.key]
+        waiting = plan.gradient_accumulation_steps - question.accumulation
+        return with_waiting_inputs(self._whole_stream(question, skyline, streams), waiting)
+
+    def _whole_stream(self, question: _Question, skyline: Skyline, streams: tuple[Stream, ...]) -> Stream:
+        if len(streams) == 1:
+            return streams[0]
+        shallow, deep = streams
+        depths, steps = question.facts.depths.depths, round(question.facts.depths.steps)
+        try:
+            stream = extend_stream(shallow, deep, steps, depths[1] - depths[0])
+            _check_against(skyline, stream, question)
+        except DepthMismatch as mismatch:
+            logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
+            (stream,) = self._keep_streams(question, self._trace_all_layers(question))
+        return stream
 
     def _kept(self, question: _Question) -> Skyline | None:
         known = self._skylines.get(question.key)
@@ -122,16 +157,37 @@ class Forecaster:
                 self._skylines[question.key] = known
         return known
 
-    def _assemble(self, question: _Question) -> Skyline:
-        profiles = [future.result() for future in self._pending.pop(question.key)]
-        domain, steps = question.domain, question.facts.depths.steps
+    def _kept_streams(self, question: _Question) -> tuple[Stream, ...] | None:
+        return self._streams.get(question.key) or self._cache.streams(question.streams_key)
+
+    def _keep_streams(self, question: _Question, profiles: Sequence[Profile]) -> tuple[Stream, ...]:
+        streams = tuple(profile.stream for profile in profiles if profile.stream is not None)
+        if streams:
+            self._streams[question.key] = streams
+            self._cache.keep_streams(question.streams_key, streams)
+        return streams
+
+    def _make(self, question: _Question) -> Skyline:
+        """Waits for the traces of a question, or makes them, and keeps what they say."""
+        depths, steps = question.facts.depths.depths, question.facts.depths.steps
+        pending = self._pending.pop(question.key, None) or self._start(question, depths)
+        profiles = [future.result() for future in pending]
         try:
-            return assemble(domain, profiles, steps, question.accumulation)
+            skyline = assemble(question.domain, profiles, steps, question.accumulation)
         except DepthMismatch as mismatch:
             logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
-            depth = (question.facts.num_layers,)
-            (future,) = self._tracer.records(question.subject, question.shape, depth, question.accumulation)
-            return assemble(domain, [future.result()], 0.0, question.accumulation)
+            profiles = self._trace_all_layers(question)
+            skyline = assemble(question.domain, profiles, 0.0, question.accumulation)
+        self._skylines[question.key] = skyline
+        self._cache.keep_skyline(question.key, skyline)
+        self._keep_streams(question, profiles)
+        return skyline
+
+    def _start(self, question: _Question, depths: Sequence[int]) -> tuple[Future[Profile], ...]:
+        return self._tracer.records(question.subject, question.shape, depths, question.accumulation)
+
+    def _trace_all_layers(self, question: _Question) -> list[Profile]:
+        return [future.result() for future in self._start(question, (question.facts.num_layers,))]
 
     def _question(self, plan: Plan, exact: bool) -> _Question:
         subject = subject_of(self._job, plan)
@@ -156,6 +212,18 @@ class Forecaster:
             self._cache.keep_facts(key, facts)
         self._facts[key] = facts
         return facts
+
+
+def _check_against(skyline: Skyline, stream: Stream, question: _Question) -> None:
+    """Raises DepthMismatch when a stream and a skyline that come from the same traces have different peaks."""
+    batch, length = question.shape.batch, question.shape.length
+    wanted = {
+        peak.phase: peak.allocated_bytes for peak in skyline.peaks(batch, length, question.accumulation)
+    }
+    for peak in phase_peaks(stream):
+        apart = abs(peak.allocated_bytes - wanted[peak.phase])
+        if apart > PEAK_TOLERANCE * wanted[peak.phase]:
+            raise DepthMismatch(f"{peak.phase.value}: {peak.allocated_bytes} bytes, not {wanted[peak.phase]}")
 
 
 def subject_of(job: JobSpec, plan: Plan) -> Subject:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,9 +19,11 @@ from pydantic import TypeAdapter, ValidationError
 from launcher.documents import write_text
 from launcher.memory import Category, Phase
 from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
+from launcher.planner.stream import Stream
 from launcher.planner.tracer import Subject, SubjectFacts
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
+STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
 
 
 def library_versions() -> dict[str, str]:
@@ -88,6 +93,20 @@ class TraceCache:
         """Keeps a skyline."""
         self._write(key, _encode(skyline))
 
+    def streams(self, key: str) -> tuple[Stream, ...] | None:
+        """Streams, if they are kept."""
+        payload = self._read(key)
+        if payload is None:
+            return None
+        try:
+            return tuple(_decode_stream(item) for item in payload)
+        except (KeyError, TypeError, ValueError, zipfile.BadZipFile):
+            return None
+
+    def keep_streams(self, key: str, streams: Sequence[Stream]) -> None:
+        """Keeps streams."""
+        self._write(key, [_encode_stream(stream) for stream in streams])
+
     def _path(self, key: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{key}.json"
 
@@ -136,6 +155,25 @@ def _decode(payload: Mapping[str, Any]) -> Skyline:
         batch_inputs=_decode_size(payload["batch_inputs"]),
         traced_accumulation=int(payload["traced_accumulation"]),
     )
+
+
+def _encode_stream(stream: Stream) -> dict[str, Any]:
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **{name: getattr(stream, name) for name in STREAM_ARRAYS})
+    return {
+        "module_names": list(stream.module_names),
+        "operation_names": list(stream.operation_names),
+        "npz": base64.b64encode(packed.getvalue()).decode(),
+    }
+
+
+def _decode_stream(payload: Mapping[str, Any]) -> Stream:
+    with np.load(io.BytesIO(base64.b64decode(payload["npz"])), allow_pickle=False) as arrays:
+        return Stream(
+            module_names=tuple(payload["module_names"]),
+            operation_names=tuple(payload["operation_names"]),
+            **{name: arrays[name] for name in STREAM_ARRAYS},
+        )
 
 
 def _encode_size(size: Mapping[tuple[int, int], int]) -> list[list[int]]:
