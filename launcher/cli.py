@@ -16,6 +16,8 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
   launch                      a real LoRA run on this machine's CPU or GPU
   launch recipe=llama_lora hardware=a100_40g action=plan
                               plan for a device you don't have
+  launch action=memory recipe=llama_lora hardware=a100_40g
+                              where every GiB of that plan goes, and when
   launch action=report        past runs, predicted and measured
 
 Every key, its default and its meaning: launcher/job.py
@@ -71,6 +73,8 @@ def _act(job: JobSpec) -> int:
         answer = workflow.plan_answer(job)
     elif job.action is Action.REPORT:
         answer = workflow.report_answer(job)
+    elif job.action is Action.MEMORY:
+        answer = workflow.memory_answer(job)
     else:
         answer = workflow.run_answer(job, show)
     if as_text and answer.text:

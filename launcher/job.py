@@ -120,6 +120,7 @@ class Action(StrEnum):
     RUN = "run"
     PLAN = "plan"
     REPORT = "report"
+    MEMORY = "memory"
 
 
 class Output(StrEnum):
@@ -329,13 +330,16 @@ class JobSpec:
     recipe: str = ""
     """Name of the recipe the job came from."""
     action: Action = Action.RUN
-    """`plan` stops after the plan; `run` plans and runs; `report` lists past runs."""
+    """`plan` stops after the plan; `run` plans and runs; `report` lists past runs; `memory` shows where the memory of
+    a plan, or of the past run in `run_dir`, goes."""
     output: Output = Output.TEXT
     """`text` for people, `json` for programs."""
     run_dir: str = ""
     """Folder of this run (or, for `report`, of past runs); empty: a new one under `runs/`."""
     resume: str = ""
     """Run directory whose last checkpoint is continued."""
+    plot: str = ""
+    """PNG file of the timeline that `memory` draws; empty: in the past run's folder, or none."""
     trace_cache: str = ""
     """Folder of cached traces; empty: the user's cache folder; `off`: none."""
     model: ModelSpec = field(default_factory=ModelSpec)

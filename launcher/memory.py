@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby, pairwise
 
 
 class Phase(StrEnum):
@@ -29,6 +30,7 @@ class Category(StrEnum):
     LOGITS_AND_LOSS = "logits_and_loss"
     TEMPORARIES = "temporaries"
     INPUTS = "inputs"
+    WORKSPACES = "workspaces"
 
 
 RESIDENT = (Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
@@ -49,6 +51,8 @@ class PhasePeak:
     """Bytes of live tensors at the highest moment."""
     by_category_bytes: Mapping[Category, int]
     """What they are for; sums to `allocated_bytes`."""
+    reserved_bytes: int | None = None
+    """Peak bytes that the caching allocator holds; None where there is none, or where it was not replayed."""
 
     def __post_init__(self) -> None:
         total = sum(self.by_category_bytes.values())
@@ -71,7 +75,7 @@ class MemoryEstimate:
     resident_bytes: Mapping[Category, int]
     """Full size of each resident category, whenever it is complete (see `RESIDENT`)."""
     context_bytes: int
-    """Runtime context and library workspaces, outside the tensors."""
+    """What the runtime takes on the device, outside the allocator."""
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -88,12 +92,15 @@ class MemoryEstimate:
         return self.peak.allocated_bytes
 
     @property
-    def peak_device_bytes(self) -> int:
-        """Highest bytes on the device: live tensors and context.
+    def peak_reserved_bytes(self) -> int | None:
+        """Highest bytes that the caching allocator holds, over all phases; None when it was not replayed."""
+        return max((peak.reserved_bytes for peak in self.phases if peak.reserved_bytes is not None), default=None)
 
-        Left out: what the caching allocator holds beyond live tensors.
-        """
-        return self.peak_allocated_bytes + self.context_bytes
+    @property
+    def peak_device_bytes(self) -> int:
+        """Highest bytes on the device: what the allocator holds (live tensors, where that is not known) and context."""
+        held = self.peak_reserved_bytes
+        return (self.peak_allocated_bytes if held is None else held) + self.context_bytes
 
     def phase(self, phase: Phase) -> PhasePeak | None:
         """The peak of one phase; None when the run has no such phase."""
@@ -110,6 +117,67 @@ class ModuleShare:
     """Bytes of its live blocks."""
     num_blocks: int
     """How many they are."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive at one moment."""
+
+    phase: Phase
+    """Its phase."""
+    allocated_bytes: int
+    """Bytes of live tensors."""
+    by_category_bytes: Mapping[Category, int]
+    """What they are for."""
+    by_module: tuple[ModuleShare, ...]
+    """The modules that made most of them, largest first."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Memory over a stretch of a run: its highest values in equal parts of it."""
+
+    allocated_bytes: tuple[int, ...]
+    """Highest bytes of live tensors in each part."""
+    phases: tuple[Phase, ...]
+    """Phase of each part."""
+
+
+TIMELINE_PARTS = 600
+
+
+def last_step(allocated_bytes: Sequence[int], phases: Sequence[Phase]) -> Timeline:
+    """The last optimizer step of a run: its passes, and the optimizer's own step.
+
+    Args:
+        allocated_bytes: Live bytes after every event.
+        phases: Phase of every event.
+
+    Raises:
+        ValueError: When no optimizer step is among them.
+    """
+    stretches: list[tuple[Phase, int]] = []
+    for phase, events in groupby(phases):
+        stretches.append((phase, len(list(events))))
+    last = max(i for i, (phase, _) in enumerate(stretches) if phase is Phase.OPTIMIZER_STEP)
+    begin = sum(length for _, length in stretches[: max(0, last - 1)])
+    end = sum(length for _, length in stretches[: last + 1])
+    count = min(TIMELINE_PARTS, end - begin)
+    edges = [begin + (end - begin) * i // count for i in range(count + 1)]
+    highest = tuple(int(max(allocated_bytes[a:b])) for a, b in pairwise(edges))
+    return Timeline(highest, tuple(phases[a] for a in edges[:-1]))
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Where the memory of a plan goes."""
+
+    peak: Moment
+    """The highest moment."""
+    next_highest: Moment | None
+    """The highest moment of another hill; None when there is one hill only."""
+    step: Timeline
+    """One optimizer step, the last one traced."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +201,7 @@ class MeasuredPhase:
     reserved_bytes: int | None
     """Peak bytes held by the caching allocator; None where there is none (CPU)."""
     device_bytes: int | None
-    """Peak bytes used on the device by this process; None where no meter exists."""
+    """Peak bytes used on the device by this process (on CPU: of its memory, since it began); None where unknown."""
 
 
 @dataclass(frozen=True)

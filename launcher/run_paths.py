@@ -72,6 +72,15 @@ class RunPaths:
         """What the meter saw on one rank."""
         return self.root / f"measured.rank{rank}.json"
 
+    def timeline(self, rank: int) -> Path:
+        """One optimizer step, as the meter saw it on one rank."""
+        return self.root / f"timeline.rank{rank}.json"
+
+    @property
+    def plot(self) -> Path:
+        """Picture of one optimizer step."""
+        return self.root / "memory.png"
+
     def outcome(self, rank: int) -> Path:
         """How one rank ended."""
         return self.root / f"outcome.rank{rank}.json"

@@ -16,14 +16,16 @@ from launcher.config import catalogue_entry, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind
-from launcher.job import Attention, JobSpec, Precision
-from launcher.memory import MemoryEstimate, MemoryMeasurement
+from launcher.job import Attention, Checkpointing, JobSpec, Precision
+from launcher.memory import MemoryEstimate, MemoryMeasurement, Timeline
 from launcher.plan import PlanChoice
+from launcher.planner.bill import build_bill
 from launcher.planner.forecast import Forecaster
 from launcher.planner.search import search, semantic_plans
 from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer, uses_bitsandbytes
 from launcher.report import tables
+from launcher.report.bill import bill_document, bill_text
 from launcher.report.documents import plan_document, record_document, run_fields
 from launcher.run.detect import (
     DetectedDevice,
@@ -82,6 +84,17 @@ def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
         raise ConfigError(
             f"{hardware.name} has no bf16; training.precision={job.training.precision.value} can't run on it",
             "training.precision=fp16_mixed or fp32",
+        )
+    pin = job.planner.pin
+    if pin.attention is Attention.FLASH_ATTENTION_2 and not hardware.supports_flash_attention:
+        raise ConfigError(
+            f"planner.pin.attention=flash_attention_2: {hardware.name} has no FlashAttention-2",
+            "planner.pin.attention=sdpa, or hardware of compute capability 8.0 and more",
+        )
+    if pin.activation_checkpointing is Checkpointing.OFFLOAD and hardware.kind is DeviceKind.CPU:
+        raise ConfigError(
+            "planner.pin.activation_checkpointing=offload: a CPU has no other memory to offload to",
+            "planner.pin.activation_checkpointing=full",
         )
     if job.training.precision is Precision.FP16_MIXED and hardware.kind is DeviceKind.CPU:
         raise ConfigError(
@@ -215,6 +228,38 @@ def _predict_as_run(order: WorkerOrder, measurement: MemoryMeasurement) -> Memor
     as_run = replace(plan, micro_batch_size=largest.micro_batch_size, max_length=largest.length)
     with Tracer(_needed_libraries(order.job)) as tracer:
         return Forecaster(order.job, tracer, _trace_cache(order.job)).estimate(as_run, exact=True)
+
+
+def memory_answer(job: JobSpec) -> Answer:
+    """`action=memory`: where the memory of a plan goes, or of the past run in `run_dir`."""
+    began = time.perf_counter()
+    measured: Timeline | None = None
+    plot = Path(job.plot) if job.plot else None
+    if job.run_dir:
+        paths = RunPaths(Path(job.run_dir).resolve())
+        order = previous_run(paths.root)
+        job, plan, text, document = order.job, order.plan, f"run       {paths.root}", {}
+        timeline = paths.timeline(0)
+        measured = read_document(timeline, Timeline) if timeline.exists() else None
+        plot = plot or paths.plot
+    else:
+        job = resolve(job, detect_cuda())
+        choice = plan_job(job)
+        seconds = time.perf_counter() - began
+        text = tables.plan_text(job, choice, seconds)
+        document = plan_document(choice, library_versions(), seconds, "")
+        if choice.plan is None:
+            return Answer(text, document, NoPlanFits(choice.reason, _smallest_change(choice)))
+        plan = choice.plan
+    with Tracer(_needed_libraries(job)) as tracer:
+        bill = build_bill(Forecaster(job, tracer, _trace_cache(job)).stream(plan))
+    text += "\n\n" + bill_text(bill, measured)
+    if plot is not None:
+        from launcher.report.plot import write_plot  # noqa: PLC0415  # the plotting library takes half a second
+
+        write_plot(bill, measured, f"{job.recipe}: {tables.plan_words(plan)}", plot)
+        text += f"\n\nplot      {plot}"
+    return Answer(text, {**document, "bill": bill_document(bill, measured), "plot": str(plot or "")})
 
 
 def report_answer(job: JobSpec) -> Answer:

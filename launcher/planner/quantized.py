@@ -60,6 +60,8 @@ def quantize_weight(module: Any, dtype: torch.dtype) -> nn.Parameter:
             quant_type=shell.quant_type,
             quant_storage=shell.quant_storage,
         )
+        if state.nested:  # one table for all weights, which `prepare` has made
+            state.state2.code = bnb_functional.name2qmap["dynamic"]
         weight = nn.Parameter(packed, requires_grad=False)
         for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
             setattr(weight, name, getattr(shell, name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from launcher.memory import Category, MeasuredPhase, Phase
+from launcher.memory import Category, MeasuredPhase, Phase, Timeline, last_step
 
 METERED_STEPS = 2
 """Optimizer steps under the CPU meter: the profiler is too dear for a whole run."""
@@ -31,6 +31,8 @@ class Meter(Protocol):
 
     name: str
     """How it measures."""
+    step: Timeline | None
+    """The last optimizer step of which every allocation was seen; None where none was."""
 
     def measure_load(self) -> AbstractContextManager[None]:
         """Measures what happens inside: loading weights and attaching adapters."""
@@ -85,6 +87,9 @@ class CpuMeter:
         self._base_bytes = 0
         self._first_phase = Phase.LOAD
         self._seen: set[Phase] = set()
+        self.step: Timeline | None = None
+        self._phase = Phase.LOAD
+        self._process_bytes: dict[Phase, int] = {}
 
     @contextmanager
     def measure_load(self) -> Iterator[None]:
@@ -101,6 +106,8 @@ class CpuMeter:
 
     def enter(self, phase: Phase, steps: int) -> None:
         """See `Meter`."""
+        self._note_process()
+        self._phase = phase
         wanted = steps < METERED_STEPS or phase not in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)
         wanted = wanted and (steps < METERED_STEPS or phase not in self._seen)
         if self._profiler is not None and not wanted:
@@ -117,7 +124,18 @@ class CpuMeter:
         """See `Meter`."""
         if self._profiler is not None:
             self._fold(self._stop())
-        return tuple(MeasuredPhase(p, self._peaks[p], None, None) for p in Phase if p in self._peaks)
+        self._note_process()
+        return tuple(
+            MeasuredPhase(phase, self._peaks[phase], None, self._process_bytes.get(phase))
+            for phase in Phase
+            if phase in self._peaks
+        )
+
+    def _note_process(self) -> None:
+        """The process's highest memory by the end of the phase, the kernel's view: it never falls."""
+        highest = process_memory_bytes().get("peak")
+        if highest is not None:
+            self._process_bytes[self._phase] = highest
 
     def _start(self, phase: Phase) -> None:
         self._first_phase = phase
@@ -147,20 +165,34 @@ class CpuMeter:
                 sums.append((phase, total))
         return sums
 
-    def _fold(self, sums: Iterable[tuple[Phase, int]]) -> None:
+    def _fold(self, sums: Sequence[tuple[Phase, int]]) -> None:
         for phase, total in sums:
             self._peaks[phase] = max(self._peaks.get(phase, 0), self._base_bytes + total)
+        phases = [phase for phase, _ in sums]
+        if Phase.OPTIMIZER_STEP in phases:
+            self.step = last_step([self._base_bytes + total for _, total in sums], phases)
 
 
 class CudaMeter:
-    """Allocated, reserved and device peaks per phase on CUDA (and ROCm, through the same interface)."""
+    """Allocated, reserved and device peaks per phase on CUDA (and ROCm, through the same interface).
+
+    The counters are the host's: they move when a tensor is made or dropped, not when a kernel runs, so nothing
+    waits for the device. They include what torch's matrix library takes for its workspaces, and whole blocks:
+    512 bytes at least, and without expandable segments up to 1 MiB that was not worth splitting off.
+
+    Args:
+        cuda: torch.cuda.
+    """
 
     name = "torch.cuda allocator counters and NVML"
+    step: Timeline | None = None  # counters have no timeline; torch's memory history would slow the run down
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        self._cuda = cuda
         self._peaks: dict[Phase, MeasuredPhase] = {}
         self._phase = Phase.LOAD
-        torch.cuda.reset_peak_memory_stats()
+        self._card_before_bytes = _card_bytes(cuda)  # other processes'; this one has hardly begun
+        cuda.reset_peak_memory_stats()
 
     @contextmanager
     def measure_load(self) -> Iterator[None]:
@@ -179,35 +211,67 @@ class CudaMeter:
         return tuple(self._peaks[phase] for phase in Phase if phase in self._peaks)
 
     def _fold(self) -> None:
-        torch.cuda.synchronize()
-        seen = self._peaks.get(self._phase, MeasuredPhase(self._phase, 0, 0, None))
-        device = _process_device_bytes()
-        self._peaks[self._phase] = MeasuredPhase(
-            self._phase,
-            max(seen.allocated_bytes, torch.cuda.max_memory_allocated()),
-            max(seen.reserved_bytes or 0, torch.cuda.max_memory_reserved()),
-            max(seen.device_bytes or 0, device) if device is not None else seen.device_bytes,
-        )
-        torch.cuda.reset_peak_memory_stats()
+        seen = self._peaks.get(self._phase)
+        allocated = self._cuda.max_memory_allocated()
+        reserved = self._cuda.max_memory_reserved()
+        if seen is not None:
+            allocated = max(allocated, seen.allocated_bytes)
+        if seen is None or reserved > (seen.reserved_bytes or 0):
+            # what is reserved now is less than at the peak where memory was given back since
+            device = self.held_bytes() - self._cuda.memory_reserved() + reserved
+        else:  # the driver takes milliseconds to answer, and has nothing new to say
+            reserved, device = seen.reserved_bytes or 0, seen.device_bytes or 0
+        self._peaks[self._phase] = MeasuredPhase(self._phase, allocated, reserved, device)
+        self._cuda.reset_peak_memory_stats()
+
+    def held_bytes(self) -> int:
+        """What this process holds on the device now: context, kernels, and what its allocator reserved.
+
+        Containers may hide process ids from the driver's library, or the library altogether: then it is what the
+        card holds more than before, or all that it holds, which is wrong where others use the card meanwhile.
+        """
+        used = process_device_bytes(_listed_processes(self._cuda), os.getpid())
+        if used is not None:
+            return used
+        card = _card_bytes(self._cuda)
+        if card is not None and self._card_before_bytes is not None:
+            return card - self._card_before_bytes
+        free, total = self._cuda.mem_get_info()
+        return int(total) - int(free)
 
 
-def _process_device_bytes() -> int | None:
-    """What NVML says this process uses on the device; None where it can't say."""
-    try:
-        used = torch.cuda.memory.list_gpu_processes()
-    except (ModuleNotFoundError, RuntimeError):
-        return None
-    for line in used.splitlines():
+def process_device_bytes(listing: str, pid: int) -> int | None:
+    """What a process uses on the device, as `torch.cuda.list_gpu_processes` words it; None where it is not listed."""
+    for line in listing.splitlines():
         words = line.split()
-        if str(os.getpid()) in words and "uses" in words:
-            return int(float(words[words.index("uses") + 1]) * (1 << 20))
+        if words[:1] == ["process"] and words[1:3] == [str(pid), "uses"]:
+            return int(float(words[3]) * (1 << 20))
     return None
 
 
+def _listed_processes(cuda: Any) -> str:
+    try:
+        listing: str = cuda.list_gpu_processes()
+    except Exception:  # whatever the driver's library objects to, training goes on without this number
+        return ""
+    return listing
+
+
+def _card_bytes(cuda: Any) -> int | None:
+    """What all processes use on the device; None where the driver's library does not say."""
+    try:
+        return int(cuda.device_memory_used())
+    except Exception:  # as above
+        return None
+
+
 def process_memory_bytes() -> Mapping[str, int]:
-    """Memory of this process now and at its highest: on CUDA the allocator's, on CPU the kernel's view."""
+    """Memory of this process: on CUDA the tensors' and the allocator's, on CPU the kernel's view, now and at its highest.
+
+    CUDA's own peak is not told: the meter resets it at every phase.
+    """
     if torch.cuda.is_available():
-        return {"now": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
+        return {"now": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
     status = Path("/proc/self/status")
     if not status.exists():
         return {}

@@ -165,6 +165,8 @@ class Ingredients:
     """What to generate from."""
     generations: Path | None = None
     """Where generated text goes."""
+    timeline: Path | None = None
+    """Where the metered step goes."""
 
 
 def train(
@@ -205,6 +207,8 @@ def train(
     _watch_shapes(trainer, progress, METERED_STEPS * plan.gradient_accumulation_steps)
     trainer.train(resume_from_checkpoint=resume or None)
     phases = meter.finish()
+    if ingredients.timeline is not None and meter.step is not None:
+        write_document(ingredients.timeline, meter.step)
     resident = weigh_residents(model, trainer.optimizer)
     resident[Category.GRADIENTS] = progress.gradient_bytes
     shapes = tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
@@ -285,6 +289,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         metrics=paths.metrics,
         prompts=prompts,
         generations=paths.generations,
+        timeline=paths.timeline(_rank()),
     )
 
 
