@@ -21,7 +21,7 @@ from launcher.memory import MemoryEstimate, MemoryMeasurement, Timeline
 from launcher.plan import PlanChoice
 from launcher.planner.bill import build_bill
 from launcher.planner.forecast import Forecaster
-from launcher.planner.search import search, semantic_plans
+from launcher.planner.search import headroom_bytes, search, semantic_plans
 from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer, uses_bitsandbytes
 from launcher.report import tables
@@ -111,7 +111,8 @@ def cache_folder(name: str) -> Path:
 def plan_job(job: JobSpec) -> PlanChoice:
     """Finds the best plan of a resolved job."""
     with Tracer(_needed_libraries(job)) as tracer:
-        forecaster = Forecaster(job, tracer, _trace_cache(job))
+        budget = job.hardware.memory_bytes - headroom_bytes(job)
+        forecaster = Forecaster(job, tracer, _trace_cache(job), budget)
         first = next(semantic_plans(job))
         if job.planner.pin.attention or forecaster.supports_sdpa(first):
             return search(job, forecaster)

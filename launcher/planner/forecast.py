@@ -26,6 +26,7 @@ from launcher.plan import Plan
 from launcher.planner.depth import DepthMismatch, assemble
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
+from launcher.planner.reserve import with_reserved, with_workspaces
 from launcher.planner.skyline import Domain, Profile, Skyline
 from launcher.planner.stream import Stream, phase_peaks, with_waiting_inputs
 from launcher.planner.stream_depth import extend_stream
@@ -62,10 +63,12 @@ class Forecaster:
         job: The job.
         tracer: Makes traces.
         cache: Keeps them.
+        budget_bytes: What a plan may take of the device; 0: all of it.
     """
 
-    def __init__(self, job: JobSpec, tracer: Tracer, cache: TraceCache) -> None:
+    def __init__(self, job: JobSpec, tracer: Tracer, cache: TraceCache, budget_bytes: int = 0) -> None:
         self._job = job
+        self._budget_bytes = budget_bytes or job.hardware.memory_bytes
         self._tracer = tracer
         self._cache = cache
         self._facts: dict[str, SubjectFacts] = {}
@@ -117,7 +120,10 @@ class Forecaster:
         skyline = self._kept(question)
         if skyline is None:
             skyline = self._make(question)
-        return read_estimate(skyline, plan, self._job)
+        estimate = read_estimate(skyline, plan, self._job)
+        if not exact or self._job.hardware.kind not in (DeviceKind.CUDA, DeviceKind.ROCM):
+            return estimate
+        return with_reserved(estimate, self.stream(plan), self._budget_bytes - estimate.context_bytes)
 
     def stream(self, plan: Plan) -> Stream:
         """Every allocation and release of a plan at its true shape.
@@ -134,7 +140,8 @@ class Forecaster:
             skyline = self._make(question)
             streams = self._streams[question.key]
         waiting = plan.gradient_accumulation_steps - question.accumulation
-        return with_waiting_inputs(self._whole_stream(question, skyline, streams), waiting)
+        whole = with_waiting_inputs(self._whole_stream(question, skyline, streams), waiting)
+        return with_workspaces(whole, self._job.hardware.blas_workspace_bytes, WORKSPACES)
 
     def _whole_stream(self, question: _Question, skyline: Skyline, streams: tuple[Stream, ...]) -> Stream:
         if len(streams) == 1:
@@ -256,9 +263,15 @@ def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec) -> MemoryEstimate:
         _with_stored_copy(peak, resident, plan, job) if peak.phase is Phase.LOAD else peak
         for peak in skyline.peaks(batch, length, plan.gradient_accumulation_steps)
     )
-    hardware = job.hardware
-    context = hardware.context_bytes + WORKSPACES * hardware.blas_workspace_bytes
-    return MemoryEstimate(phases, resident, context)
+    workspaces = WORKSPACES * job.hardware.blas_workspace_bytes
+    if workspaces:
+        phases = tuple(peak if peak.phase is Phase.LOAD else _with_workspaces(peak, workspaces) for peak in phases)
+    return MemoryEstimate(phases, resident, job.hardware.context_bytes)
+
+
+def _with_workspaces(peak: PhasePeak, num_bytes: int) -> PhasePeak:
+    amounts = {**peak.by_category_bytes, Category.WORKSPACES: num_bytes}
+    return PhasePeak(peak.phase, sum(amounts.values()), amounts)
 
 
 def _with_stored_copy(

@@ -77,16 +77,17 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
 def predicted_fields(estimate: MemoryEstimate) -> dict[str, Any]:
     """A prediction as plain values.
 
-    `peak_reserved_bytes`, `host_peak_bytes`, `step_seconds` and `tokens_per_second` are null: the caching
-    allocator, host memory and speed are not predicted yet.
+    `peak_reserved_bytes` is null where there is no caching allocator; `host_peak_bytes`, `step_seconds` and
+    `tokens_per_second` are null: host memory and speed are not predicted yet.
     """
     return {
         "peak_allocated_bytes": estimate.peak_allocated_bytes,
-        "peak_reserved_bytes": None,
+        "peak_reserved_bytes": estimate.peak_reserved_bytes,
         "peak_device_bytes": estimate.peak_device_bytes,
         "peak_phase": estimate.peak.phase.value,
         "by_category_bytes": {name.value: size for name, size in estimate.peak.by_category_bytes.items()},
         "by_phase_bytes": {peak.phase.value: peak.allocated_bytes for peak in estimate.phases},
+        "reserved_by_phase_bytes": {peak.phase.value: peak.reserved_bytes for peak in estimate.phases},
         "resident_bytes": {name.value: size for name, size in estimate.resident_bytes.items()},
         "host_peak_bytes": None,
         "step_seconds": None,

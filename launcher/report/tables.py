@@ -65,8 +65,11 @@ def _rejection(plan: Plan, reason: str) -> str:
 
 def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
     peak = estimate.peak
-    rows = [["phase", "predicted peak"]]
-    rows += [[phase.phase.value, format_bytes(phase.allocated_bytes)] for phase in estimate.phases]
+    reserved = estimate.peak_reserved_bytes
+    rows = [["phase", "predicted peak", *(["reserved"] if reserved is not None else [])]]
+    for phase in estimate.phases:
+        held = [] if phase.reserved_bytes is None else [format_bytes(phase.reserved_bytes)]
+        rows.append([phase.phase.value, format_bytes(phase.allocated_bytes), *held])
     lines = aligned(rows)
     lines += ["", f"what is alive at the highest moment ({peak.phase.value})"]
     parts = sorted(peak.by_category_bytes.items(), key=lambda item: -item[1])
@@ -76,8 +79,11 @@ def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
         if size
     ]
     rows.append(["  tensors", format_bytes(peak.allocated_bytes), "100.0 %"])
+    if reserved is not None:
+        unused = reserved - estimate.peak_allocated_bytes
+        rows.append(["  held by the allocator beside them", format_bytes(unused), ""])
     if estimate.context_bytes:
-        rows.append(["  context and workspaces", format_bytes(estimate.context_bytes), ""])
+        rows.append(["  context", format_bytes(estimate.context_bytes), ""])
         rows.append(["  device", format_bytes(estimate.peak_device_bytes), ""])
     return lines + aligned(rows)
 
