@@ -14,7 +14,7 @@ from launcher.planner.stream import (
 )
 
 MODULES_SHOWN = 10
-VALLEY = 0.02
+VALLEY = 0.1
 """Share of the peak by which memory falls between it and what counts as another hill."""
 
 

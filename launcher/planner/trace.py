@@ -333,7 +333,6 @@ class _Rehearsal:
             self.tape.padded = True  # prompts differ in length
             rehearse_generation(self.model, self.job.generation, on_gpu=self.on_gpu)
         self._enter(Phase.SAVE)
-        self._instant = torch.empty(1)  # the highest moment of saving is what is alive when it begins
         resident = {
             Category.PARAMETERS: sum_blocks(parameters),
             Category.BUFFERS: sum_blocks(buffers),
@@ -354,6 +353,7 @@ class _Rehearsal:
             self._assign_modules()
         self.tape.phase = phase
         self.tape.region = Region.OUTSIDE
+        self._instant = torch.empty(1)  # a phase that allocates nothing has a highest moment too: when it begins
 
     def _assign_modules(self) -> None:
         if self.attribution is not None:
