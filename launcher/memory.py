@@ -94,7 +94,9 @@ class MemoryEstimate:
     @property
     def peak_reserved_bytes(self) -> int | None:
         """Highest bytes that the caching allocator holds, over all phases; None when it was not replayed."""
-        return max((peak.reserved_bytes for peak in self.phases if peak.reserved_bytes is not None), default=None)
+        return max(
+            (peak.reserved_bytes for peak in self.phases if peak.reserved_bytes is not None), default=None
+        )
 
     @property
     def peak_device_bytes(self) -> int:

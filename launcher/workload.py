@@ -47,6 +47,7 @@ from launcher.plan import Plan
 LEARNING_RATES = {Method.LORA: 2e-4, Method.QLORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
 
+
 class PhaseCallback(TrainerCallback):
     """Says when the training loop enters a phase. The tracer and the meter listen to the same calls.
 

@@ -261,6 +261,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
     from launcher.plan import Plan  # noqa: PLC0415
     from launcher.planner import trace  # noqa: PLC0415
     from launcher.planner.forecast import read_estimate  # noqa: PLC0415
+    from launcher.planner.rehearsal import blank_tokenizer  # noqa: PLC0415
     from launcher.worker.train import Ingredients, Progress, train  # noqa: PLC0415
 
     torch.manual_seed(0)
@@ -313,7 +314,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
             load=load,
             train_dataset=Dataset.from_list(_rows(job, 3 * job.micro_batch_size * job.accumulation)),
             eval_dataset=Dataset.from_list(_rows(job, 2 * job.micro_batch_size)) if job.evaluation else None,
-            tokenizer=trace.blank_tokenizer(),
+            tokenizer=blank_tokenizer(),
             changes={
                 "use_cpu": True,
                 "save_strategy": "steps" if job.save else "no",

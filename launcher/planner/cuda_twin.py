@@ -46,7 +46,12 @@ def flash_attention(
 
 
 def flash_attention_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *options: Any,
+    **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """FlashAttention-2's backward pass; returns the gradients of query, key and value.
 
@@ -80,7 +85,12 @@ def efficient_attention(
 
 
 def efficient_attention_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *options: Any,
+    **named: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     """Memory-efficient attention's backward pass; masks have no gradient.
 

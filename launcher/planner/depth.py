@@ -13,6 +13,7 @@ the halves that are kept.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,11 @@ if TYPE_CHECKING:  # the parent process extends profiles without loading the hea
 WINDOWS = (24, 12, 6)
 """Instants that must agree after a gap before the gap is believed; fewer where none agree for longer, because a
 list that grows with depth (one norm per parameter) follows soon."""
+SMALL_WINDOWS = (3, 1)
+"""The same where several such lists, of some instants per period, follow each other."""
+GAP_RULES = ((WINDOWS, 0.75), (SMALL_WINDOWS, 1.0), (WINDOWS, 0.0))
+"""What must agree after a gap, and the share of the gap that repeats what stands before or after it. An extra
+period does, but for what the first and the last one do otherwise; two lists that both grow do not."""
 
 
 class DepthMismatch(Exception):
@@ -148,7 +154,7 @@ def align(short: Sequence[int], long: Sequence[int]) -> list[int]:
     j = 0
     for i in range(len(short)):
         if j >= len(long) or short[i] != long[j]:
-            j += _gap(short[i:], long[j:])
+            j += _gap(short, i, long, j)
         matches.append(j)
         j += 1
     return matches
@@ -174,13 +180,26 @@ def meet_in_the_middle(late: Sequence[int], early: Sequence[int]) -> list[int]:
     return joined
 
 
-def _gap(short: Sequence[int], long: Sequence[int]) -> int:
-    for size in WINDOWS:
-        window = list(short[:size])
-        for gap in range(1, len(long) - len(window) + 1):
-            if list(long[gap : gap + len(window)]) == window:
-                return gap
-    raise DepthMismatch(f"{len(short)} instants left of the shallower trace, {len(long)} of the deeper one")
+def _gap(short: Sequence[int], at: int, long: Sequence[int], begin: int) -> int:
+    """Instants to leave out of `long` at `begin`, so that it goes on as `short` does at `at`."""
+    for windows, share in GAP_RULES:
+        for size in windows:
+            window = list(short[at : at + size])
+            for gap in range(1, len(long) - begin - len(window) + 1):
+                follows = begin + gap
+                if list(long[follows : follows + len(window)]) == window and (
+                    _repeated_share(long, begin, follows) >= share
+                ):
+                    return gap
+    left = len(short) - at, len(long) - begin
+    raise DepthMismatch(f"{left[0]} instants left of the shallower trace, {left[1]} of the deeper one")
+
+
+def _repeated_share(long: Sequence[int], begin: int, end: int) -> float:
+    """The share of a stretch that is found in as many instants before or after it, in whatever order."""
+    inside = Counter(long[begin:end])
+    neighbors = (long[max(0, 2 * begin - end) : begin], long[end : 2 * end - begin])
+    return max((inside & Counter(neighbor)).total() for neighbor in neighbors) / (end - begin)
 
 
 def _spread(profile: Profile, exponents: Sequence[Exponents]) -> NDArray[np.float64]:

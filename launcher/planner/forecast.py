@@ -265,7 +265,9 @@ def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec) -> MemoryEstimate:
     )
     workspaces = WORKSPACES * job.hardware.blas_workspace_bytes
     if workspaces:
-        phases = tuple(peak if peak.phase is Phase.LOAD else _with_workspaces(peak, workspaces) for peak in phases)
+        phases = tuple(
+            peak if peak.phase is Phase.LOAD else _with_workspaces(peak, workspaces) for peak in phases
+        )
     return MemoryEstimate(phases, resident, job.hardware.context_bytes)
 
 

@@ -46,7 +46,9 @@ def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> No
     ]
     dtype: Any = model.config.dtype
     copies = _copies_by_pattern(model, on_gpu=on_gpu)
-    for full, module, name in sorted(names, key=lambda item: (_is_adapter(item[0]), dot_natural_key(item[0]))):
+    for full, module, name in sorted(
+        names, key=lambda item: (_is_adapter(item[0]), dot_natural_key(item[0]))
+    ):
         parameter = module._parameters[name]
         assert parameter is not None  # listed above
         if id(parameter) not in fakes:

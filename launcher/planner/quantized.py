@@ -193,7 +193,9 @@ PAGED_ELEMENTS_MIN = 100_000
 """Smaller states of paged optimizers stay in device memory (optim/optimizer.py, `get_state_buffer`)."""
 
 
-def _state_buffer(optimizer: Any, parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def _state_buffer(
+    optimizer: Any, parameter: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """An optimizer state. Paged ones are managed memory, which torch's allocator doesn't count: off the device."""
     paged = optimizer.is_paged and parameter.numel() >= PAGED_ELEMENTS_MIN
     return torch.zeros_like(parameter, dtype=dtype, device=OFF_DEVICE if paged else parameter.device)

@@ -22,7 +22,10 @@ def bill_text(bill: Bill, measured: Timeline | None) -> str:
     lines = _moment_lines("highest moment", bill.peak)
     if bill.next_highest is not None:
         missing = bill.peak.allocated_bytes - bill.next_highest.allocated_bytes
-        lines += ["", *_moment_lines(f"next highest moment, {format_bytes(missing)} lower", bill.next_highest)]
+        lines += [
+            "",
+            *_moment_lines(f"next highest moment, {format_bytes(missing)} lower", bill.next_highest),
+        ]
     lines += ["", "one optimizer step, predicted", *chart(bill.step)]
     if measured is not None:
         lines += ["", "one optimizer step, measured", *chart(measured)]
@@ -47,7 +50,11 @@ def _moment_lines(title: str, moment: Moment) -> list[str]:
     lines += aligned(rows)
     lines.append("  made by")
     rows = [
-        [f"    {share.module or '(no module)'}", format_bytes(share.num_bytes), _share(share.num_bytes, whole)]
+        [
+            f"    {share.module or '(no module)'}",
+            format_bytes(share.num_bytes),
+            _share(share.num_bytes, whole),
+        ]
         for share in moment.by_module
     ]
     return lines + aligned(rows)

@@ -269,9 +269,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
 
     prompts: tuple[Batch, ...] = ()
     if job.generation.enabled:
-        prompts = prompt_batches(
-            tokenizer, train_rows if eval_rows is None else eval_rows, job.generation
-        )
+        prompts = prompt_batches(tokenizer, train_rows if eval_rows is None else eval_rows, job.generation)
     training = job.training
     return Ingredients(
         load=load,

@@ -1,0 +1,201 @@
+"""The rehearsal: the workload's training loop, run once on fake tensors under the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl import SFTTrainer
+
+from launcher import workload
+from launcher.job import AdapterDtype, JobSpec, Method
+from launcher.memory import Category, Phase
+from launcher.plan import Plan
+from launcher.planner.attribution import Attribution
+from launcher.planner.generation import rehearse_generation
+from launcher.planner.materialize import initialize_dora, materialize, weight_tensors, with_scales
+from launcher.planner.polynomial import Exponents
+from launcher.planner.profile import build_profile, build_stream, sum_blocks
+from launcher.planner.skyline import Profile
+from launcher.planner.tape import Region, Tape
+
+STEPS = 2
+"""Optimizer steps traced: the optimizer's state is born in the first, the peak is often in the second."""
+EVALUATION_BATCHES = 2
+
+
+@dataclass
+class Rehearsal:
+    """One traced run of the training loop: tells the tape where in the step it is, and what blocks are for."""
+
+    tape: Tape
+    model: nn.Module
+    job: JobSpec
+    plan: Plan
+    on_gpu: bool
+    attribution: Attribution | None = None
+    batch_inputs: Mapping[Exponents, int] | None = None
+    gradients: Mapping[Exponents, int] | None = None
+
+    def inputs(self, folder: Path) -> dict[str, Any]:
+        """Everything of the trainer that holds no tensors of the model; built outside the fake mode."""
+        plan, evaluation = self.plan, self.job.evaluation
+        rows = plan.micro_batch_size * plan.gradient_accumulation_steps * STEPS
+        held_out = workload.evaluation_batch_size(self.job, plan) * EVALUATION_BATCHES
+        arguments = workload.training_arguments(
+            self.job,
+            plan,
+            folder,
+            {
+                "use_cpu": True,
+                "max_steps": STEPS,
+                "eval_strategy": "steps" if evaluation.enabled else "no",
+                "eval_steps": STEPS,
+                "save_strategy": "no",
+                "report_to": [],
+                "train_sampling_strategy": "sequential",
+                "dataset_kwargs": {"skip_prepare_dataset": True},
+                "dataloader_pin_memory": False,
+                "bf16": plan.precision.value.endswith(
+                    "_mixed"
+                ),  # fp16 has the same sizes, and no CPU autocast
+                "fp16": False,
+            },
+        )
+        return {
+            "arguments": arguments,
+            "train_dataset": _blank_rows(rows, plan.max_length),
+            "eval_dataset": _blank_rows(held_out, plan.max_length) if evaluation.enabled else None,
+            "tokenizer": blank_tokenizer(),
+        }
+
+    def run(self, inputs: dict[str, Any]) -> Profile:
+        """Builds the trainer around fake tensors, trains, and sums up the tape."""
+        adapters_as_base = self.job.method.adapter_dtype is AdapterDtype.BASE
+        materialize(
+            self.model,
+            adapters_as_base=adapters_as_base and self.plan.method is Method.LORA,
+            on_gpu=self.on_gpu,
+        )
+        initialize_dora(self.model)
+        self.tape.mark(weight_tensors(self.model), Category.PARAMETERS)
+        self.tape.mark(self.model.buffers(), Category.BUFFERS)
+        trainer = workload.build_trainer(
+            self.model, self.plan, callbacks=[workload.PhaseCallback(self._enter)], **inputs
+        )
+        trainer.remove_callback(PrinterCallback)  # prints metrics, and there are none
+        self._trainer = trainer
+        weights = weight_tensors(self.model)  # the trainer has cast the adapters of quantised models
+        self.tape.mark(weights, Category.PARAMETERS)
+        parameters = self.tape.size_of(weights)
+        buffers = self.tape.size_of(self.model.buffers())
+        self._assign_modules()
+        self._listen(trainer)
+        trainer.train()
+        states = self.tape.size_of(_state_tensors(trainer))
+        if self.job.generation.enabled:
+            self._enter(Phase.GENERATION)
+            self.tape.padded = True  # prompts differ in length
+            rehearse_generation(self.model, self.job.generation, on_gpu=self.on_gpu)
+        self._enter(Phase.SAVE)
+        resident = {
+            Category.PARAMETERS: sum_blocks(parameters),
+            Category.BUFFERS: sum_blocks(buffers),
+            Category.GRADIENTS: self.gradients or {},
+            Category.OPTIMIZER_STATE: sum_blocks(states),
+        }
+        stream = build_stream(self.tape.events) if self.attribution is not None else None
+        return build_profile(self.tape.events, resident, self.batch_inputs or {}, stream)
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is Phase.OPTIMIZER_STEP:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.tape.mark(gradients, Category.GRADIENTS)
+            self.gradients = sum_blocks(self.tape.size_of(gradients))
+            self._assign_modules()
+        if self.tape.phase is Phase.OPTIMIZER_STEP:
+            self.tape.mark(_state_tensors(self._trainer), Category.OPTIMIZER_STATE)
+            self._assign_modules()
+        self.tape.phase = phase
+        self.tape.region = Region.OUTSIDE
+        self._instant = torch.empty(
+            1
+        )  # a phase that allocates nothing has a highest moment too: when it begins
+
+    def _assign_modules(self) -> None:
+        if self.attribution is not None:
+            self.attribution.assign(self.tape, self._belongings)
+
+    def _belongings(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A parameter or buffer with what is kept for it: scales, gradient, optimizer state."""
+        gradient = [] if tensor.grad is None else [tensor.grad]
+        return [*with_scales([tensor]), *gradient, *_state_tensors(self._trainer, tensor)]
+
+    def _listen(self, trainer: SFTTrainer) -> None:
+        base: Any = self.model
+        if hasattr(base, "get_base_model"):
+            base = base.get_base_model()
+        backbone = base.base_model
+        backbone.register_forward_pre_hook(self._backbone_begins)
+        backbone.register_forward_hook(self._backbone_ends)
+        for module in backbone.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.register_forward_pre_hook(self._layer_begins)
+                module.register_forward_hook(self._layer_ends, always_call=True)
+        collate = trainer.data_collator
+
+        def collate_and_mark(examples: list[Any]) -> Any:
+            batch = collate(examples)
+            self.tape.mark(batch.values(), Category.INPUTS)
+            if self.batch_inputs is None:
+                self.batch_inputs = sum_blocks(self.tape.size_of(batch.values()))
+            return batch
+
+        trainer.data_collator = collate_and_mark
+
+    def _backbone_begins(self, module: nn.Module, args: Any) -> None:
+        self.tape.region = Region.BACKBONE
+
+    def _backbone_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.tape.settle(Region.BACKBONE, Category.ACTIVATIONS)
+        self.tape.region = Region.HEAD
+        hidden = output.last_hidden_state
+        if hidden.requires_grad:
+            hidden.register_hook(self._backward_reaches_backbone)
+
+    def _backward_reaches_backbone(self, gradient: torch.Tensor) -> None:
+        self.tape.region = Region.BACKWARD
+
+    def _layer_begins(self, module: nn.Module, args: Any) -> None:
+        if self.tape.region is Region.BACKWARD:
+            self.tape.region = Region.RECOMPUTE
+
+    def _layer_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.tape.region is Region.RECOMPUTE:
+            self.tape.settle(Region.RECOMPUTE, Category.ACTIVATIONS)
+            self.tape.region = Region.BACKWARD
+
+
+def _state_tensors(trainer: SFTTrainer, parameter: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Optimizer state, of one parameter or of all."""
+    states = trainer.optimizer.state if trainer.optimizer is not None else {}
+    chosen = states.values() if parameter is None else [states.get(parameter, {})]
+    return [value for state in chosen for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def _blank_rows(count: int, length: int) -> Dataset:
+    return Dataset.from_dict({"input_ids": [[0] * length] * count})
+
+
+def blank_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of two words: the trainer asks for one, rows that are already token ids need none."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
