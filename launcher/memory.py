@@ -63,6 +63,22 @@ class PhasePeak:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Where a measured peak is to be expected."""
+
+    low_bytes: int
+    """Lower end."""
+    high_bytes: int
+    """Upper end."""
+    coverage: float
+    """Probability that a measurement is not above the upper end."""
+    num_runs: int
+    """Measured runs that it rests on."""
+    is_new_architecture: bool
+    """Whether no run of the architecture is among them."""
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """A prediction: the peak of every phase, on one device.
 
@@ -76,6 +92,8 @@ class MemoryEstimate:
     """Full size of each resident category, whenever it is complete (see `RESIDENT`)."""
     context_bytes: int
     """What the runtime takes on the device, outside the allocator."""
+    interval: Interval | None = None
+    """Where the highest bytes of live tensors are to be expected; None where no run of the kind was measured."""
 
     def __post_init__(self) -> None:
         if not self.phases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from launcher.config import catalogue_entry, hardware_entries
+from launcher.config import catalogue_entry, config_root, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind
@@ -21,6 +21,15 @@ from launcher.memory import MemoryEstimate, MemoryMeasurement, Timeline
 from launcher.plan import PlanChoice
 from launcher.planner.bill import build_bill
 from launcher.planner.forecast import Forecaster
+from launcher.planner.interval import (
+    CONVENTION,
+    RUNS_FOR_HEADROOM,
+    Residual,
+    headroom_fraction,
+    interval,
+    like,
+    read_residuals,
+)
 from launcher.planner.search import headroom_bytes, search, semantic_plans
 from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer, uses_bitsandbytes
@@ -109,7 +118,59 @@ def cache_folder(name: str) -> Path:
 
 
 def plan_job(job: JobSpec) -> PlanChoice:
-    """Finds the best plan of a resolved job."""
+    """Finds the best plan of a resolved job, with the headroom and the interval that measured runs ask for."""
+    job, note = with_headroom(job, _past_residuals(Path("runs")))
+    choice = _search(job)
+    recorded = read_residuals(config_root() / "conf" / "evidence.json")
+    estimates = {}
+    for name, plan, estimate in (
+        ("estimate", choice.plan, choice.estimate),
+        ("runner_up_estimate", choice.runner_up, choice.runner_up_estimate),
+    ):
+        if plan is not None and estimate is not None:
+            same = like(recorded, job.hardware.kind, plan.method)
+            found = interval(estimate.peak_allocated_bytes, same, job.model.architecture["model_type"])
+            estimates[name] = replace(estimate, interval=found)
+    return replace(choice, **estimates, notes=(*choice.notes, *note))  # type: ignore[arg-type]  # the names are above
+
+
+def with_headroom(job: JobSpec, past: Sequence[Residual]) -> tuple[JobSpec, tuple[str, ...]]:
+    """Settles `planner.headroom=auto`, and says on what it rests.
+
+    Args:
+        job: The job.
+        past: What earlier runs took of the device, beside what was predicted.
+    """
+    if job.planner.headroom != "auto":
+        return job, ()
+    kind = job.hardware.kind
+    here = [residual for residual in past if residual.device_kind is kind]
+    fraction = headroom_fraction(here)
+    if fraction is None:
+        fraction = CONVENTION
+        note = (
+            f"headroom {CONVENTION:.0%} is a convention: {len(here)} runs on {kind.value} were measured here, "
+            f"{RUNS_FOR_HEADROOM} make an interval"
+        )
+    else:
+        note = f"headroom {fraction:.2%} is what {len(here)} measured runs on {kind.value} ask for"
+    return replace(job, planner=replace(job.planner, headroom=fraction)), (note,)
+
+
+def _past_residuals(folder: Path) -> tuple[Residual, ...]:
+    """What the runs below a folder took of their devices, beside what was predicted for them."""
+    residuals = []
+    for record in find_records(folder).records:
+        taken = [] if record.measured is None else [phase.device_bytes for phase in record.measured.phases]
+        known = [num_bytes for num_bytes in taken if num_bytes]
+        if known:
+            predicted = (record.predicted_as_run or record.predicted).peak_device_bytes
+            kind = DeviceKind.CPU if record.hardware == "cpu" else DeviceKind.CUDA
+            residuals.append(Residual(kind, record.plan.method, record.model, predicted, max(known)))
+    return tuple(residuals)
+
+
+def _search(job: JobSpec) -> PlanChoice:
     with Tracer(_needed_libraries(job)) as tracer:
         budget = job.hardware.memory_bytes - headroom_bytes(job)
         forecaster = Forecaster(job, tracer, _trace_cache(job), budget)

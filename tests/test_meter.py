@@ -6,6 +6,7 @@ The meter never asks the tracer; here it watches plain tensors whose sizes are k
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from launcher.memory import Category, Phase
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
+    CudaMeter,
     live_tensor_bytes,
+    process_device_bytes,
     process_memory_bytes,
     weigh_gradients,
     weigh_residents,
@@ -122,3 +125,95 @@ def test_views_share_their_storage() -> None:
 def test_process_memory_has_a_peak_above_now() -> None:
     memory = process_memory_bytes()
     assert 0 < memory["now"] <= memory["peak"]
+
+
+class Card:
+    """Stands in for torch.cuda, which is not here: counters as torch has them, set by hand."""
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self.listing = ""
+        self.others: int | None = 7 * MIB
+        self.context = 100 * MIB
+
+    def hold(self, allocated: int, reserved: int) -> None:
+        self.allocated, self.reserved = allocated, reserved
+        self.peak_allocated = max(self.peak_allocated, allocated)
+        self.peak_reserved = max(self.peak_reserved, reserved)
+        self.listing = (
+            f"GPU:0\nprocess {os.getpid():>10d} uses {(reserved + self.context) / MIB:>12.3f} MB GPU memory"
+        )
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def max_memory_allocated(self) -> int:
+        return self.peak_allocated
+
+    def max_memory_reserved(self) -> int:
+        return self.peak_reserved
+
+    def memory_reserved(self) -> int:
+        return self.reserved
+
+    def list_gpu_processes(self) -> str:
+        return self.listing
+
+    def device_memory_used(self) -> int:
+        if self.others is None:
+            raise RuntimeError("no driver library")
+        return self.others + (self.reserved + self.context if self.reserved else 0)
+
+    def mem_get_info(self) -> tuple[int, int]:
+        used = self.reserved + self.context
+        return 1000 * MIB - used, 1000 * MIB
+
+
+def test_cuda_peaks_are_of_their_phase_and_the_highest_of_all_steps() -> None:
+    card = Card()
+    meter = CudaMeter(card)
+    with meter.measure_load():
+        card.hold(10 * MIB, 20 * MIB)
+    for step, peak in enumerate((30, 50, 40)):
+        meter.enter(Phase.TRAIN_STEP, step)
+        card.hold(peak * MIB, 60 * MIB)
+        card.hold(15 * MIB, 60 * MIB)
+        meter.enter(Phase.OPTIMIZER_STEP, step)
+        card.hold(16 * MIB, 60 * MIB)
+        card.hold(10 * MIB, 60 * MIB)
+    load, train, step_peak = meter.finish()
+    assert (load.phase, load.allocated_bytes, load.reserved_bytes) == (Phase.LOAD, 10 * MIB, 20 * MIB)
+    assert load.device_bytes == 120 * MIB
+    assert (train.allocated_bytes, train.reserved_bytes, train.device_bytes) == (
+        50 * MIB,
+        60 * MIB,
+        160 * MIB,
+    )
+    assert (step_peak.phase, step_peak.allocated_bytes) == (Phase.OPTIMIZER_STEP, 16 * MIB)
+
+
+def test_cuda_device_peak_counts_what_was_given_back_before_the_driver_was_asked() -> None:
+    card = Card()
+    meter = CudaMeter(card)
+    card.hold(50 * MIB, 60 * MIB)
+    card.hold(0, 10 * MIB)
+    (load,) = meter.finish()
+    assert load.device_bytes == 160 * MIB
+
+
+@pytest.mark.parametrize("others", [7 * MIB, None], ids=["by the card", "without NVML"])
+def test_cuda_device_bytes_where_process_ids_are_hidden(others: int | None) -> None:
+    card = Card()
+    card.others = others
+    meter = CudaMeter(card)
+    card.hold(50 * MIB, 60 * MIB)
+    card.listing = f"GPU:0\nprocess {os.getpid() + 1:>10d} uses {999:>12.3f} MB GPU memory"
+    (load,) = meter.finish()
+    assert load.device_bytes == 160 * MIB
+
+
+def test_a_process_is_found_in_the_words_of_torch() -> None:
+    listing = "GPU:0\nprocess       1234 uses      501.250 MB GPU memory\nprocess          5 uses 1234.000 MB GPU memory"
+    assert process_device_bytes(listing, 1234) == int(501.25 * MIB)
+    assert process_device_bytes(listing, 501) is None
+    assert process_device_bytes("pynvml module not found, please install nvidia-ml-py", 1) is None

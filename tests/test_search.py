@@ -33,7 +33,8 @@ from launcher.job import (
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan, PlanChoice
 from launcher.planner.forecast import Forecaster
-from launcher.planner.search import AUTO_HEADROOM, NOT_PRICED, headroom_bytes, search
+from launcher.planner.interval import CONVENTION
+from launcher.planner.search import NOT_PRICED, headroom_bytes, search
 
 KEPT, RECOMPUTED = Checkpointing.NONE, Checkpointing.FULL
 SEEDS = range(30)
@@ -423,7 +424,7 @@ def test_the_jobs_order_decides_and_the_choice_says_which_was_taken() -> None:
 
 
 def test_headroom() -> None:
-    assert headroom_bytes(job_with(1000, PlannerSpec(headroom="auto"))) == round(1000 * AUTO_HEADROOM)
+    assert headroom_bytes(job_with(1000, PlannerSpec(headroom="auto"))) == round(1000 * CONVENTION)
     assert headroom_bytes(job_with(1000, PlannerSpec(headroom=0.25))) == 250
     assert headroom_bytes(job_with(1000, PlannerSpec(headroom=0.0))) == 0
 

@@ -20,11 +20,9 @@ from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Object
 from launcher.memory import MemoryEstimate
 from launcher.plan import Plan, PlanChoice, Rejection
 from launcher.planner.forecast import Forecaster
+from launcher.planner.interval import CONVENTION
 from launcher.units import format_bytes
 
-AUTO_HEADROOM = 0.05
-"""Share of the usable memory that `planner.headroom=auto` keeps free: a convention until residuals of past runs
-give an interval."""
 MODES = (Checkpointing.NONE, Checkpointing.FULL)
 """Checkpointing modes that the search weighs, fastest first; others have to be pinned until speed has a model."""
 NOT_PRICED = "; not priced"
@@ -92,7 +90,7 @@ def batch_splits(job: JobSpec) -> tuple[tuple[int, int], ...]:
 def headroom_bytes(job: JobSpec) -> int:
     """Bytes of the device that a plan must leave free."""
     share = job.planner.headroom
-    fraction = AUTO_HEADROOM if isinstance(share, str) else share
+    fraction = CONVENTION if isinstance(share, str) else share
     return round(fraction * job.hardware.memory_bytes)
 
 

@@ -22,7 +22,7 @@ from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
 from launcher.planner.stream import Stream
 from launcher.planner.tracer import Subject, SubjectFacts
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "numpy")
 STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
 
 

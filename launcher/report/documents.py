@@ -89,6 +89,7 @@ def predicted_fields(estimate: MemoryEstimate) -> dict[str, Any]:
         "by_phase_bytes": {peak.phase.value: peak.allocated_bytes for peak in estimate.phases},
         "reserved_by_phase_bytes": {peak.phase.value: peak.reserved_bytes for peak in estimate.phases},
         "resident_bytes": {name.value: size for name, size in estimate.resident_bytes.items()},
+        "interval": None if estimate.interval is None else asdict(estimate.interval),
         "host_peak_bytes": None,
         "step_seconds": None,
         "tokens_per_second": None,

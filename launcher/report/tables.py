@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.job import JobSpec
-from launcher.memory import RESIDENT, MemoryEstimate, MemoryMeasurement, Phase
+from launcher.memory import RESIDENT, Category, Interval, MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan, PlanChoice
 from launcher.run_record import RunRecord
 from launcher.units import MIB, format_bytes, format_seconds, signed_percent
@@ -30,6 +30,7 @@ def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
             _wrapped("because  ", choice.reason),
             "",
             *_estimate_lines(choice.estimate),
+            *_per_weight(choice.estimate, job.model.num_parameters),
         ]
     lines += [_wrapped("note     ", note) for note in choice.notes]
     if choice.rejected:
@@ -71,6 +72,10 @@ def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
         held = [] if phase.reserved_bytes is None else [format_bytes(phase.reserved_bytes)]
         rows.append([phase.phase.value, format_bytes(phase.allocated_bytes), *held])
     lines = aligned(rows)
+    words = "not known: no run on this kind of device has been measured yet"
+    if estimate.interval is not None:
+        words = _interval_words(estimate.interval)
+    lines.append(_wrapped("expected ", words))
     lines += ["", f"what is alive at the highest moment ({peak.phase.value})"]
     parts = sorted(peak.by_category_bytes.items(), key=lambda item: -item[1])
     rows = [
@@ -86,6 +91,29 @@ def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
         rows.append(["  context", format_bytes(estimate.context_bytes), ""])
         rows.append(["  device", format_bytes(estimate.peak_device_bytes), ""])
     return lines + aligned(rows)
+
+
+def _per_weight(estimate: MemoryEstimate, num_parameters: int | None) -> list[str]:
+    """Bytes per weight of the model: peers mean anything from 8 to 18 by the same words."""
+    if not num_parameters:
+        return []
+    parts = [
+        f"{estimate.resident_bytes.get(category, 0) / num_parameters:.2f} {name}"
+        for category, name in (
+            (Category.PARAMETERS, "of weights"),
+            (Category.GRADIENTS, "of gradients"),
+            (Category.OPTIMIZER_STATE, "of optimizer state"),
+        )
+    ]
+    return [f"bytes per weight of the model: {', '.join(parts)}"]
+
+
+def _interval_words(interval: Interval) -> str:
+    new = ", none of this architecture" if interval.is_new_architecture else ""
+    return (
+        f"{format_bytes(interval.low_bytes)} to {format_bytes(interval.high_bytes)} at the highest moment, with "
+        f"{interval.coverage:.0%}, from {interval.num_runs} measured runs{new}"
+    )
 
 
 def _share(part: int, whole: int) -> str:
