@@ -36,7 +36,7 @@ def test_the_readme_shows_commands() -> None:
 def test_launch_command_runs(command: str, tmp_path: Path) -> None:
     words = shlex.split(command)[1:]
     if words != ["--help"]:
-        assert load_job(words).action in (Action.PLAN, Action.REPORT)
+        assert load_job(words).action in (Action.PLAN, Action.REPORT, Action.MEMORY)
     child = subprocess.run(
         [sys.executable, "-m", "launcher.cli", *words],
         cwd=tmp_path,
