@@ -48,6 +48,8 @@ def _moment_lines(title: str, moment: Moment) -> list[str]:
     parts = sorted(moment.by_category_bytes.items(), key=lambda item: -item[1])
     rows = [[f"  {name.value}", format_bytes(size), _share(size, whole)] for name, size in parts if size]
     lines += aligned(rows)
+    if not moment.by_module:
+        return lines
     lines.append("  made by")
     rows = [
         [
