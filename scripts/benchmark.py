@@ -43,6 +43,65 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class Measure:
+    """One measurement inside a process that has loaded the libraries."""
+
+    name: str
+    unit: str
+    target: float
+
+
+MEASURES = (
+    Measure("cold trace of one regime, Llama-3.1-8B LoRA", "s", 3.0),
+    Measure("cold trace of one regime, Llama-3.3-70B LoRA", "s", 5.0),
+    Measure("memory of the tracing process", "GiB", 1.5),
+    Measure("10,000 look-ups of (batch, length)", "ms", 100.0),
+)
+
+
+def measure_traces() -> list[float]:
+    """The values of `MEASURES`, in a process of their own."""
+    child = subprocess.run(
+        [sys.executable, __file__, "--traces"], capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        raise SystemExit(child.stderr)
+    values: list[float] = json.loads(child.stdout.splitlines()[-1])
+    return values
+
+
+def trace_here() -> list[float]:
+    """Traces in this process; the first trace, which fills the libraries' caches, is not counted."""
+    import resource  # noqa: PLC0415  # only the child process needs these
+
+    import numpy as np  # noqa: PLC0415
+
+    from launcher.config import load_job  # noqa: PLC0415
+    from launcher.planner.tracer import OPTIONAL_LIBRARIES, hide_libraries  # noqa: PLC0415
+
+    hide_libraries(OPTIONAL_LIBRARIES)
+    from launcher.planner import trace  # noqa: PLC0415
+    from launcher.planner.forecast import subject_of  # noqa: PLC0415
+    from launcher.planner.search import semantic_plans  # noqa: PLC0415
+
+    values = []
+    skyline = None
+    for model in ("llama3_2_1b", "llama3_1_8b", "llama3_3_70b"):
+        job = load_job(["recipe=llama_lora", f"model={model}", "hardware=h100_80g"])
+        subject = trace.open_subject(subject_of(job, next(semantic_plans(job))))
+        began = time.perf_counter()
+        skyline = trace.trace_regime(subject, 4, 4096, 2)
+        values.append(time.perf_counter() - began)
+    assert skyline is not None
+    shapes = np.arange(10_000)
+    began = time.perf_counter()
+    skyline.highest_bytes(4 + shapes % 13, 2048 + shapes % 777, 2)
+    look_up = 1000 * (time.perf_counter() - began)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    return [*values[1:], memory, look_up]
+
+
 def seconds_of(case: Case, cache: Path) -> float:
     """Wall time of one run."""
     arguments = [*case.arguments]
@@ -63,7 +122,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--traces", action="store_true", help="measure traces in this process; prints JSON")
     options = parser.parse_args()
+    if options.traces:
+        print(json.dumps(trace_here()))
+        return
     results: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
@@ -71,11 +134,17 @@ def main() -> None:
             if case.warm:
                 seconds_of(case, cache)
             results[case.name] = [seconds_of(case, cache) for _ in range(options.runs)]
-    lines = ["| command | median | slowest | target |", "|---|--:|--:|--:|"]
+    lines = ["| what | median | worst | target |", "|---|--:|--:|--:|"]
     for case in CASES:
         runs = results[case.name]
         lines.append(
             f"| {case.name} | {statistics.median(runs):.2f} s | {max(runs):.2f} s | {case.target_seconds:.0f} s |"
+        )
+    for measure, *values in zip(MEASURES, *(measure_traces() for _ in range(options.runs)), strict=True):
+        results[measure.name] = list(values)
+        lines.append(
+            f"| {measure.name} | {statistics.median(values):.2f} {measure.unit} | {max(values):.2f} {measure.unit} "
+            f"| {measure.target:g} {measure.unit} |"
         )
     print("\n".join(lines))
     if options.write:
@@ -86,7 +155,7 @@ def write(lines: list[str], results: dict[str, list[float]]) -> None:
     """Writes the page and the dated data file."""
     today = datetime.date.today().isoformat()
     versions = {name: version(name) for name in LIBRARIES}
-    data = {"date": today, "cores": os.cpu_count(), "versions": versions, "seconds": results}
+    data = {"date": today, "cores": os.cpu_count(), "versions": versions, "values": results}
     target = ROOT / "docs" / "benchmarks" / f"{today}-cli.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 The file holds facts that others published, each with its source. Confidence A: configuration and quantity are
 fully known; B: with minor unknowns. `quantity` and `as_published` keep the source's words;
-`measured_bytes` has the same in bytes, exact where the source gives bytes, else by the unit that `unit` names.
+`measured_bytes` has the same in bytes, exact where the source gives bytes, else by the unit in `unit`.
 """
 
 from __future__ import annotations

@@ -58,6 +58,19 @@ def test_the_peak_is_the_highest_moment_of_the_shape(batch: int, length: int, pe
     assert sum(answer.by_category_bytes.values()) == peak
 
 
+def test_many_shapes_at_once_have_the_answers_of_each() -> None:
+    skyline = made_skyline(accumulation=2)
+    batches, lengths = np.array([1, 2, 9, 3]), np.array([100, 451, 900, 7])
+    for accumulation in (2, 5):
+        each = [
+            skyline.peaks(batch, length, accumulation)[0].allocated_bytes
+            for batch, length in zip(batches.tolist(), lengths.tolist(), strict=True)
+        ]
+        assert skyline.highest_bytes(batches, lengths, accumulation).tolist() == each
+    with pytest.raises(UnsupportedByPlanner):
+        made_skyline(Domain(2, 8, 100, 999, 1, 4096)).highest_bytes(np.array([4, 1]), np.array([500, 500]), 1)
+
+
 def test_inputs_of_further_micro_batches_wait_in_memory() -> None:
     skyline = made_skyline(accumulation=2)
     two, five = (skyline.peaks(2, 100, accumulation)[0] for accumulation in (2, 5))

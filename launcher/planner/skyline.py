@@ -126,6 +126,29 @@ class Skyline:
             peaks.append(PhasePeak(skyline.phase, sum(amounts.values()), amounts))
         return tuple(peaks)
 
+    def highest_bytes(
+        self, batches: NDArray[np.int64], lengths: NDArray[np.int64], accumulation: int
+    ) -> Matrix:
+        """Highest bytes over all phases for many shapes at once; shape (shapes,).
+
+        Args:
+            batches: Sequences per micro batch; shape (shapes,).
+            lengths: Tokens per sequence; shape (shapes,).
+            accumulation: Micro batches per optimizer step.
+
+        Raises:
+            UnsupportedByPlanner: When a shape lies outside the domain.
+        """
+        for batch, length in zip(batches.tolist(), lengths.tolist(), strict=True):
+            self._check(batch, length, accumulation)
+        exponents = np.array(self.exponents, dtype=np.float64)
+        monomials = batches[:, None] ** exponents[:, 0] * lengths[:, None] ** exponents[:, 1]
+        rows = np.concatenate([skyline.rows.sum(axis=1) for skyline in self.phases])
+        waiting = np.array([[self.batch_inputs.get(pair, 0)] for pair in self.exponents], dtype=np.float64)
+        waits = (accumulation - self.traced_accumulation) * (monomials @ waiting)[:, 0]
+        highest: Matrix = (monomials @ rows.T).max(axis=1) + waits
+        return highest
+
     def resident_bytes(self, batch: int, length: int) -> dict[Category, int]:
         """Full size of each resident category at a shape, bytes."""
         return {category: _value(size, batch, length) for category, size in self.resident.items()}
