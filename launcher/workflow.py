@@ -121,7 +121,7 @@ def plan_job(job: JobSpec) -> PlanChoice:
     """Finds the best plan of a resolved job, with the headroom and the interval that measured runs ask for."""
     job, note = with_headroom(job, _past_residuals(Path("runs")))
     choice = _search(job)
-    recorded = read_residuals(config_root() / "conf" / "evidence.json")
+    recorded = read_residuals(config_root() / "conf" / "evidence")
     estimates = {}
     for name, plan, estimate in (
         ("estimate", choice.plan, choice.estimate),

@@ -42,6 +42,7 @@ from scripts.published_rows import (
     Expression,
     Quantity,
     Row,
+    architectures,
     express,
     read_rows,
     reason_not_expressed,
@@ -218,6 +219,30 @@ def write_report(results: list[Result]) -> None:
     target = ROOT / "docs" / "accuracy" / f"{data['date']}-published.json"
     target.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     (ROOT / "docs" / "published.md").write_text(page(data, target.name), encoding="utf-8")
+    write_evidence(results)
+
+
+def write_evidence(results: Sequence[Result]) -> None:
+    """Writes the residuals that the planner's intervals on CUDA rest on (launcher/planner/interval.py).
+
+    Only rows that ran the libraries' own kernels, and their predictions with today's libraries: putting back what
+    was different then was done after the misses were known.
+    """
+    models = architectures()
+    kept = [
+        {
+            "device_kind": "cuda",
+            "method": row["method"],
+            "model_type": models[row["model"]]["model_type"],
+            "predicted_bytes": row["predicted_bytes"],
+            "measured_bytes": row["measured_bytes"],
+        }
+        for row in results
+        if row.get("predicted_bytes") and row["quantity"] == "allocated" and row["kernels"] == "library"
+    ]
+    file = ROOT / "conf" / "evidence" / "cuda.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

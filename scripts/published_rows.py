@@ -170,7 +170,7 @@ def reason_not_expressed(row: Row) -> str:
         (row.model.startswith(OWN_MODELLING_CODE), "modelling code that came with the weights"),
         (not row.length, "batch and length were not published"),
         (row.counter is None, "another trainer, whose source leaves open what the counter was"),
-        (row.model not in _models(), "the model's dimensions were not confirmed"),
+        (row.model not in architectures(), "the model's dimensions were not confirmed"),
     )
     return next((reason for applies, reason in reasons if applies), "")
 
@@ -180,7 +180,7 @@ def express(row: Row) -> Expression:
     autocast = "autocast" in row.precision and "no autocast" not in row.precision
     method, own_kernels = METHODS[row.method], row.kernel_family
     job = JobSpec(
-        model=ModelSpec(id=row.model, architecture=_models()[row.model]),
+        model=ModelSpec(id=row.model, architecture=architectures()[row.model]),
         method=_method(row),
         data=DataSpec(packing=not row.length_kind.startswith("cap;")),
         training=TrainingSpec(report_to=()),
@@ -237,7 +237,7 @@ def _differences(row: Row) -> frozenset[Difference]:
     return frozenset(found)
 
 
-def _models() -> dict[str, dict[str, Any]]:
+def architectures() -> dict[str, dict[str, Any]]:
     """Architecture of every model that is known, by hub id."""
     facts = yaml.safe_load(MODELS.read_text(encoding="utf-8"))
     models = {name: entry["architecture"] for name, entry in facts["others"].items()}

@@ -48,11 +48,15 @@ class Residual:
         return self.measured_bytes / self.predicted_bytes
 
 
-def read_residuals(file: Path) -> tuple[Residual, ...]:
-    """Recorded residuals; none where there is no file."""
-    if not file.exists():
-        return ()
-    return TypeAdapter(tuple[Residual, ...]).validate_python(json.loads(file.read_text(encoding="utf-8")))
+def read_residuals(folder: Path) -> tuple[Residual, ...]:
+    """Recorded residuals: those of every JSON file in a folder."""
+    reader = TypeAdapter(tuple[Residual, ...])
+    files = sorted(folder.glob("*.json"))
+    return tuple(
+        residual
+        for file in files
+        for residual in reader.validate_python(json.loads(file.read_text(encoding="utf-8")))
+    )
 
 
 def like(residuals: Iterable[Residual], kind: DeviceKind, method: Method) -> tuple[Residual, ...]:
