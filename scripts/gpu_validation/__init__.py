@@ -1,0 +1,1 @@
+"""Predicted against measured memory on one CUDA card; see `__main__`."""
