@@ -157,12 +157,21 @@ def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec
         return model
     quantization = quantization_config(job.method, plan)
     if quantization is not None:  # weights go straight to the device that quantises them
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(
         weights, config=config, revision=job.model.revision, **options
     )
     return model
+
+
+def scales_of(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Scales and tables that bitsandbytes keeps beside a quantised weight; none for any other."""
+    state = getattr(weight, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    values = [getattr(weight, "SCB", None), getattr(state, "offset", None)]
+    values += [getattr(holder, name, None) for holder in (state, nested) for name in ("absmax", "code")]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
@@ -26,7 +27,7 @@ from launcher.job import (
 )
 from launcher.memory import Category, Phase
 from launcher.plan import Plan
-from launcher.planner import trace
+from launcher.planner import cuda_twin, trace
 from launcher.planner.skyline import Skyline
 from launcher.workload import model_config
 
@@ -120,7 +121,8 @@ def scales(weights: int, *, double: bool) -> int:
 @pytest.mark.parametrize("double", [True, False])
 def test_four_bit_weights_have_the_bytes_of_the_format(double: bool) -> None:
     skyline = traced(Method.QLORA, options=MethodSpec(double_quantization=double))
-    tables = 64 * len(LINEAR) * LAYERS  # the 16 values of the format, fp32, beside every matrix
+    # the 16 values of the format, fp32, beside every matrix; the 256 of the scales once
+    tables = 64 * len(LINEAR) * LAYERS + (1024 if double else 0)
     packed = sum(weights // 2 + scales(weights, double=double) for weights in LINEAR) * LAYERS
     # TRL holds the adapters of quantised models in bf16
     assert resident(skyline, Category.PARAMETERS) == packed + tables + 2 * OUTSIDE + 2 * ADAPTERS
@@ -163,6 +165,17 @@ def test_modules_to_save_are_copied_and_trained() -> None:
     grown = resident(skyline, Category.GRADIENTS) - resident(plain, Category.GRADIENTS)
     assert grown in (2 * VOCABULARY * WIDTH, 4 * VOCABULARY * WIDTH)
     assert resident(skyline, Category.PARAMETERS) - resident(plain, Category.PARAMETERS) == grown
+
+
+def test_who_asks_whether_cuda_autocasts_hears_what_a_gpu_would_say() -> None:
+    """PEFT's quantised layers ask, and cast their input where nothing autocasts."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.is_autocast_enabled()
+        with cuda_twin.branches(HardwareSpec(kind=DeviceKind.CUDA)):
+            assert torch.is_autocast_enabled()
+            assert torch.is_autocast_enabled("cuda")
+    with cuda_twin.branches(HardwareSpec(kind=DeviceKind.CUDA)):
+        assert not torch.is_autocast_enabled()
 
 
 @pytest.mark.parametrize(

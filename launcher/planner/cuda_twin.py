@@ -247,6 +247,14 @@ def _grouped_mm_from(supports_flash: bool) -> Callable[..., bool]:
     return lambda *args: supports_flash
 
 
+def _autocasts(known: Callable[[str], bool]) -> Callable[..., bool]:
+    """`torch.is_autocast_enabled`: CPU autocast stands in for that of CUDA, which is meant where no device is named.
+
+    PEFT's quantised layers name none, and cast their input where nothing autocasts (tuners/lora/bnb.py, 0.21).
+    """
+    return lambda device_type="cuda": known("cpu")
+
+
 class SavedOnHost(torch.autograd.graph.saved_tensors_hooks):
     """`torch.autograd.graph.save_on_cpu` as the device sees it: what is saved leaves it, and comes back anew."""
 
@@ -291,6 +299,7 @@ def branches(hardware: HardwareSpec) -> Iterator[None]:
         (torch_adam, "_default_to_fused_or_foreach", _prefer_foreach),
         (torch_sgd, "_default_to_fused_or_foreach", _prefer_foreach),
         (transformers_modeling, "save_on_cpu", SavedOnHost),
+        (torch, "is_autocast_enabled", _autocasts(torch.is_autocast_enabled)),
         (transformers_moe, "_can_use_grouped_mm", _grouped_mm_from(hardware.supports_flash_attention)),
     ]
     with ExitStack() as stack:

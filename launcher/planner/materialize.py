@@ -13,6 +13,8 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
+from launcher import workload
+
 
 def quantized_layers() -> Any:
     """What knows bitsandbytes; importing it takes a second that most jobs need not wait."""
@@ -26,8 +28,7 @@ def weight_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 def with_scales(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     """These parameters, and the scales of those among them that are quantised."""
-    quantized = [p for p in parameters if hasattr(p, "quant_state") or hasattr(p, "SCB")]
-    return parameters + [value for p in quantized for value in quantized_layers().state_tensors(p)]
+    return parameters + [scale for parameter in parameters for scale in workload.scales_of(parameter)]
 
 
 def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> None:
@@ -45,6 +46,7 @@ def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> No
         if parameter is not None
     ]
     dtype: Any = model.config.dtype
+    tables: dict[str, torch.Tensor] = {}
     copies = _copies_by_pattern(model, on_gpu=on_gpu)
     for full, module, name in sorted(
         names, key=lambda item: (_is_adapter(item[0]), dot_natural_key(item[0]))
@@ -58,7 +60,12 @@ def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> No
                 for _ in range(count if pattern.search(full) else 0)
             ]
             adapter_dtype = dtype if adapters_as_base and _is_adapter(full) else parameter.dtype
-            fakes[id(parameter)] = _fake_parameter(module, name, parameter, dtype, adapter_dtype)
+            if _is_quantized(module, name, parameter):
+                fake = quantized_layers().quantize_weight(module, dtype, tables)
+            else:
+                bare = torch.empty(parameter.shape, dtype=adapter_dtype, device="cpu")
+                fake = nn.Parameter(bare, requires_grad=parameter.requires_grad)
+            fakes[id(parameter)] = fake
             del waiting
         module._parameters[name] = fakes[id(parameter)]
     for module in modules.values():
@@ -103,11 +110,10 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name or "modules_to_save" in name
 
 
-def _fake_parameter(
-    module: nn.Module, name: str, parameter: nn.Parameter, stored: torch.dtype, held: torch.dtype
-) -> nn.Parameter:
-    if type(parameter) is not nn.Parameter and name == "weight" and quantized_layers().is_quantized(module):
-        weight: nn.Parameter = quantized_layers().quantize_weight(module, stored)
-        return weight
-    fake = torch.empty(parameter.shape, dtype=held, device="cpu")
-    return nn.Parameter(fake, requires_grad=parameter.requires_grad)
+def _is_quantized(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a weight is to be quantised; plain parameters never are, and need no bitsandbytes to know it."""
+    return (
+        type(parameter) is not nn.Parameter
+        and name == "weight"
+        and bool(quantized_layers().is_quantized(module))
+    )

@@ -44,10 +44,15 @@ def prepare() -> None:
     bnb_functional.quantize_blockwise(torch.zeros(256), blocksize=256)
 
 
-def quantize_weight(module: Any, dtype: torch.dtype) -> nn.Parameter:
+def quantize_weight(module: Any, dtype: torch.dtype, tables: dict[str, torch.Tensor]) -> nn.Parameter:
     """The quantised weight of a layer of the shell, as loading makes it, from a full one that is born and freed.
 
     `Params4bit` and `Int8Params` can't wrap a fake tensor, so a plain parameter carries their attributes.
+
+    Args:
+        module: The layer.
+        dtype: Dtype of the full weight.
+        tables: What weights share, by name: the values that 8-bit scales stand for. Filled by the first one.
     """
     full = torch.empty(module.weight.shape, dtype=dtype, device="cpu")
     weight: Any
@@ -60,8 +65,8 @@ def quantize_weight(module: Any, dtype: torch.dtype) -> nn.Parameter:
             quant_type=shell.quant_type,
             quant_storage=shell.quant_storage,
         )
-        if state.nested:  # one table for all weights, which `prepare` has made
-            state.state2.code = bnb_functional.name2qmap["dynamic"]
+        if state.nested:
+            state.state2.code = tables.setdefault("scales", state.state2.code)
         weight = nn.Parameter(packed, requires_grad=False)
         for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
             setattr(weight, name, getattr(shell, name))
@@ -77,15 +82,6 @@ def quantize_weight(module: Any, dtype: torch.dtype) -> nn.Parameter:
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer's weight is to be quantised."""
     return isinstance(module, (bnb_layers.Linear4bit, bnb_layers.Linear8bitLt))
-
-
-def state_tensors(weight: nn.Parameter) -> list[torch.Tensor]:
-    """Scales and tables that belong to a quantised weight."""
-    state = getattr(weight, "quant_state", None)
-    nested = getattr(state, "state2", None)
-    values = [getattr(weight, "SCB", None), getattr(state, "offset", None)]
-    values += [getattr(holder, name, None) for holder in (state, nested) for name in ("absmax", "code")]
-    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def dequantized(module: Any) -> torch.Tensor:

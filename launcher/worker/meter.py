@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from launcher import workload
 from launcher.memory import Category, MeasuredPhase, Phase, Timeline, last_step
 
 METERED_STEPS = 2
@@ -62,10 +63,17 @@ def all_live_tensors() -> list[torch.Tensor]:
 
 def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[Category, int]:
     """Bytes of parameters, buffers and optimizer state, weighed on the live objects."""
+    weights: list[torch.Tensor] = list(model.parameters())
+    scales = [scale for weight in weights for scale in workload.scales_of(weight)]
+    states_8bit = [
+        getattr(module, "state", None) for module in model.modules()
+    ]  # it moves there at the first use
+    moved = [getattr(state, "SCB", None) for state in states_8bit]
+    scales += [scale for scale in moved if isinstance(scale, torch.Tensor)]
     states = optimizer.state.values() if optimizer is not None else ()
     tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
     return {
-        Category.PARAMETERS: live_tensor_bytes(model.parameters()),
+        Category.PARAMETERS: live_tensor_bytes(weights + scales),
         Category.BUFFERS: live_tensor_bytes(model.buffers()),
         Category.OPTIMIZER_STATE: live_tensor_bytes(tensors),
     }
