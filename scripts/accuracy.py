@@ -454,8 +454,9 @@ def write_report(results: list[dict[str, Any]]) -> None:
         "",
         summary(results),
         "",
-        "Not verified: everything on CUDA. The CUDA side of the tracer (launcher/planner/cuda_twin.py) follows the",
-        "libraries' sources; no GPU has confirmed it yet.",
+        "Not verified by this project: everything on CUDA. The CUDA side of the tracer follows the libraries'",
+        "sources, and no GPU has run it yet (scripts/gpu_validation is ready to). docs/published.md compares it with",
+        "peaks that others measured on A100 cards; it says nothing of what the caching allocator reserves.",
         "",
     ]
     (ROOT / "docs" / "accuracy.md").write_text("\n".join(page), encoding="utf-8")

@@ -167,6 +167,43 @@ def test_padded_batches_are_predicted_as_they_ran(job: list[str], tiny: Path, tm
     assert abs(error_percent(document, "evaluation")) <= 1.0, document
 
 
+def test_quantised_run_generates_and_shows_its_bill(job: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "quantised run"
+    result = launch(
+        [
+            *job,
+            "method=qlora",
+            "training.precision=fp32",
+            "training.save_steps=2",
+            "evaluation=held_out",
+            "evaluation.steps=2",
+            "evaluation.num_examples=4",
+            "generation=samples",
+            "generation.prompt_length=40",
+            "generation.max_new_tokens=30",
+            f"run_dir={run_dir}",
+            "output=json",
+        ],
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    document = document_of(result)
+    assert document["plan"]["method"] == "qlora"
+    for phase in ("train_step", "optimizer_step", "evaluation", "generation"):
+        assert abs(error_percent(document, phase)) <= 1.0, (phase, document)
+    assert abs(error_percent(document, "save")) <= 3.0, "writing files takes some ten KiB of these two MiB"
+    predicted, measured = document["predicted"]["resident_bytes"], document["measured"]["resident_bytes"]
+    assert predicted["parameters"] == measured["parameters"]
+    texts = [json.loads(line) for line in (run_dir / "generations.jsonl").read_text().splitlines()]
+    assert [text["step"] for text in texts] == [2] * 4 + [3] * 4
+    bill = launch(["action=memory", f"run_dir={run_dir}", "output=json"], tmp_path)
+    assert bill.returncode == 0, bill.stderr
+    shown = document_of(bill)["bill"]
+    highest = max(shown["measured_step"]["allocated_bytes"])
+    assert shown["peak"]["allocated_bytes"] == pytest.approx(highest, rel=0.01)
+    assert (run_dir / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_interrupt_saves_a_checkpoint_and_resume_continues(job: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "interrupted run"
     arguments = [argument for argument in job if not argument.startswith("training.max_steps")]

@@ -121,8 +121,8 @@ def scales(weights: int, *, double: bool) -> int:
 @pytest.mark.parametrize("double", [True, False])
 def test_four_bit_weights_have_the_bytes_of_the_format(double: bool) -> None:
     skyline = traced(Method.QLORA, options=MethodSpec(double_quantization=double))
-    # the 16 values of the format, fp32, beside every matrix; the 256 of the scales once
-    tables = 64 * len(LINEAR) * LAYERS + (1024 if double else 0)
+    # beside every matrix the 16 values of the format, fp32, and the 256 that 8-bit scales stand for
+    tables = (64 + (1024 if double else 0)) * len(LINEAR) * LAYERS
     packed = sum(weights // 2 + scales(weights, double=double) for weights in LINEAR) * LAYERS
     # TRL holds the adapters of quantised models in bf16
     assert resident(skyline, Category.PARAMETERS) == packed + tables + 2 * OUTSIDE + 2 * ADAPTERS

@@ -46,7 +46,6 @@ def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> No
         if parameter is not None
     ]
     dtype: Any = model.config.dtype
-    tables: dict[str, torch.Tensor] = {}
     copies = _copies_by_pattern(model, on_gpu=on_gpu)
     for full, module, name in sorted(
         names, key=lambda item: (_is_adapter(item[0]), dot_natural_key(item[0]))
@@ -61,7 +60,7 @@ def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> No
             ]
             adapter_dtype = dtype if adapters_as_base and _is_adapter(full) else parameter.dtype
             if _is_quantized(module, name, parameter):
-                fake = quantized_layers().quantize_weight(module, dtype, tables)
+                fake = quantized_layers().quantize_weight(module, dtype)
             else:
                 bare = torch.empty(parameter.shape, dtype=adapter_dtype, device="cpu")
                 fake = nn.Parameter(bare, requires_grad=parameter.requires_grad)

@@ -44,15 +44,10 @@ def prepare() -> None:
     bnb_functional.quantize_blockwise(torch.zeros(256), blocksize=256)
 
 
-def quantize_weight(module: Any, dtype: torch.dtype, tables: dict[str, torch.Tensor]) -> nn.Parameter:
+def quantize_weight(module: Any, dtype: torch.dtype) -> nn.Parameter:
     """The quantised weight of a layer of the shell, as loading makes it, from a full one that is born and freed.
 
     `Params4bit` and `Int8Params` can't wrap a fake tensor, so a plain parameter carries their attributes.
-
-    Args:
-        module: The layer.
-        dtype: Dtype of the full weight.
-        tables: What weights share, by name: the values that 8-bit scales stand for. Filled by the first one.
     """
     full = torch.empty(module.weight.shape, dtype=dtype, device="cpu")
     weight: Any
@@ -65,8 +60,6 @@ def quantize_weight(module: Any, dtype: torch.dtype, tables: dict[str, torch.Ten
             quant_type=shell.quant_type,
             quant_storage=shell.quant_storage,
         )
-        if state.nested:
-            state.state2.code = tables.setdefault("scales", state.state2.code)
         weight = nn.Parameter(packed, requires_grad=False)
         for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
             setattr(weight, name, getattr(shell, name))
