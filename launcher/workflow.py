@@ -15,7 +15,7 @@ from platformdirs import user_cache_path
 from launcher.config import catalogue_entry, config_root, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
-from launcher.hardware import DeviceKind
+from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Checkpointing, JobSpec, Precision
 from launcher.memory import MemoryEstimate, MemoryMeasurement, Timeline
 from launcher.plan import PlanChoice
@@ -76,40 +76,53 @@ def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
     """
     hardware = resolve_hardware(job.hardware, hardware_entries(), devices, detect_cpu_memory_bytes())
     resolved = replace(job, hardware=hardware, model=resolve_model(job.model, catalogue_entry))
-    if hardware.world_size > 1:
-        raise ConfigError(
+    found = _contradictions(job, hardware)
+    if found:
+        raise ConfigError("; ".join(what for what, _ in found), "; ".join(hint for _, hint in found))
+    return resolved
+
+
+def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str]]:
+    """What job and hardware can't both have, each with a hint."""
+    pin, precision = job.planner.pin, job.training.precision
+    on_cpu = hardware.kind is DeviceKind.CPU
+    no_flash = on_cpu or not hardware.supports_flash_attention
+    found = [
+        (
+            hardware.world_size > 1,
             f"hardware.num_devices x hardware.num_nodes is {hardware.world_size}; this version plans for 1 device",
             "leave both at 1",
-        )
-    for name in ("zero_stage", "offload_optimizer", "offload_parameters"):
-        if getattr(job.planner.pin, name):
-            raise ConfigError(
-                f"planner.pin.{name}={getattr(job.planner.pin, name)}: this version plans for one device, "
-                "without sharding or offload",
-                f"leave planner.pin.{name} unset",
-            )
-    needs_bf16 = job.training.precision in (Precision.BF16, Precision.BF16_MIXED)
-    if needs_bf16 and not hardware.supports_bf16:
-        raise ConfigError(
-            f"{hardware.name} has no bf16; training.precision={job.training.precision.value} can't run on it",
+        ),
+        (
+            precision in (Precision.BF16, Precision.BF16_MIXED) and not hardware.supports_bf16,
+            f"{hardware.name} has no bf16; training.precision={precision.value} can't run on it",
             "training.precision=fp16_mixed or fp32",
-        )
-    pin = job.planner.pin
-    if pin.attention is Attention.FLASH_ATTENTION_2 and not hardware.supports_flash_attention:
-        raise ConfigError(
+        ),
+        (
+            precision is Precision.FP16_MIXED and on_cpu,
+            "training.precision=fp16_mixed needs a GPU",
+            "training.precision=bf16_mixed or fp32 on a CPU",
+        ),
+        (
+            pin.attention is Attention.FLASH_ATTENTION_2 and no_flash,
             f"planner.pin.attention=flash_attention_2: {hardware.name} has no FlashAttention-2",
             "planner.pin.attention=sdpa, or hardware of compute capability 8.0 and more",
-        )
-    if pin.activation_checkpointing is Checkpointing.OFFLOAD and hardware.kind is DeviceKind.CPU:
-        raise ConfigError(
+        ),
+        (
+            pin.activation_checkpointing is Checkpointing.OFFLOAD and on_cpu,
             "planner.pin.activation_checkpointing=offload: a CPU has no other memory to offload to",
             "planner.pin.activation_checkpointing=full",
+        ),
+    ]
+    found += [
+        (
+            bool(getattr(pin, name)),
+            f"planner.pin.{name}={getattr(pin, name)}: this version plans for one device, without sharding or offload",
+            f"leave planner.pin.{name} unset",
         )
-    if job.training.precision is Precision.FP16_MIXED and hardware.kind is DeviceKind.CPU:
-        raise ConfigError(
-            "training.precision=fp16_mixed needs a GPU", "training.precision=bf16_mixed or fp32 on a CPU"
-        )
-    return resolved
+        for name in ("zero_stage", "offload_optimizer", "offload_parameters")
+    ]
+    return [(what, hint) for is_found, what, hint in found if is_found]
 
 
 def cache_folder(name: str) -> Path:
