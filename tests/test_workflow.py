@@ -43,7 +43,7 @@ def test_contradictions_are_told_all_at_once() -> None:
             "planner.pin.attention=flash_attention_2",
         ]
     )
-    with pytest.raises(ConfigError, match=r"1 device.*FlashAttention-2.*leave both at 1") as caught:
+    with pytest.raises(ConfigError, match=r"1 device.*FlashAttention-2\n\nhint: leave both at 1") as caught:
         resolve(job, ())
     assert caught.value.exit_code == 2
 

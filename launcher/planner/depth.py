@@ -16,7 +16,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -128,9 +127,7 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> tuple[Profile, list
     exponents = tuple(sorted(set(shallow.exponents) | set(deep.exponents)))
     low, high = _spread(shallow, exponents), _spread(deep, exponents)
     left, right = _signatures(shallow.instants), _signatures(deep.instants)
-    late = align(left, right)
-    early = [len(right) - 1 - j for j in reversed(align(left[::-1], right[::-1]))]
-    live = low + steps * (high[meet_in_the_middle(late, early)] - low)
+    live = low + steps * (high[match(left, right)] - low)
     resident = {
         category: _extend_polynomial(size, deep.resident[category], steps)
         for category, size in shallow.resident.items()
@@ -140,6 +137,22 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> tuple[Profile, list
 
 def _signatures(instants: Sequence[Instant]) -> list[int]:
     return [hash((instant.signature, instant.phase)) for instant in instants]
+
+
+def match(short: Sequence[int], long: Sequence[int]) -> list[int]:
+    """Matches every element of `short` to one of `long`, in order, leaving out the middles of repeated stretches.
+
+    Raises:
+        DepthMismatch: When no such matching is found.
+    """
+    late = align(short, long)
+    early = [len(long) - 1 - j for j in reversed(align(short[::-1], long[::-1]))]
+    matches = meet_in_the_middle([*late, len(long)], [*early, len(long)])[:-1]
+    if any(short[i] != long[j] for i, j in enumerate(matches)):
+        raise DepthMismatch(
+            f"{len(short)} and {len(long)} instants match from the front or from the back, not both"
+        )
+    return matches
 
 
 def align(short: Sequence[int], long: Sequence[int]) -> list[int]:
@@ -163,21 +176,31 @@ def align(short: Sequence[int], long: Sequence[int]) -> list[int]:
 def meet_in_the_middle(late: Sequence[int], early: Sequence[int]) -> list[int]:
     """Joins two matchings: where they differ, the first half is matched late and the second half early.
 
-    One event out of its place, in the first or the last period, makes a matching leave out a stretch in pieces.
-    So the half is that of the part where late has left out nothing yet, and early the whole stretch.
+    One element out of its place, in the first or the last period, makes a matching leave out a stretch in pieces.
+    So a stretch is from one point to the next at which both have left out equally much.
 
     Args:
-        late: For each instant its match when stretches are left out as late as possible.
+        late: For each element its match when stretches are left out as late as possible.
         early: The same, when they are left out as early as possible.
     """
+    leaving, reaching = _left_out(late), _left_out(early)
     joined: list[int] = []
-    begins = [i for i in range(len(late)) if i == 0 or late[i] > early[i - 1]]
-    for begin, end in pairwise([*begins, len(late)]):
-        left_out = late[begin] - begin, early[end - 1] - (end - 1)
-        whole = [i for i in range(begin, end) if (late[i] - i, early[i] - i) == left_out] or range(begin, end)
-        middle = whole[len(whole) // 2]
-        joined += [*late[begin:middle], *early[middle:end]]
+    before = 0
+    for total in sorted(leaving.keys() & reaching.keys()):
+        late_begins = min(i for left_out, i in leaving.items() if left_out > before)
+        middle = (reaching[total] + late_begins) // 2
+        joined += range(len(joined) + before, middle + before)
+        before = total
+    joined += range(len(joined) + before, len(late) + before)
     return joined
+
+
+def _left_out(matches: Sequence[int]) -> dict[int, int]:
+    """How many elements are left out in total, at each index from which on they are more than before."""
+    totals = [j - i for i, j in enumerate(matches)]
+    return {
+        total: i for i, (total, last) in enumerate(zip(totals, [0, *totals], strict=False)) if total > last
+    }
 
 
 def _gap(short: Sequence[int], at: int, long: Sequence[int], begin: int) -> int:

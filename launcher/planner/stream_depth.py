@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.planner.depth import DepthMismatch, align, meet_in_the_middle
+from launcher.planner.depth import DepthMismatch, match
 from launcher.planner.stream import LAYER, Stream
 
 SMALL_BYTES = 1 << 16
@@ -144,24 +144,21 @@ def _split_path(path: str) -> tuple[str, int, str]:
 
 
 def _weave(short: Integers, long: Integers, steps: int) -> _Weave:
-    left, right = short.tolist(), long.tolist()
-    late = align(left, right)
-    early = [len(right) - 1 - j for j in reversed(align(left[::-1], right[::-1]))]
-    matches = np.array(meet_in_the_middle(late, early))
-    edges = np.array([-1, *matches, len(right)])
+    matches = np.array(match(short.tolist(), long.tolist()))
+    edges = np.array([-1, *matches, len(long)])
     gaps = np.flatnonzero(np.diff(edges) > 1)
     stretches = tuple((int(edges[gap]) + 1, int(edges[gap + 1])) for gap in gaps)
-    is_matched = np.zeros(len(right), dtype=bool)
+    is_matched = np.zeros(len(long), dtype=bool)
     is_matched[matches] = True
-    neighbors = np.full(len(right), -1)
+    neighbors = np.full(len(long), -1)
     sources, copies, done = [], [], 0
     for begin, end in stretches:
         neighbors[begin:end] = _neighbors(long, is_matched, begin, end)
         sources += [np.arange(done, begin), np.tile(np.arange(begin, end), steps)]
         copies += [np.zeros(begin - done, dtype=np.int64), np.repeat(np.arange(1, steps + 1), end - begin)]
         done = end
-    sources.append(np.arange(done, len(right)))
-    copies.append(np.zeros(len(right) - done, dtype=np.int64))
+    sources.append(np.arange(done, len(long)))
+    copies.append(np.zeros(len(long) - done, dtype=np.int64))
     return _Weave(matches, stretches, steps, neighbors, np.concatenate(sources), np.concatenate(copies))
 
 
