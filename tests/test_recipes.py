@@ -88,7 +88,7 @@ def test_recipes_are_found() -> None:
 def test_recipe_says_what_it_is(recipe: Path) -> None:
     comments = header(recipe)
     assert tuple(comments) == HEADER
-    assert re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*_(lora|full)", recipe.stem)
+    assert re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*_(lora|qlora|full)", recipe.stem)
     assert re.search(r"\b20\d\d-\d\d-\d\d\b", comments["Verified"])
     job = load_job(command(recipe))
     assert job.recipe == recipe.stem

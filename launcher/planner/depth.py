@@ -27,14 +27,20 @@ from launcher.planner.skyline import Domain, Instant, Profile, Skyline, build_sk
 if TYPE_CHECKING:  # the parent process extends profiles without loading the heavy libraries
     from transformers import PretrainedConfig
 
-WINDOWS = (24, 12, 6)
-"""Instants that must agree after a gap before the gap is believed; fewer where none agree for longer, because a
-list that grows with depth (one norm per parameter) follows soon."""
-SMALL_WINDOWS = (3, 1)
-"""The same where several such lists, of some instants per period, follow each other."""
-GAP_RULES = ((WINDOWS, 0.75), (SMALL_WINDOWS, 1.0), (WINDOWS, 0.0))
-"""What must agree after a gap, and the share of the gap that repeats what stands before or after it. An extra
-period does, but for what the first and the last one do otherwise; two lists that both grow do not."""
+GAP_RULES = (
+    ((24, 0.75), (6, 1.0)),
+    ((12, 0.75),),
+    ((6, 0.75),),
+    ((3, 1.0),),
+    ((1, 1.0),),
+    ((24, 0.0),),
+    ((12, 0.0),),
+    ((6, 0.0),),
+)
+"""When a gap is believed, best first: how many instants must agree after it, and which share of it must repeat what
+stands before or after it. An extra period repeats its neighbours, but for what the first and the last one do
+otherwise; two lists together that both grow with depth (matrices, then norms) do not. Few instants agree after a
+gap where such a list, of some instants per period, follows soon."""
 
 
 class DepthMismatch(Exception):
@@ -204,18 +210,23 @@ def _left_out(matches: Sequence[int]) -> dict[int, int]:
 
 
 def _gap(short: Sequence[int], at: int, long: Sequence[int], begin: int) -> int:
-    """Instants to leave out of `long` at `begin`, so that it goes on as `short` does at `at`."""
-    for windows, share in GAP_RULES:
-        for size in windows:
-            window = list(short[at : at + size])
-            for gap in range(1, len(long) - begin - len(window) + 1):
-                follows = begin + gap
-                if list(long[follows : follows + len(window)]) == window and (
-                    _repeated_share(long, begin, follows) >= share
-                ):
-                    return gap
+    """How many instants to leave out of `long` at `begin`, so that it goes on as `short` does at `at`."""
     left = len(short) - at, len(long) - begin
+    follows = [end for end in range(begin + 1, len(long)) if long[end] == short[at]]
+    agreeing = {end: _agreeing(short, at, long, end) for end in follows}
+    for rules in GAP_RULES:
+        for end in follows:
+            for window, share in rules:
+                agrees = agreeing[end] >= min(window, left[0])
+                if agrees and (not share or _repeated_share(long, begin, end) >= share):
+                    return end - begin
     raise DepthMismatch(f"{left[0]} instants left of the shallower trace, {left[1]} of the deeper one")
+
+
+def _agreeing(short: Sequence[int], at: int, long: Sequence[int], end: int) -> int:
+    """How many instants agree from two places on, counted to the largest number that a rule asks for."""
+    most = min(GAP_RULES[0][0][0], len(short) - at, len(long) - end)
+    return next((i for i in range(most) if short[at + i] != long[end + i]), most)
 
 
 def _repeated_share(long: Sequence[int], begin: int, end: int) -> float:
