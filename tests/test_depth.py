@@ -31,6 +31,7 @@ from launcher.planner.depth import (
     align,
     extend,
     layer_period,
+    match,
     meet_in_the_middle,
     plan_depths,
 )
@@ -73,6 +74,39 @@ def test_several_stretches_are_left_out_each_in_its_place() -> None:
 def test_a_list_that_grows_soon_after_a_gap_does_not_hide_it() -> None:
     short, long = step(2)[:-20] + [7] * 10 + TAIL, step(3)[:-20] + [7] * 15 + TAIL
     assert [long[j] for j in align(short, long)] == short
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            ["k", "k", "v", "v"],
+            ["norm", "norm"],
+        ),  # the gap of both lists together is followed by more that agrees
+        (list("abcdefghijklmnopqrstu"), list("aBCDEFGHIJKLMNO")),  # and the lists begin alike
+        (list("abcdefghijklmnopqrstuvwx"), list("ABCDEFGH")),  # a long list and a short one
+    ],
+)
+def test_lists_that_follow_each_other_grow_each_for_itself(first: list[str], second: list[str]) -> None:
+    def names(depth: int) -> list[int]:
+        return [hash(name) for name in ["head", *first * depth, *second * depth, "tail"]]
+
+    short, long = names(2), names(3)
+    matches = match(short, long)
+    assert [long[j] for j in matches] == short
+    left_out = sorted(set(range(len(long))) - set(matches))
+    parts = left_out[: len(first)], left_out[len(first) :]
+    assert [len(part) for part in parts] == [len(first), len(second)]
+    for part, inside in zip(parts, (first, second), strict=True):
+        assert part == list(range(part[0], part[0] + len(part)))
+        assert sorted(long[j] for j in part) == sorted(hash(name) for name in inside)
+
+
+def test_an_edge_that_leaves_out_a_stretch_in_pieces_is_seen_through() -> None:
+    late = [*range(60), *range(90, 100)]
+    early = [*range(10), *range(39, 49), *range(50, 100)]
+    joined = meet_in_the_middle(late, early)
+    assert joined == [*range(40), *range(70, 100)]
 
 
 def test_sequences_that_do_not_repeat_are_refused() -> None:

@@ -226,6 +226,7 @@ def test_a_model_itself_has_the_name_of_its_class() -> None:
 FULL_DEPTH = [
     ("llama", Setting("cuda", "lora", "full", "chunked", packing=True), 2, 300, 1),
     ("llama", Setting("cuda", "full", "none", "plain", packing=False), 2, 150, 2),
+    ("qwen2", Setting("cuda", "full", "none", "chunked", packing=True), 1, 100, 1),
     ("gpt2", Setting("cuda", "full", "none", "chunked", packing=True, precision="bf16_mixed"), 3, 90, 2),
     ("gpt_oss", Setting("cpu", "lora", "none", "chunked", packing=False, precision="fp32"), 1, 200, 1),
     ("gemma3_text", Setting("cpu", "full", "full", "plain", packing=True, evaluation=True), 2, 600, 1),
