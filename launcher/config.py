@@ -29,6 +29,14 @@ from pydantic import TypeAdapter, ValidationError
 from launcher.errors import ConfigError
 from launcher.job import Action, JobSpec
 
+NOT_BUILT: Mapping[str, str] = {
+    "launch": "clusters, rehearsal and replanning are not built yet; this version launches once, on this machine",
+    "planner.objective=cost": "prices are not built yet",
+    "action=explain": "not built yet; `action=memory` shows where memory goes",
+    "action=calibrate": "not built yet: plans are ordered without a speed model",
+    "action=status": "not built yet; `action=report` lists past runs",
+}
+"""Keys and values of the documented contract that no version has yet, and what to say of them."""
 PEER_SPELLINGS: Mapping[str, str] = {
     "per_device_train_batch_size": "planner.pin.micro_batch_size",
     "micro_batch_size": "planner.pin.micro_batch_size",
@@ -201,6 +209,8 @@ def _unknown_choice(key: str, value: object, choices: Sequence[str]) -> str:
 
 
 def _unknown_key(key: str) -> str:
+    if key.split(".")[0] in NOT_BUILT:
+        return f"`{key}`: {NOT_BUILT[key.split('.')[0]]}"
     ours = PEER_SPELLINGS.get(key.rsplit(".", 1)[-1])
     known = [*legal_keys(JobSpec), *groups()]
     if ours is not None and ours in known:
@@ -269,7 +279,9 @@ def _explain(error: Mapping[str, Any]) -> str:
     message = str(error["msg"])
     message = message[0].lower() + message[1:]
     legal = _legal_values(path)
-    return f"`{'.'.join(path)}={error['input']}`: {message}" + (f"; legal: {legal}" if legal else "")
+    given = f"{'.'.join(path)}={error['input']}"
+    message = NOT_BUILT.get(given, message)
+    return f"`{given}`: {message}" + (f"; legal: {legal}" if legal else "")
 
 
 def _is_union_branch(part: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from launcher.config import catalogue_entry, config_root, hardware_entries
+from launcher.config import catalogue_entry, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind, HardwareSpec
@@ -23,6 +23,7 @@ from launcher.planner.bill import build_bill
 from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import (
     CONVENTION,
+    EVIDENCE,
     RUNS_FOR_HEADROOM,
     Residual,
     headroom_fraction,
@@ -134,7 +135,7 @@ def plan_job(job: JobSpec) -> PlanChoice:
     """Finds the best plan of a resolved job, with the headroom and the interval that measured runs ask for."""
     job, note = with_headroom(job, _past_residuals(Path("runs")))
     choice = _search(job)
-    recorded = read_residuals(config_root() / "conf" / "evidence")
+    recorded = read_residuals(EVIDENCE)
     estimates = {}
     for name, plan, estimate in (
         ("estimate", choice.plan, choice.estimate),

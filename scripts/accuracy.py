@@ -432,7 +432,7 @@ def evidence(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write_report(results: list[dict[str, Any]]) -> None:
     """Writes the dated data file, the page generated from it, and the evidence that the planner's intervals rest on."""
     kept = json.dumps(evidence(results), indent=1) + "\n"
-    (ROOT / "conf" / "evidence" / "cpu.json").write_text(kept, encoding="utf-8")
+    (ROOT / "launcher" / "planner" / "evidence" / "cpu.json").write_text(kept, encoding="utf-8")
     today = datetime.date.today().isoformat()
     versions = {name: version(name) for name in LIBRARIES}
     data = {"date": today, "machine": platform.machine(), "versions": versions, "results": results}
@@ -468,7 +468,9 @@ def main() -> None:
     parser.add_argument("--job", type=int, help="run one job in this process and print JSON")
     parser.add_argument("--only", type=int, nargs="+", help="the jobs of these numbers")
     parser.add_argument("--subset", type=int, default=len(JOBS), help="only the first so many jobs")
-    parser.add_argument("--write", action="store_true", help="write docs/accuracy and conf/evidence/cpu.json")
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/accuracy and launcher/planner/evidence/cpu.json"
+    )
     parser.add_argument("--page", type=Path, help="write them from the results of this data file")
     options = parser.parse_args()
     if options.job is not None:

@@ -240,7 +240,7 @@ def write_evidence(results: Sequence[Result]) -> None:
         for row in results
         if row.get("predicted_bytes") and row["quantity"] == "allocated" and row["kernels"] == "library"
     ]
-    file = ROOT / "conf" / "evidence" / "cuda.json"
+    file = ROOT / "launcher" / "planner" / "evidence" / "cuda.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 

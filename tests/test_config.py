@@ -211,6 +211,20 @@ def test_impossible_word_lists_the_legal_ones(argument: str, legal: str) -> None
     assert message.endswith(f"legal: {legal}")
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("launch.max_replans=2", "replanning are not built yet"),
+        ("launch.cluster=slurm", "launches once, on this machine"),
+        ("planner.objective=cost", "prices are not built yet; legal: speed, memory"),
+        ("action=calibrate", "not built yet: plans are ordered without a speed model; legal: run"),
+    ],
+)
+def test_what_the_contract_promises_for_later_is_refused_as_such(argument: str, words: str) -> None:
+    message = refusal(argument)
+    assert words in message and argument.split("=")[0] in message
+
+
 def test_impossible_word_in_a_list_names_its_place() -> None:
     message = refusal("planner.choices.method=[full,prefix]")
     assert "`planner.choices.method.1=prefix`" in message

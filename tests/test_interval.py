@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 
 from launcher.hardware import DeviceKind
 from launcher.job import Method
 from launcher.planner.interval import (
+    EVIDENCE,
     RUNS_FOR_HEADROOM,
     Residual,
     headroom_fraction,
@@ -18,8 +18,6 @@ from launcher.planner.interval import (
     quantile,
     read_residuals,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(measured: int, model: str = "llama", method: Method = Method.LORA) -> Residual:
@@ -82,9 +80,9 @@ def test_the_promise_is_kept_on_drawn_runs() -> None:
 
 
 def test_recorded_evidence_is_readable() -> None:
-    residuals = read_residuals(ROOT / "conf" / "evidence")
+    residuals = read_residuals(EVIDENCE)
     here = [residual for residual in residuals if residual.device_kind is DeviceKind.CPU]
     assert len(here) >= 60
     assert {residual.method for residual in here} == set(Method)
     assert len(residuals) > len(here), "others' measurements on CUDA"
-    assert read_residuals(ROOT / "conf" / "no such folder") == ()
+    assert read_residuals(EVIDENCE / "no such folder") == ()

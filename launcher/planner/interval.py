@@ -19,6 +19,8 @@ from launcher.hardware import DeviceKind
 from launcher.job import Method
 from launcher.memory import Interval
 
+EVIDENCE = Path(__file__).resolve().parent / "evidence"
+"""Recorded residuals: written by scripts/accuracy.py and scripts/published.py."""
 COVERAGE = 0.95
 """Probability with which a measurement lies below the upper end of an interval; and above the lower one."""
 CONVENTION = 0.05
