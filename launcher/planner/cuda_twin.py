@@ -29,6 +29,15 @@ FLASH_HEAD_SIZE_MAX = 256
 """Largest head size of FlashAttention-2."""
 
 
+def _attention_outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output, fp32 log-sum-exp (batch, heads, length), and the two numbers of dropout's random state."""
+    batch, heads, length, _ = query.shape
+    output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
+    log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
+    seed, offset = (query.new_empty((), dtype=torch.int64) for _ in range(2))
+    return output, log_sum_exp, seed, offset
+
+
 def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any
 ) -> tuple[Any, ...]:
@@ -37,12 +46,9 @@ def flash_attention(
     `_flash_attention_forward` and `mha_fwd` (aten/native/transformers/cuda/flash_attn/flash_api.cpp, torch 2.9 to
     2.13). Rounding of the length to 128 is left out.
     """
-    batch, heads, length, _ = query.shape
-    output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
-    log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
-    seed, offset = (query.new_empty((), dtype=torch.int64) for _ in range(2))
+    output, log_sum_exp, seed, offset = _attention_outputs(query, value)
     debug = query.new_empty(0)
-    return output, log_sum_exp, None, None, length, key.shape[2], seed, offset, debug
+    return output, log_sum_exp, None, None, query.shape[2], key.shape[2], seed, offset, debug
 
 
 def flash_attention_backward(
@@ -77,11 +83,7 @@ def efficient_attention(
 
     aten/native/transformers/cuda/attention.cu, torch 2.9 to 2.13.
     """
-    batch, heads, length, _ = query.shape
-    output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
-    log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
-    seed, offset = (query.new_empty((), dtype=torch.int64) for _ in range(2))
-    return output, log_sum_exp, seed, offset
+    return _attention_outputs(query, value)
 
 
 def efficient_attention_backward(
