@@ -62,6 +62,10 @@ class HardwareSpec:
     """Between nodes, per device, one direction."""
     host_memory_bytes: Annotated[int, Ge(0)] = 0
     """Host memory per device; 0: unknown."""
+    nvme_path: str = ""
+    """Folder on a local NVMe file system of every node, for offload; empty: none."""
+    nvme_bytes: Annotated[int, Ge(0)] = 0
+    """Bytes free there per device; 0: unknown."""
     num_devices: Annotated[int, Ge(1)] = 1
     """Devices per node."""
     num_nodes: Annotated[int, Ge(1)] = 1

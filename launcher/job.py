@@ -96,6 +96,22 @@ class Optimizer(StrEnum):
     SGD = "sgd"
 
 
+class Engine(StrEnum):
+    """What trains on several devices together."""
+
+    NONE = "none"
+    DDP = "ddp"
+    DEEPSPEED = "deepspeed"
+    FSDP2 = "fsdp2"
+
+
+class OffloadDevice(StrEnum):
+    """Where offloaded optimizer states and parameters live."""
+
+    CPU = "cpu"
+    NVME = "nvme"
+
+
 class DataFormat(StrEnum):
     """Layout of one training example."""
 
@@ -289,12 +305,30 @@ class PinSpec:
     """Overrides `method.name`."""
     rank: Annotated[int, Ge(1)] | None = None
     """Overrides `method.rank`."""
+    engine: Engine | None = None
+    """`ddp`, `deepspeed` or `fsdp2` on several devices; `none` on one."""
     zero_stage: Annotated[int, Ge(0), Le(3)] | None = None
-    """ZeRO stage; on one device there is nothing to shard, and only 0 is accepted."""
+    """What is sharded over the devices: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool | None = None
-    """Whether optimizer states live in host memory; only `false` is accepted yet."""
+    """Whether optimizer states live off the device, on `offload_device`."""
     offload_parameters: bool | None = None
-    """Whether parameters live in host memory; only `false` is accepted yet."""
+    """Whether parameters live off the device, on `offload_device`; ZeRO stage 3 and FSDP2 only."""
+    offload_device: OffloadDevice | None = None
+    """`cpu` (host memory) or `nvme` (DeepSpeed, a file system at `hardware.nvme_path`)."""
+    shard_within_node: bool | None = None
+    """FSDP2: shard over the devices of a node and repeat over nodes, in place of sharding over all."""
+    reduce_bucket_elements: Annotated[int, Ge(1)] | None = None
+    """Elements per bucket in which gradients are reduced; see `Buckets` in launcher/plan.py for this and the next."""
+    allgather_bucket_elements: Annotated[int, Ge(1)] | None = None
+    """Elements per bucket in which updated parameters are gathered (ZeRO 1 and 2)."""
+    prefetch_bucket_elements: Annotated[int, Ge(0)] | None = None
+    """Elements of parameters fetched ahead (ZeRO 3)."""
+    persistence_threshold_elements: Annotated[int, Ge(0)] | None = None
+    """Parameters below so many elements stay on every device (ZeRO 3)."""
+    max_live_elements: Annotated[int, Ge(0)] | None = None
+    """Elements of gathered parameters that may stay for their next use (ZeRO 3)."""
+    max_reuse_distance_elements: Annotated[int, Ge(0)] | None = None
+    """A gathered parameter is kept when its next use is fewer elements away (ZeRO 3)."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.job import Attention, Checkpointing, Loss, Method, Optimizer, Precision
+from launcher.job import (
+    Attention,
+    Checkpointing,
+    Engine,
+    Loss,
+    Method,
+    OffloadDevice,
+    Optimizer,
+    Precision,
+)
 from launcher.memory import MemoryEstimate
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """How much of the model an engine moves at a time, in elements: DeepSpeed's names in DeepSpeed's unit.
+
+    A bucket is a buffer of so many elements, whatever the model's size: DeepSpeed's default of 5e8 may be what does not
+    fit. DDP and FSDP2 know only the first one (FSDP2 not even that: it moves a layer at a time).
+    """
+
+    reduce_bucket_elements: int
+    """`reduce_bucket_size`: gradients reduced at a time (DDP: `bucket_cap_mb`, rounded)."""
+    allgather_bucket_elements: int
+    """`allgather_bucket_size`: updated parameters gathered at a time, ZeRO 1 and 2."""
+    prefetch_bucket_elements: int = 0
+    """`stage3_prefetch_bucket_size`: parameters fetched ahead."""
+    persistence_threshold_elements: int = 0
+    """`stage3_param_persistence_threshold`: smaller parameters are not sharded."""
+    max_live_elements: int = 0
+    """`stage3_max_live_parameters`: gathered parameters that may wait for their next use."""
+    max_reuse_distance_elements: int = 0
+    """`stage3_max_reuse_distance`: a parameter waits only for a use that is nearer."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +67,34 @@ class Plan:
     """Optimizer implementation."""
     precision: Precision
     """Bytes of weights and computation."""
+    engine: Engine = Engine.NONE
+    """What trains on several devices together; `none` on one."""
+    num_devices: int = 1
+    """Devices per node."""
+    num_nodes: int = 1
+    """Nodes."""
     zero_stage: int = 0
-    """ZeRO stage; 0 on one device."""
+    """What is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too; FSDP2 shards all three."""
     offload_optimizer: bool = False
-    """Whether optimizer states live in host memory."""
+    """Whether optimizer states live off the device."""
     offload_parameters: bool = False
-    """Whether parameters live in host memory."""
+    """Whether parameters live off the device."""
+    offload_device: OffloadDevice = OffloadDevice.CPU
+    """Where they live then."""
+    shard_within_node: bool = False
+    """FSDP2: sharded over the devices of a node, repeated over nodes."""
+    buckets: Buckets | None = None
+    """How much the engine moves at a time; None on one device."""
 
     def __post_init__(self) -> None:
+        if (self.engine is Engine.NONE) != (self.world_size == 1 and not self.uses_offload):
+            raise ValueError(
+                f"engine {self.engine} for {self.num_nodes} x {self.num_devices} devices, offload {self.uses_offload}"
+            )
+        if self.zero_stage and self.engine not in (Engine.DEEPSPEED, Engine.FSDP2):
+            raise ValueError(f"ZeRO stage {self.zero_stage} with engine {self.engine}")
+        if self.engine is Engine.FSDP2 and self.zero_stage != 3:
+            raise ValueError(f"fsdp2 shards parameters, gradients and states: stage 3, not {self.zero_stage}")
         if self.micro_batch_size < 1 or self.gradient_accumulation_steps < 1 or self.max_length < 1:
             raise ValueError(
                 f"micro batch {self.micro_batch_size} x accumulation {self.gradient_accumulation_steps} "
@@ -51,6 +102,21 @@ class Plan:
             )
         if (self.method is Method.FULL) == (self.rank > 0):
             raise ValueError(f"method {self.method} with rank {self.rank}")
+
+    @property
+    def world_size(self) -> int:
+        """Devices over all nodes, one process each."""
+        return self.num_devices * self.num_nodes
+
+    @property
+    def uses_offload(self) -> bool:
+        """Whether anything of the model lives off the device."""
+        return self.offload_optimizer or self.offload_parameters
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step over all devices."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def tokens_per_step(self) -> int:

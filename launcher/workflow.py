@@ -16,7 +16,7 @@ from launcher.config import catalogue_entry, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, Checkpointing, JobSpec, Precision
+from launcher.job import Attention, Checkpointing, Engine, JobSpec, Precision
 from launcher.memory import MemoryEstimate, MemoryMeasurement, Timeline
 from launcher.plan import PlanChoice
 from launcher.planner.bill import build_bill
@@ -117,11 +117,11 @@ def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str
     ]
     found += [
         (
-            bool(getattr(pin, name)),
+            getattr(pin, name) not in (None, 0, Engine.NONE),
             f"planner.pin.{name}={getattr(pin, name)}: this version plans for one device, without sharding or offload",
             f"leave planner.pin.{name} unset",
         )
-        for name in ("zero_stage", "offload_optimizer", "offload_parameters")
+        for name in ("engine", "zero_stage", "offload_optimizer", "offload_parameters")
     ]
     return [(what, hint) for is_found, what, hint in found if is_found]
 
