@@ -34,6 +34,16 @@ class RunPaths:
         return self.root / "accelerate.yaml"
 
     @property
+    def deepspeed_config(self) -> Path:
+        """Configuration file of DeepSpeed."""
+        return self.root / "deepspeed.json"
+
+    @property
+    def logs(self) -> Path:
+        """What each process printed, in torchrun's folders; written only with several processes."""
+        return self.root / "logs"
+
+    @property
     def command(self) -> Path:
         """The exact command, as a script that a person can run."""
         return self.root / "command.sh"

@@ -62,6 +62,12 @@ class WorkerOutcome:
     """Median wall time of an optimizer step after the metered ones."""
     world_size: int
     """Processes that took part."""
+    rank: int = 0
+    """Which of them this is."""
+    host: str = ""
+    """Name of its machine; empty where it could not say."""
+    ended_at_seconds: float = 0.0
+    """Unix time at which it ended: a failure draws others after it."""
 
 
 @dataclass(frozen=True)
@@ -90,3 +96,5 @@ class RunRecord:
     """How it ended."""
     versions: Mapping[str, str]
     """Library versions of the worker."""
+    measured_ranks: tuple[MemoryMeasurement, ...] = ()
+    """Every rank that was measured, in order; the first of them is `measured`."""

@@ -269,8 +269,9 @@ def _weights(job: JobSpec, show: Show) -> tuple[str, str]:
 def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     outcome = launch_worker(paths, order, show)
-    measured = paths.measured(0)
-    measurement = read_document(measured, MemoryMeasurement) if measured.exists() else None
+    files = [paths.measured(rank) for rank in range(order.plan.world_size)]
+    measured = tuple(read_document(file, MemoryMeasurement) for file in files if file.exists())
+    measurement = measured[0] if measured else None
     record = RunRecord(
         run_dir=str(paths.root),
         recipe=order.job.recipe,
@@ -283,11 +284,12 @@ def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show:
         measured=measurement,
         outcome=outcome,
         versions=library_versions(),
+        measured_ranks=measured,
     )
     write_record(paths, record)
     failure: LauncherError | None = None
     try:
-        raise_for_outcome(outcome, paths)
+        raise_for_outcome(outcome, paths, order.plan.world_size)
     except LauncherError as error:
         failure = error
     return Answer(tables.run_text(record), {**document, **run_fields(record)}, failure)

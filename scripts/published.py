@@ -23,8 +23,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from accelerate.utils.modeling import calculate_maximum_sizes  # type: ignore[import-untyped]
+from accelerate import init_empty_weights
+from accelerate.utils.modeling import calculate_maximum_sizes
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from launcher import workload

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accelerate.commands.estimate import (  # type: ignore[import-untyped]
+from accelerate.commands.estimate import (
     estimate_training_usage,
 )
 

@@ -79,7 +79,7 @@ class Stage:
 
     def launch(self, command: tuple[str, ...], grace_seconds: float = 30.0) -> WorkerOutcome:
         """Launches a command as the worker, and checks that nothing of its group remains."""
-        self.monkeypatch.setattr(launch, "worker_command", lambda paths: command)
+        self.monkeypatch.setattr(launch, "worker_command", lambda paths, plan: command)
         try:
             return launch_worker(self.paths, ORDER, self._show, grace_seconds)
         finally:

@@ -17,12 +17,10 @@ from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
     CudaMeter,
-    live_tensor_bytes,
     process_device_bytes,
     process_memory_bytes,
-    weigh_gradients,
-    weigh_residents,
 )
+from launcher.worker.residents import live_tensor_bytes, weigh_gradients, weigh_residents
 
 MIB = 1 << 20
 SLACK_BYTES = 4096

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Attention, Checkpointing, Loss, Method, Optimizer, Precision
+from launcher.plan import Plan
 from launcher.run import render
 from launcher.run_paths import RunPaths
 
@@ -26,7 +28,22 @@ ACCEPT = "LAUNCHER_ACCEPT_GOLDEN"
 CPU = HardwareSpec(name="cpu", kind=DeviceKind.CPU)
 CUDA = HardwareSpec(name="l4_24g", kind=DeviceKind.CUDA)
 ROCM = HardwareSpec(name="mi300x_192g", kind=DeviceKind.ROCM)
+ONE = Plan(
+    method=Method.LORA,
+    rank=16,
+    max_length=512,
+    micro_batch_size=2,
+    gradient_accumulation_steps=4,
+    activation_checkpointing=Checkpointing.FULL,
+    attention=Attention.SDPA,
+    loss=Loss.CHUNKED,
+    optimizer=Optimizer.ADAMW_TORCH_FUSED,
+    precision=Precision.BF16,
+)
 NASTY = 'it\'s a "run"\n$HOME `x` \\ ünï-日本 --flag'
+
+
+RUN = RunPaths(Path("/home/me/my runs/1"))
 
 
 def assert_golden(name: str, text: str) -> None:
@@ -41,13 +58,13 @@ def assert_golden(name: str, text: str) -> None:
 
 
 def test_golden_accelerate_configs() -> None:
-    assert_golden("accelerate_cpu.yaml", render.accelerate_config(CPU))
-    assert_golden("accelerate_cuda.yaml", render.accelerate_config(CUDA))
+    assert_golden("accelerate_cpu.yaml", render.accelerate_config(CPU, ONE, RUN))
+    assert_golden("accelerate_cuda.yaml", render.accelerate_config(CUDA, ONE, RUN))
 
 
 def test_golden_command_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "package_root", lambda: "/home/me/launcher")
-    command = render.worker_command(RunPaths(Path("/home/me/my runs/1")), "/usr/bin/python3")
+    command = render.worker_command(RUN, ONE, python="/usr/bin/python3")
     environment = render.worker_environment(CUDA, {})
     assert_golden("command_cuda.sh", render.command_script(command, environment, "/home/me"))
     environment = render.worker_environment(CPU, {"OMP_NUM_THREADS": "2"})
@@ -61,15 +78,15 @@ def what_accelerate_makes_of_it(
     hardware: HardwareSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[argparse.Namespace, list[str], Mapping[str, str]]:
     """Arguments, command and environment that `accelerate launch` starts the worker with."""
-    from accelerate.commands import launch  # type: ignore[import-untyped]
-    from accelerate.utils.launch import prepare_simple_launcher_cmd_env  # type: ignore[import-untyped]
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     paths = RunPaths(folder)
     folder.mkdir()
-    paths.accelerate_config.write_text(render.accelerate_config(hardware), encoding="utf-8")
+    paths.accelerate_config.write_text(render.accelerate_config(hardware, ONE, RUN), encoding="utf-8")
     for name, value in render.worker_environment(hardware, {}).items():
         monkeypatch.setenv(name, value)
-    _, _, _, *rest = render.worker_command(paths)
+    _, _, _, *rest = render.worker_command(paths, ONE)
     parser: Any = launch.launch_command_parser()
     checked: Any = launch._validate_launch_command
     arguments, _, _ = checked(parser.parse_args(rest))
@@ -80,11 +97,11 @@ def what_accelerate_makes_of_it(
 
 @pytest.mark.parametrize("hardware", [CPU, CUDA])
 def test_accelerates_own_parser_takes_the_file(hardware: HardwareSpec, tmp_path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
+    from accelerate.commands.config.config_args import load_config_from_file
 
     load: Any = load_config_from_file
     file = tmp_path / "accelerate.yaml"
-    file.write_text(render.accelerate_config(hardware), encoding="utf-8")
+    file.write_text(render.accelerate_config(hardware, ONE, RUN), encoding="utf-8")
     config = load(str(file))
     assert (config.num_processes, config.num_machines, config.distributed_type.value) == (1, 1, "NO")
     assert config.mixed_precision == "no"  # the text; a bare no would be False
@@ -225,7 +242,7 @@ def test_the_script_stops_when_its_folder_is_gone(tmp_path: Path) -> None:
 
 def test_the_worker_command_keeps_paths_whole() -> None:
     paths = RunPaths(Path("/runs") / NASTY)
-    command = render.worker_command(paths)
+    command = render.worker_command(paths, ONE)
     assert command[0] == sys.executable
     assert str(paths.accelerate_config) in command
     assert command[-1] == str(paths.root)

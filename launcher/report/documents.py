@@ -44,6 +44,9 @@ def run_fields(record: RunRecord) -> dict[str, Any]:
     """What a run adds to its plan's document."""
     return {
         "measured": measured_fields(record.measured, record) if record.measured else None,
+        "measured_ranks": [
+            {"rank": measured.rank, **measured_fields(measured, record)} for measured in record.measured_ranks
+        ],
         "predicted_as_run": (
             predicted_fields(record.predicted_as_run) if record.predicted_as_run is not None else None
         ),
@@ -68,10 +71,11 @@ def record_document(record: RunRecord) -> dict[str, Any]:
 
 def plan_fields(plan: Plan) -> dict[str, Any]:
     """A plan as plain values."""
-    return {
+    fields = {
         name: value.value if hasattr(value, "value") else value
         for name, value in ((name, getattr(plan, name)) for name in plan.__dataclass_fields__)
     }
+    return {**fields, "buckets": asdict(plan.buckets) if plan.buckets else None}
 
 
 def predicted_fields(estimate: MemoryEstimate) -> dict[str, Any]:

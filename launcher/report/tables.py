@@ -135,7 +135,10 @@ def run_text(record: RunRecord) -> str:
     if record.measured is None:
         lines.append("memory    not measured: the run ended before the meter was read")
         return "\n".join(lines)
-    lines += ["", *reconciliation(record.predicted_as_run or record.predicted, record.measured)]
+    predicted = record.predicted_as_run or record.predicted
+    lines += ["", *reconciliation(predicted, record.measured)]
+    if len(record.measured_ranks) > 1:
+        lines += ["", *ranks_reconciliation(predicted, record.measured_ranks)]
     if record.predicted_as_run is not None:
         shapes = ", ".join(f"{shape.micro_batch_size} x {shape.length}" for shape in record.measured.shapes)
         lines.append(
@@ -177,6 +180,15 @@ def reconciliation(predicted: MemoryEstimate, measured: MemoryMeasurement) -> li
     )
     lines = aligned([*phases, *categories])
     return [*lines[: len(phases)], "", *lines[len(phases) :]]
+
+
+def ranks_reconciliation(predicted: MemoryEstimate, ranks: Sequence[MemoryMeasurement]) -> list[str]:
+    """Predicted against measured peak of every rank, in MiB, with the signed error."""
+    rows = [["peak of rank, MiB", "predicted", "measured", "error"]]
+    for measured in ranks:
+        name = f"rank {measured.rank}"
+        rows.append(_comparison(name, predicted.peak_allocated_bytes, measured.peak_allocated_bytes))
+    return aligned(rows)
 
 
 def _comparison(name: str, predicted: int, measured: int) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from launcher.documents import read_document, write_document, write_text
 from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
+from launcher.job import Engine
+from launcher.run.engine_config import deepspeed_text
 from launcher.run.render import accelerate_config, command_script, worker_command, worker_environment
 from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
 from launcher.run_paths import RunPaths
@@ -64,17 +66,20 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
 
 def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
     """Writes the files of the run directory `paths` into the folder `at`; takes them back if one can't be."""
-    hardware = order.job.hardware
-    script = command_script(worker_command(paths), worker_environment(hardware, os.environ), os.getcwd())
+    hardware, plan = order.job.hardware, order.plan
+    environment = worker_environment(hardware, os.environ, plan)
+    script = command_script(worker_command(paths, plan), environment, os.getcwd())
     try:
         write_document(at.job, order.job)
         write_text(at.plan, json.dumps(document, indent=2) + "\n")
-        write_text(at.accelerate_config, accelerate_config(hardware))
+        write_text(at.accelerate_config, accelerate_config(hardware, plan, paths))
+        if plan.engine is Engine.DEEPSPEED:
+            write_text(at.deepspeed_config, deepspeed_text(order.job, plan))
         write_text(at.command, script)
         at.command.chmod(_executable(at.command.stat().st_mode))
         write_document(at.worker, order)
     except BaseException:
-        for file in (at.job, at.plan, at.accelerate_config, at.command, at.worker):
+        for file in (at.job, at.plan, at.accelerate_config, at.deepspeed_config, at.command, at.worker):
             file.unlink(missing_ok=True)
         raise
 
@@ -102,10 +107,12 @@ def launch_worker(
         Interrupted: When it was stopped before it could say how it ended.
         LaunchError: When it ended without saying how.
     """
-    environment = {**os.environ, **worker_environment(order.job.hardware, os.environ)}
-    for leftover in (paths.outcome(0), paths.measured(0), paths.pid(0)):
-        leftover.unlink(missing_ok=True)
-    ending = supervise(worker_command(paths), environment, paths.log, paths.pid(0), show, grace_seconds)
+    plan = order.plan
+    environment = {**os.environ, **worker_environment(order.job.hardware, os.environ, plan)}
+    for rank in range(plan.world_size):
+        for leftover in (paths.outcome(rank), paths.measured(rank), paths.pid(rank)):
+            leftover.unlink(missing_ok=True)
+    ending = supervise(worker_command(paths, plan), environment, paths.log, paths.pid(0), show, grace_seconds)
     return read_outcome(paths, ending)
 
 

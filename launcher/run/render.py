@@ -7,12 +7,16 @@ import shlex
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 
 from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Engine
+from launcher.plan import Plan
+from launcher.run.engine_config import fsdp_config, mesh_config
 from launcher.run_paths import RunPaths
 
 WORKER_MODULE: Final = "launcher.worker.train"
@@ -29,73 +33,144 @@ QUIET: Final = {
 ALLOCATOR_SETTINGS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Where torch 2.9 to 2.13 look for the CUDA allocator's settings; the first one is the older name."""
 
+LINE_PREFIX: Final = "[rank ${rank}] "
+"""torchrun's template of what each line of a process begins with (torch 2.9 to 2.13, distributed/run.py)."""
+
 CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 """Quota and period of the control group (version 2), in microseconds; a quota of `max` is none."""
 
 
-def accelerate_config(hardware: HardwareSpec) -> str:
-    """Configuration file of `accelerate launch` for one process on one device.
+@dataclass(frozen=True)
+class Node:
+    """One machine of a run, and where its processes meet the others'."""
+
+    rank: int = 0
+    """Number of the machine, from 0."""
+    address: str = ""
+    """Name or address of machine 0, as the others reach it; empty on a single machine."""
+    port: int = 0
+    """TCP port there; 0 takes a free one, on a single machine."""
+
+
+DISTRIBUTED_TYPES: Final[Mapping[Engine, str]] = {
+    Engine.NONE: "NO",
+    Engine.DDP: "MULTI_GPU",  # on a CPU too: MULTI_CPU starts one process, without a word (accelerate 1.15)
+    Engine.DEEPSPEED: "DEEPSPEED",
+    Engine.FSDP2: "FSDP",
+}
+"""What accelerate calls the engines."""
+
+
+def accelerate_config(hardware: HardwareSpec, plan: Plan, paths: RunPaths) -> str:
+    """Configuration file of `accelerate launch`; the same for every node.
 
     `mixed_precision` is the text `no` (a bare one would be read as false): accelerate passes it on in
     `ACCELERATE_MIXED_PRECISION`, which transformers' TrainingArguments read first and then overrule with
     `bf16` or `fp16` (training_args.py, 5.17 to 5.23). Any other value would stand where both are off.
     `gpu_ids` is `all` so that accelerate leaves CUDA_VISIBLE_DEVICES as `worker_environment` sets it.
     """
-    config = {
+    config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
-        "distributed_type": "NO",
+        "distributed_type": DISTRIBUTED_TYPES[plan.engine],
         "gpu_ids": "all",
         "machine_rank": 0,
         "main_training_function": "main",
         "mixed_precision": "no",
-        "num_machines": 1,
-        "num_processes": 1,
+        "num_machines": plan.num_nodes,
+        "num_processes": plan.world_size,
         "use_cpu": hardware.kind is DeviceKind.CPU,
     }
-    return "# accelerate launch --config_file: one process on one device\n" + yaml.safe_dump(config)
+    if plan.num_nodes > 1:
+        config |= {"rdzv_backend": "static", "same_network": True}
+    if plan.engine is Engine.DEEPSPEED:
+        del config[
+            "mixed_precision"
+        ]  # accelerate refuses one beside DeepSpeed's own file, and takes `no` without
+        config["deepspeed_config"] = {
+            "deepspeed_config_file": str(paths.deepspeed_config),
+            "deepspeed_multinode_launcher": "standard",
+            "zero3_init_flag": plan.zero_stage == 3,
+        }
+    elif plan.engine is Engine.FSDP2:
+        config["fsdp_config"] = fsdp_config(plan)
+        if plan.shard_within_node and plan.num_nodes > 1:
+            config["parallelism_config"] = mesh_config(plan)
+    devices = "one process on one device" if plan.world_size == 1 else f"{plan.world_size} processes"
+    if plan.num_nodes > 1:
+        devices += f" on {plan.num_nodes} nodes"
+    return f"# accelerate launch --config_file: {devices}\n" + yaml.safe_dump(config)
 
 
-def worker_command(paths: RunPaths, python: str = sys.executable) -> tuple[str, ...]:
-    """The command line of the worker."""
-    return (
-        python,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(paths.accelerate_config),
-        "-m",
-        WORKER_MODULE,
-        str(paths.root),
-    )
+def worker_command(
+    paths: RunPaths, plan: Plan, node: Node | None = None, python: str = sys.executable
+) -> tuple[str, ...]:
+    """The command line that starts the processes of one machine.
 
-
-def worker_environment(hardware: HardwareSpec, inherited: Mapping[str, str]) -> dict[str, str]:
-    """What the worker's environment has beyond the inherited one.
-
-    What the user set is kept, and repeated here so that the command script does the same in another shell.
-    Two things are not the user's to set: which of several devices is used (with more than one in sight, the
-    trainer would wrap the model in nn.DataParallel, unplanned), and where Python looks for this package.
+    Every line that a process prints is marked with its rank (see `LINE_PREFIX`), and kept in a file of its own below
+    `RunPaths.logs`.
 
     Args:
-        hardware: Where the worker will run.
-        inherited: The environment that the additions are for.
+        paths: The run directory, which every machine sees under the same name.
+        plan: The plan.
+        node: Which machine; None: the only one.
+        python: Interpreter on that machine.
     """
+    node = node or Node()
+    command = [python, "-m", "accelerate.commands.launch", "--config_file", str(paths.accelerate_config)]
+    if plan.engine is not Engine.NONE:
+        command += ["--main_process_port", str(node.port), "--tee", "3", "--log_dir", str(paths.logs)]
+    if plan.num_nodes > 1:
+        command += ["--machine_rank", str(node.rank), "--main_process_ip", node.address]
+    return (*command, "-m", WORKER_MODULE, str(paths.root))
+
+
+def worker_environment(
+    hardware: HardwareSpec, inherited: Mapping[str, str], plan: Plan | None = None
+) -> dict[str, str]:
+    """What the workers' environment has beyond the inherited one.
+
+    What the user set is kept, and repeated here so that the command script does the same in another shell.
+    Two things are not the user's to set: how many of the devices are used (with more of them in sight than processes,
+    the trainer would wrap the model in nn.DataParallel, unplanned), and where Python looks for this package.
+
+    Args:
+        hardware: Where the workers will run.
+        inherited: The environment that the additions are for.
+        plan: What they run; None: one process on one device.
+    """
+    engine, num_devices = (plan.engine, plan.num_devices) if plan else (Engine.NONE, 1)
     additions = {name: inherited.get(name, value) for name, value in QUIET.items()}
     additions |= _import_path(inherited)
+    if engine is not Engine.NONE:
+        additions["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = LINE_PREFIX
     if hardware.kind is DeviceKind.CPU:
-        additions["ACCELERATE_USE_CPU"] = "true"
-        additions["CUDA_VISIBLE_DEVICES"] = ""  # else torch.cuda.is_available() would choose the wrong meter
-        # accelerate would set the physical cores, or 1 if they can't be counted
-        additions["OMP_NUM_THREADS"] = inherited.get("OMP_NUM_THREADS") or str(usable_cores())
-        return additions
-    visible = inherited.get("CUDA_VISIBLE_DEVICES")
-    additions["CUDA_VISIBLE_DEVICES"] = (visible or "0").split(",")[0].strip()
+        return additions | _cpu_environment(engine, num_devices, inherited)
+    visible = [
+        device.strip() for device in inherited.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()
+    ]
+    devices = visible or [str(index) for index in range(num_devices)]
+    additions["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:num_devices])
     if not visible:  # count as the driver does, not fastest first
         additions["CUDA_DEVICE_ORDER"] = inherited.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if hardware.kind is DeviceKind.CUDA:
         additions |= _allocator(inherited)
     return additions
+
+
+def _cpu_environment(engine: Engine, num_devices: int, inherited: Mapping[str, str]) -> dict[str, str]:
+    """A CPU's share of the environment.
+
+    With DeepSpeed ACCELERATE_USE_CPU must be off: accelerate would fall back to DDP, and ZeRO 3 would still shard the
+    weights as they are loaded (accelerate 1.15, state.py, `AcceleratorState.__init__`).
+    """
+    cores = max(1, usable_cores() // num_devices)
+    return {
+        "CUDA_VISIBLE_DEVICES": "",  # else torch.cuda.is_available() would choose the wrong meter
+        # accelerate would set the physical cores, or 1 if they can't be counted
+        "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS") or str(cores),
+        **({"DS_ACCELERATOR": "cpu"} if engine is Engine.DEEPSPEED else {"ACCELERATE_USE_CPU": "true"}),
+    }
 
 
 def _allocator(inherited: Mapping[str, str]) -> dict[str, str]:

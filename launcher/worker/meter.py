@@ -7,20 +7,17 @@ running sum on top of what was alive before is the measurement.
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from launcher import workload
-from launcher.memory import Category, MeasuredPhase, Phase, Timeline, last_step
+from launcher.memory import MeasuredPhase, Phase, Timeline, last_step
+from launcher.worker.residents import all_live_tensors, live_tensor_bytes
 
 METERED_STEPS = 2
 """Optimizer steps under the CPU meter: the profiler is too dear for a whole run."""
@@ -45,51 +42,17 @@ class Meter(Protocol):
         """Stops measuring and returns the peak of every phase that was seen."""
 
 
-def live_tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors."""
-    sizes: dict[int, int] = {}
-    for tensor in tensors:
-        if not tensor.is_sparse and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
-
-
-def all_live_tensors() -> list[torch.Tensor]:
-    """Every tensor that Python holds."""
-    gc.collect()
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-
-
-def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[Category, int]:
-    """Bytes of parameters, buffers and optimizer state, weighed on the live objects."""
-    weights: list[torch.Tensor] = list(model.parameters())
-    scales = [scale for weight in weights for scale in workload.scales_of(weight)]
-    states_8bit = [
-        getattr(module, "state", None) for module in model.modules()
-    ]  # it moves there at the first use
-    moved = [getattr(state, "SCB", None) for state in states_8bit]
-    scales += [scale for scale in moved if isinstance(scale, torch.Tensor)]
-    states = optimizer.state.values() if optimizer is not None else ()
-    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-    return {
-        Category.PARAMETERS: live_tensor_bytes(weights + scales),
-        Category.BUFFERS: live_tensor_bytes(model.buffers()),
-        Category.OPTIMIZER_STATE: live_tensor_bytes(tensors),
-    }
-
-
-def weigh_gradients(model: nn.Module) -> int:
-    """Bytes of the gradients that are alive now."""
-    return live_tensor_bytes(p.grad for p in model.parameters() if p.grad is not None)
-
-
 class CpuMeter:
-    """Allocator-level peaks on CPU, from the profiler's memory events."""
+    """Allocator-level peaks on CPU, from the profiler's memory events.
+
+    Args:
+        native_bytes: Bytes of tensors that Python doesn't see, asked whenever the meter begins to count anew.
+    """
 
     name = "torch.profiler memory events"
 
-    def __init__(self) -> None:
+    def __init__(self, native_bytes: Callable[[], int] = lambda: 0) -> None:
+        self._native_bytes = native_bytes
         self._peaks: dict[Phase, int] = {}
         self._profiler: Any = None
         self._base_bytes = 0
@@ -121,7 +84,7 @@ class CpuMeter:
         if self._profiler is not None and not wanted:
             self._fold(self._stop())
         elif self._profiler is None and wanted:
-            self._base_bytes = live_tensor_bytes(all_live_tensors())
+            self._base_bytes = live_tensor_bytes(all_live_tensors()) + self._native_bytes()
             self._start(phase)
         if self._profiler is not None:
             with record_function(PHASE_MARK + phase.value):

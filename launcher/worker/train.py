@@ -10,12 +10,13 @@ import itertools
 import json
 import os
 import signal
+import socket
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,9 +28,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
+    set_seed,
 )
 from trl import SFTTrainer
 
@@ -42,18 +41,24 @@ from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
-from launcher.units import format_bytes
 from launcher.worker.data import load_examples, require_chat_template, split_examples
+from launcher.worker.engine import (
+    connect,
+    engine,
+    engine_arguments,
+    prepare_trainer,
+    rank,
+    world_size,
+)
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
     CudaMeter,
     Meter,
-    process_memory_bytes,
-    weigh_gradients,
-    weigh_residents,
 )
+from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.prompts import Batch, prompt_batches
+from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -65,82 +70,6 @@ EXIT_CODES = {
 }
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """How torch's CPU allocator words it, in a plain RuntimeError (c10/core/impl/alloc_cpu.cpp)."""
-
-
-@dataclass
-class Progress:
-    """What the training loop has shown so far."""
-
-    steps: int = 0
-    losses: list[float] = field(default_factory=list)
-    step_ends: list[float] = field(default_factory=list)
-    stop_asked: bool = False
-    shapes: set[StepShape] = field(default_factory=set)
-    gradient_bytes: int = 0
-
-
-class ProgressCallback(TrainerCallback):
-    """Prints a line per logged step, appends it to metrics.jsonl, turns an interrupt into a saved stop."""
-
-    def __init__(self, progress: Progress, plan: Plan, metrics: Path | None, report: Callable[[str], None]):
-        self._progress = progress
-        self._plan = plan
-        self._metrics = metrics
-        self._report = report
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The clock starts."""
-        self._progress.step_ends.append(time.perf_counter())
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A micro batch is done."""
-        self._stop_if_asked(control)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """An optimizer step is done."""
-        self._progress.steps = state.global_step
-        self._progress.step_ends.append(time.perf_counter())
-        self._stop_if_asked(control)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Metrics are out."""
-        if not logs or not state.is_world_process_zero:
-            return
-        memory = process_memory_bytes()
-        ends = self._progress.step_ends
-        seconds = ends[-1] - ends[-2] if len(ends) > 1 else None
-        rate = self._plan.tokens_per_step / seconds if seconds else None
-        line = {"step": state.global_step, **logs, "step_seconds": seconds, "tokens_per_second": rate}
-        line |= {f"memory_{name}_bytes": value for name, value in memory.items()}
-        if self._metrics is not None:
-            with self._metrics.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-        if "loss" in logs:
-            self._progress.losses.append(float(logs["loss"]))
-            words = [f"step {state.global_step}/{state.max_steps}", f"loss {float(logs['loss']):.4f}"]
-            words += [f"{rate:,.0f} tokens/s"] if rate else []
-            words += [f"memory {name} {format_bytes(value)}" for name, value in memory.items()]
-            self._report("  ".join(words))
-        elif "eval_loss" in logs:
-            self._report(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.4f}")
-
-    def _stop_if_asked(self, control: TrainerControl) -> None:
-        if self._progress.stop_asked:
-            control.should_save = True
-            control.should_training_stop = True
 
 
 @dataclass(frozen=True)
@@ -178,14 +107,19 @@ def train(
     resume: bool = False,
 ) -> tuple[SFTTrainer, MemoryMeasurement]:
     """Loads, trains, and measures. The only training in this project; the tracer runs the same workload."""
-    meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter()
+    # the arguments come first: with them accelerate connects the processes, and transformers learns to shard weights
+    changes = {**ingredients.changes, **engine_arguments(plan)}
+    arguments = workload.training_arguments(job, plan, ingredients.output_dir, changes)
+    connect(plan)
+    set_seed(job.training.seed)  # the adapters are the same on every process, and on any number of them
+    built: list[SFTTrainer] = []
+    meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter(lambda: native_bucket_bytes(built))
     with meter.measure_load():
         model = ingredients.load()
-    arguments = workload.training_arguments(job, plan, ingredients.output_dir, ingredients.changes)
 
     def enter(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER_STEP and not progress.gradient_bytes:
-            progress.gradient_bytes = weigh_gradients(model)
+            progress.gradient_bytes = weigh_gradients(model, trainer.optimizer)
         meter.enter(phase, trainer.state.global_step)
 
     callbacks: list[TrainerCallback] = [
@@ -204,6 +138,8 @@ def train(
         ingredients.tokenizer,
         callbacks,
     )
+    built.append(trainer)
+    prepare_trainer(trainer, plan, enter)
     _watch_shapes(trainer, progress, METERED_STEPS * plan.gradient_accumulation_steps)
     trainer.train(resume_from_checkpoint=resume or None)
     phases = meter.finish()
@@ -212,7 +148,7 @@ def train(
     resident = weigh_residents(model, trainer.optimizer)
     resident[Category.GRADIENTS] = progress.gradient_bytes
     shapes = tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
-    return trainer, MemoryMeasurement(_rank(), meter.name, phases, resident, shapes)
+    return trainer, MemoryMeasurement(rank(), meter.name, phases, resident, shapes)
 
 
 def _generation_writer(
@@ -240,10 +176,6 @@ def _watch_shapes(trainer: SFTTrainer, progress: Progress, num_batches: int) -> 
         return batch
 
     trainer.data_collator = collate_and_note
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
@@ -287,7 +219,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         metrics=paths.metrics,
         prompts=prompts,
         generations=paths.generations,
-        timeline=paths.timeline(_rank()),
+        timeline=paths.timeline(rank()),
     )
 
 
@@ -302,9 +234,10 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         ingredients = prepare(order, paths)
         _report("loading the model")
         began = time.perf_counter()
-        trainer, measurement = train(
-            order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths)
-        )
+        with engine(order.plan, order.job.hardware.kind):
+            trainer, measurement = train(
+                order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths)
+            )
         seconds = time.perf_counter() - began
         if progress.stop_asked:
             status, message = (
@@ -324,8 +257,8 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         status, message = _classify(failure), f"{type(failure).__name__}: {failure}"
         traceback.print_exc()
     if measurement is not None:
-        write_document(paths.measured(_rank()), measurement)
-    write_document(paths.outcome(_rank()), _outcome(status, message, seconds, progress, order.plan))
+        write_document(paths.measured(rank()), measurement)
+    write_document(paths.outcome(rank()), _outcome(status, message, seconds, progress, order.plan))
     return status
 
 
@@ -363,11 +296,17 @@ def _outcome(status: Status, message: str, seconds: float, progress: Progress, p
         train_seconds=seconds,
         tokens_per_second=plan.tokens_per_step / median if median else None,
         step_seconds=median,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=world_size(),
+        rank=rank(),
+        host=socket.gethostname(),
+        ended_at_seconds=time.time(),
     )
 
 
 def _report(line: str) -> None:
+    """One line for the person who waits; the other processes would say the same."""
+    if rank() != 0:
+        return
     sys.stderr.write(WORKER_MARK + line + "\n")
     sys.stderr.flush()
 
@@ -375,7 +314,7 @@ def _report(line: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Entry point: `python -m launcher.worker.train <run directory>`."""
     paths = RunPaths(Path(argv[1]))
-    paths.pid(_rank()).write_text(str(os.getpid()))
+    paths.pid(rank()).write_text(str(os.getpid()))
     order = read_document(paths.worker, WorkerOrder)
     return EXIT_CODES[run(order, paths)]
 

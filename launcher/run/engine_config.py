@@ -1,0 +1,174 @@
+"""What DeepSpeed and FSDP2 are told: explicit numbers, read by accelerate from files in the run directory.
+
+Nothing is left to `auto`: transformers would put its own bucket sizes there, which depend on the model's width and
+not on the memory that is left (transformers 5.24, integrations/deepspeed.py, `trainer_config_finalize`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import JobSpec, Method, OffloadDevice, Precision
+from launcher.plan import Buckets, Plan
+
+NO_PROGRESS_LINES: Final = 1_000_000_000
+"""`steps_per_print`: DeepSpeed would print a line of its own every ten steps."""
+SUB_GROUP_ELEMENTS: Final = 1_000_000_000
+"""`sub_group_size`, DeepSpeed's default: ZeRO 3 updates so many elements at a time."""
+OPTIMIZER_BUFFERS: Final = 4
+PARAMETER_BUFFERS: Final = 5
+"""Buffers between NVMe and host memory, DeepSpeed's defaults (deepspeed 0.19.8, runtime/zero/offload_config.py)."""
+PARAMETER_BUFFER_ELEMENTS: Final = 100_000_000
+"""Elements per such buffer at least, DeepSpeed's default; a buffer must hold the largest parameter."""
+PARAMETERS_IN_HOST_ELEMENTS: Final = 1_000_000_000
+"""`max_in_cpu`, DeepSpeed's default: parameters kept in host memory before NVMe is used."""
+ASYNCHRONOUS_IO: Final[Mapping[str, Any]] = {
+    "block_size": 1_048_576,
+    "queue_depth": 8,
+    "intra_op_parallelism": 1,
+    "single_submit": False,
+    "overlap_events": True,
+}
+"""How DeepSpeed reads and writes NVMe: its defaults (deepspeed 0.19.8, runtime/swap_tensor/constants.py)."""
+LOSS_SCALING: Final[Mapping[str, Any]] = {
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+"""Dynamic loss scale of fp16, as torch's GradScaler begins (65,536)."""
+
+
+def deepspeed_text(job: JobSpec, plan: Plan) -> str:
+    """The DeepSpeed configuration file of a plan."""
+    return json.dumps(deepspeed_config(job, plan), indent=2) + "\n"
+
+
+def deepspeed_config(job: JobSpec, plan: Plan) -> dict[str, Any]:
+    """DeepSpeed's configuration, by its own names.
+
+    `precision=bf16` and `bf16_mixed` are one to DeepSpeed: weights, gradients and computation in bf16, and a sharded
+    copy of the trained weights in fp32, to which the optimizer's states belong (runtime/zero/stage_1_and_2.py and
+    stage3.py, `fp32_partitioned_groups_flat`).
+
+    The optimizer is the trainer's own (`zero_allow_untested_optimizer`). With offload on a machine with GPUs accelerate
+    turns AdamW into DeepSpeed's CPU Adam (`zero_force_ds_cpu_optimizer`), which is compiled at its first use; on a
+    CPU nothing needs compiling.
+    """
+    training, on_cpu = job.training, job.hardware.kind is DeviceKind.CPU
+    is_bf16 = plan.precision in (Precision.BF16, Precision.BF16_MIXED)
+    is_fp16 = plan.precision is Precision.FP16_MIXED
+    config: dict[str, Any] = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "gradient_clipping": training.max_grad_norm,
+        "steps_per_print": NO_PROGRESS_LINES,
+        "wall_clock_breakdown": False,
+        "bf16": {"enabled": is_bf16},
+        "fp16": {"enabled": is_fp16, **(LOSS_SCALING if is_fp16 else {})},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": not on_cpu,
+        "zero_optimization": _zero_optimization(job, plan),
+    }
+    if plan.uses_offload and plan.offload_device is OffloadDevice.NVME:
+        config["aio"] = dict(ASYNCHRONOUS_IO)
+    return config
+
+
+def _zero_optimization(job: JobSpec, plan: Plan) -> dict[str, Any]:
+    if plan.zero_stage == 0:
+        return {"stage": 0}
+    buckets = required_buckets(plan)
+    section: dict[str, Any] = {
+        "stage": plan.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": job.hardware.kind is not DeviceKind.CPU,  # a second stream, and a second bucket
+        "reduce_scatter": True,
+        "reduce_bucket_size": buckets.reduce_bucket_elements,
+        "round_robin_gradients": False,
+    }
+    if plan.zero_stage < 3:
+        section |= {
+            "allgather_partitions": True,
+            "allgather_bucket_size": buckets.allgather_bucket_elements,
+        }
+    else:
+        section |= {
+            "sub_group_size": SUB_GROUP_ELEMENTS,
+            "stage3_prefetch_bucket_size": buckets.prefetch_bucket_elements,
+            "stage3_param_persistence_threshold": buckets.persistence_threshold_elements,
+            "stage3_max_live_parameters": buckets.max_live_elements,
+            "stage3_max_reuse_distance": buckets.max_reuse_distance_elements,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    if plan.offload_optimizer:
+        section["offload_optimizer"] = _offload(job.hardware, plan, {"buffer_count": OPTIMIZER_BUFFERS})
+    if plan.offload_parameters:
+        buffers = {
+            "buffer_count": PARAMETER_BUFFERS,
+            "buffer_size": max(PARAMETER_BUFFER_ELEMENTS, _largest_parameter(job)),
+            "max_in_cpu": PARAMETERS_IN_HOST_ELEMENTS,
+        }
+        section["offload_param"] = _offload(job.hardware, plan, buffers)
+    return section
+
+
+def _offload(hardware: HardwareSpec, plan: Plan, buffers: Mapping[str, int]) -> dict[str, Any]:
+    place: dict[str, Any] = {
+        "device": plan.offload_device.value,
+        "pin_memory": hardware.kind is not DeviceKind.CPU,
+    }
+    if plan.offload_device is OffloadDevice.NVME:
+        place |= {"nvme_path": hardware.nvme_path, **buffers}
+    return place
+
+
+def _largest_parameter(job: JobSpec) -> int:
+    """Elements of the embedding, the largest parameter of a language model."""
+    facts = job.model.architecture.get("text_config") or job.model.architecture
+    return int(facts.get("vocab_size", 0)) * int(facts.get("hidden_size", 0))
+
+
+def required_buckets(plan: Plan) -> Buckets:
+    """The bucket sizes of a plan for several devices.
+
+    Raises:
+        ValueError: When the plan has none.
+    """
+    if plan.buckets is None:
+        raise ValueError(f"a plan for {plan.engine.value} without bucket sizes")
+    return plan.buckets
+
+
+def fsdp_config(plan: Plan) -> dict[str, Any]:
+    """The section `fsdp_config` of accelerate's configuration file.
+
+    Each decoder layer is a unit of its own; which class that is the model says itself (`_no_split_modules`). Rank 0
+    alone reads the weights, but for quantised ones, which accelerate can't move to `meta` (accelerate 1.15,
+    utils/fsdp_utils.py, `fsdp2_prepare_model`). Checkpoints hold each rank's part; the trained model is gathered.
+    """
+    return {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_offload_params": plan.offload_parameters,
+        "fsdp_cpu_ram_efficient_loading": plan.method is not Method.QLORA,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_activation_checkpointing": False,  # the trainer's own is used, as on one device
+    }
+
+
+def mesh_config(plan: Plan) -> dict[str, int]:
+    """The section `parallelism_config`: sharded within a node, repeated over nodes."""
+    return {
+        "parallelism_config_dp_replicate_size": plan.num_nodes,
+        "parallelism_config_dp_shard_size": plan.num_devices,
+        "parallelism_config_tp_size": 1,
+        "parallelism_config_cp_size": 1,
+        "parallelism_config_sp_size": 1,
+    }

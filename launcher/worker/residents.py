@@ -1,0 +1,100 @@
+"""Weighs what outlives a step on the live objects: parameters, buffers, gradients and optimizer state of one rank.
+
+A storage counts once and whole, whoever looks into it. Engines hold a rank's part in their own places, and those are
+read here: DTensor's local tensor (FSDP2), DeepSpeed's `ds_tensor`, flat master weights and averaged gradients
+(deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+from launcher import workload
+from launcher.memory import Category
+
+MASTER_WEIGHTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+"""Where DeepSpeed's optimizers of stages 1 and 2, and of stage 3, hold the weights that they update."""
+
+
+def live_tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    sizes: dict[int, int] = {}
+    for tensor in local_tensors(tensors):
+        if not tensor.is_sparse and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def local_tensors(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What this rank holds of each tensor; of a parameter that DeepSpeed sharded its part, and what is gathered now."""
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            yield tensor._local_tensor
+            continue
+        yield tensor
+        part = getattr(tensor, "ds_tensor", None)
+        if isinstance(part, torch.Tensor):
+            yield part
+
+
+def all_live_tensors() -> list[torch.Tensor]:
+    """Every tensor that Python holds."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+
+
+def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[Category, int]:
+    """Bytes of parameters, buffers and optimizer state, weighed on the live objects."""
+    weights: list[torch.Tensor] = list(model.parameters())
+    scales = [scale for weight in weights for scale in workload.scales_of(weight)]
+    states_8bit = [
+        getattr(module, "state", None) for module in model.modules()
+    ]  # it moves there at the first use
+    moved = [getattr(state, "SCB", None) for state in states_8bit]
+    scales += [scale for scale in moved if isinstance(scale, torch.Tensor)]
+    states = optimizer.state.values() if optimizer is not None else ()
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return {
+        Category.PARAMETERS: live_tensor_bytes(weights + scales),
+        Category.BUFFERS: live_tensor_bytes(model.buffers()),
+        Category.OPTIMIZER_STATE: live_tensor_bytes([*tensors, *_master_weights(optimizer)]),
+    }
+
+
+def _master_weights(optimizer: Any) -> list[torch.Tensor]:
+    """The weights that DeepSpeed's optimizer updates, beside those that the model computes with."""
+    inner = getattr(optimizer, "optimizer", None)
+    return [weight for name in MASTER_WEIGHTS for weight in getattr(inner, name, [])]
+
+
+def weigh_gradients(model: nn.Module, optimizer: Any = None) -> int:
+    """Bytes of the gradients that are alive now; with DeepSpeed those of this rank's part, averaged over all ranks."""
+    averaged = getattr(getattr(optimizer, "optimizer", None), "averaged_gradients", {})
+    parts = [gradient for group in averaged.values() for gradient in group or [] if gradient is not None]
+    return live_tensor_bytes([*parts, *(p.grad for p in model.parameters() if p.grad is not None)])
+
+
+def native_bucket_bytes(trainers: Sequence[Any]) -> int:
+    """Bytes of DDP's gradient buckets while no gradient looks into them: torch holds them where Python sees nothing.
+
+    They are made when the model is wrapped and stay to the end (torch 2.13, nn/parallel/distributed.py).
+
+    Args:
+        trainers: The trainer, once it is built.
+    """
+    wrapped = trainers[0].model_wrapped if trainers else None
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return 0
+    if any(parameter.grad is not None for parameter in wrapped.parameters()):
+        return 0
+    known: Any = wrapped._get_ddp_logging_data()
+    sizes = known.get("rebuilt_bucket_sizes") or known.get("bucket_sizes") or ""
+    return sum(int(size) for size in str(sizes).split(",") if size.strip())
