@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from launcher.cluster import LaunchSpec
 from launcher.hardware import HardwareSpec
 
 
@@ -392,3 +393,5 @@ class JobSpec:
     """Where it runs."""
     planner: PlannerSpec = field(default_factory=PlannerSpec)
     """How the planner decides."""
+    launch: LaunchSpec = field(default_factory=LaunchSpec)
+    """How it is started."""

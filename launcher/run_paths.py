@@ -53,6 +53,14 @@ class RunPaths:
         """Everything the worker printed."""
         return self.root / "worker.log"
 
+    def node_command(self, node: int) -> Path:
+        """The command of one machine, as a script; of machine 0 it is `command`."""
+        return self.command if node == 0 else self.root / f"command.node{node}.sh"
+
+    def node_log(self, node: int) -> Path:
+        """Everything that the workers of one machine printed; of machine 0 it is `log`."""
+        return self.log if node == 0 else self.root / f"worker.node{node}.log"
+
     @property
     def generations(self) -> Path:
         """Generated text, one JSON object a line."""

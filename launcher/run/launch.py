@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import signal
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from launcher.documents import read_document, write_document, write_text
-from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
+from launcher.cluster import DEFAULT_PORT, Cluster, Node
+from launcher.documents import write_document, write_text
+from launcher.errors import LaunchError
 from launcher.job import Engine
+from launcher.plan import Plan
+from launcher.run.endings import read_outcome
 from launcher.run.engine_config import deepspeed_text
-from launcher.run.render import accelerate_config, command_script, worker_command, worker_environment
-from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
+from launcher.run.node import main_address, run_node
+from launcher.run.render import (
+    accelerate_config,
+    command_script,
+    import_path,
+    node_command,
+    worker_command,
+    worker_environment,
+)
+from launcher.run.supervise import SAVE_GRACE_SECONDS, supervise
 from launcher.run_paths import RunPaths
-from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
-
-LOG_TAIL_LINES: Final = 20
-LOG_TAIL_BYTES: Final = 1 << 16
-"""How much of the log's end is read."""
-LONGEST_LINE: Final = 400
-"""Characters shown of a line of the log."""
-KILLED_BELOW: Final = re.compile(r"died with <Signals\.(\w+): \d+>")
-"""How Python words it in the log when a signal ends accelerate's child; accelerate itself exits with 1."""
-ERRORS: Final[Mapping[Status, type[LauncherError]]] = {
-    Status.INTERRUPTED: Interrupted,
-    Status.OUT_OF_MEMORY: WorkerOutOfMemory,
-    Status.DATA_ERROR: DataError,
-    Status.FAILED: LaunchError,
-}
+from launcher.run_record import WorkerOrder, WorkerOutcome
 
 
 def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
@@ -67,21 +60,51 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
 def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
     """Writes the files of the run directory `paths` into the folder `at`; takes them back if one can't be."""
     hardware, plan = order.job.hardware, order.plan
-    environment = worker_environment(hardware, os.environ, plan)
-    script = command_script(worker_command(paths, plan), environment, os.getcwd())
+    texts = {
+        at.plan: json.dumps(document, indent=2) + "\n",
+        at.accelerate_config: accelerate_config(hardware, plan, paths),
+    }
+    if plan.engine is Engine.DEEPSPEED:
+        texts[at.deepspeed_config] = deepspeed_text(order.job, plan)
+    scripts = {at.node_command(node): text for node, text in _scripts(paths, order).items()}
     try:
         write_document(at.job, order.job)
-        write_text(at.plan, json.dumps(document, indent=2) + "\n")
-        write_text(at.accelerate_config, accelerate_config(hardware, plan, paths))
-        if plan.engine is Engine.DEEPSPEED:
-            write_text(at.deepspeed_config, deepspeed_text(order.job, plan))
-        write_text(at.command, script)
-        at.command.chmod(_executable(at.command.stat().st_mode))
+        for file, text in {**texts, **scripts}.items():
+            write_text(file, text)
+        for file in scripts:
+            file.chmod(_executable(file.stat().st_mode))
         write_document(at.worker, order)
     except BaseException:
-        for file in (at.job, at.plan, at.accelerate_config, at.deepspeed_config, at.command, at.worker):
+        for file in (at.job, at.worker, *texts, *scripts):
             file.unlink(missing_ok=True)
         raise
+
+
+def _scripts(paths: RunPaths, order: WorkerOrder) -> dict[int, str]:
+    """The command of each machine that is started by hand, as a script; of one machine alone what `launch` starts."""
+    plan, folder = order.plan, os.getcwd()
+    if plan.num_nodes == 1:
+        environment = worker_environment(order.job.hardware, os.environ, plan)
+        return {0: command_script(worker_command(paths, plan), environment, folder)}
+    if order.job.launch.cluster is not Cluster.MANUAL:
+        return {}  # the cluster says which machine is which
+    return {
+        node.rank: command_script(node_command(paths, node), import_path(os.environ), folder)
+        for node in nodes_of(order)
+    }
+
+
+def nodes_of(order: WorkerOrder) -> tuple[Node, ...]:
+    """The machines of a run whose node 0 is this one; one machine alone has no address.
+
+    Raises:
+        LaunchError: When the others could not reach this machine.
+    """
+    spec = order.job.launch
+    if order.plan.num_nodes == 1:
+        return (Node(port=spec.main_port),)
+    address, port = main_address(spec.main_address), spec.main_port or DEFAULT_PORT
+    return tuple(Node(rank, address, port) for rank in range(order.plan.num_nodes))
 
 
 def _executable(mode: int) -> int:
@@ -108,89 +131,23 @@ def launch_worker(
         LaunchError: When it ended without saying how.
     """
     plan = order.plan
+    clear_leftovers(paths, plan)
+    first, *others = nodes_of(order)
+    if others:
+        for node in others:
+            show(f"node {node.rank}    sh {paths.node_command(node.rank)}")
+        show(f"waiting for {len(others)} nodes, at most {order.job.launch.connect_seconds} s")
+        return run_node(paths, order, first, show, grace_seconds)
     environment = {**os.environ, **worker_environment(order.job.hardware, os.environ, plan)}
+    command = worker_command(paths, plan, first)
+    ending = supervise(command, environment, paths.log, paths.pid(0), show, grace_seconds)
+    return read_outcome(paths, plan, ending)
+
+
+def clear_leftovers(paths: RunPaths, plan: Plan) -> None:
+    """Removes what an earlier run in the same directory left of its end; the log of machine 0 is continued."""
     for rank in range(plan.world_size):
         for leftover in (paths.outcome(rank), paths.measured(rank), paths.pid(rank)):
             leftover.unlink(missing_ok=True)
-    ending = supervise(worker_command(paths, plan), environment, paths.log, paths.pid(0), show, grace_seconds)
-    return read_outcome(paths, ending)
-
-
-def read_outcome(paths: RunPaths, ending: Ending) -> WorkerOutcome:
-    """What the worker left of how it ended.
-
-    Raises:
-        Interrupted: When it was stopped before it could say how it ended.
-        LaunchError: When it ended without saying how.
-    """
-    if paths.outcome(0).exists():
-        return read_document(paths.outcome(0), WorkerOutcome)
-    tail = log_tail(paths.log, ending.log_begins_at)
-    killed_by = _signal_name(ending.exit_code, tail)
-    hint = f"the whole log is `{paths.log}`"
-    if ending.interrupted or killed_by == "SIGINT":
-        raise Interrupted(
-            "stopped before the worker had saved anything of its last steps", _resume_hint(paths)
-        )
-    if killed_by == "SIGKILL":
-        hint = f"the kernel's out-of-memory killer ends processes so; {hint}"
-    how = f"signal {killed_by}" if killed_by else f"exit code {ending.exit_code}"
-    raise LaunchError(f"the worker ended with {how} and left no outcome\n{_quoted(tail)}".rstrip(), hint)
-
-
-def raise_for_outcome(outcome: WorkerOutcome, paths: RunPaths, world_size: int = 1) -> None:
-    """Turns an end that is not a good one into the error with its exit code.
-
-    Raises:
-        LauncherError: Of the kind that the outcome names; LaunchError when not as many processes took part
-            as were planned, because then the steps were not those of the plan.
-    """
-    hint = f"the whole log is `{paths.log}`"
-    if outcome.status is Status.DONE:
-        if outcome.world_size != world_size:
-            raise LaunchError(
-                f"{outcome.world_size} processes took part in the training, the plan has {world_size}",
-                f"accelerate chose another way to launch; {hint}",
-            )
-        return
-    message, _, own_hint = outcome.message.partition("\n\nhint: ")
-    if outcome.status is Status.INTERRUPTED:
-        own_hint = _resume_hint(paths)
-    elif outcome.status is Status.OUT_OF_MEMORY:
-        own_hint = own_hint or "a higher `planner.headroom` plans with more room"
-    raise ERRORS[outcome.status](message, f"{own_hint}; {hint}" if own_hint else hint)
-
-
-def log_tail(log: Path, begins_at: int = 0) -> tuple[str, ...]:
-    """The last lines of a log, of a progress bar what was last seen of it.
-
-    Args:
-        log: The log; one that does not exist has no lines.
-        begins_at: Offset in bytes before which lines are of an earlier run.
-    """
-    if not log.exists():
-        return ()
-    with log.open("rb") as stream:
-        stream.seek(max(begins_at, log.stat().st_size - LOG_TAIL_BYTES))
-        text = stream.read().decode("utf-8", errors="replace")
-    lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip().split("\n"))
-    return tuple(line for line in lines if line.strip())[-LOG_TAIL_LINES:]
-
-
-def _quoted(lines: tuple[str, ...]) -> str:
-    return "\n".join(f"  | {line.removeprefix(WORKER_MARK)[:LONGEST_LINE]}" for line in lines)
-
-
-def _signal_name(exit_code: int, tail: tuple[str, ...]) -> str:
-    """The signal that ended the worker, or empty: by the exit code, or by what the log says."""
-    number = -exit_code if exit_code < 0 else exit_code - 128
-    with suppress(ValueError):
-        return signal.Signals(number).name
-    found = [match[1] for line in tail if (match := KILLED_BELOW.search(line))]
-    return found[-1] if found else ""
-
-
-def _resume_hint(paths: RunPaths) -> str:
-    if any(paths.checkpoints.glob("checkpoint-*/trainer_state.json")):
-        return f"`launch resume={paths.root}` continues from the last checkpoint"
-    return "there is no checkpoint to continue from"
+    for node in range(1, plan.num_nodes):
+        paths.node_log(node).unlink(missing_ok=True)

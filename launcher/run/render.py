@@ -7,12 +7,12 @@ import shlex
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
+from launcher.cluster import Node
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine
 from launcher.plan import Plan
@@ -20,6 +20,7 @@ from launcher.run.engine_config import fsdp_config, mesh_config
 from launcher.run_paths import RunPaths
 
 WORKER_MODULE: Final = "launcher.worker.train"
+NODE_MODULE: Final = "launcher.run.node"
 
 QUIET: Final = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -38,18 +39,6 @@ LINE_PREFIX: Final = "[rank ${rank}] "
 
 CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 """Quota and period of the control group (version 2), in microseconds; a quota of `max` is none."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One machine of a run, and where its processes meet the others'."""
-
-    rank: int = 0
-    """Number of the machine, from 0."""
-    address: str = ""
-    """Name or address of machine 0, as the others reach it; empty on a single machine."""
-    port: int = 0
-    """TCP port there; 0 takes a free one, on a single machine."""
 
 
 DISTRIBUTED_TYPES: Final[Mapping[Engine, str]] = {
@@ -125,6 +114,25 @@ def worker_command(
     return (*command, "-m", WORKER_MODULE, str(paths.root))
 
 
+def node_command(paths: RunPaths, node: Node, python: str = sys.executable) -> tuple[str, ...]:
+    """The command line that does one machine's part of a run on several: it meets the others, then starts the workers.
+
+    It follows them, and ends them when another machine fails (see `launcher.run.node`).
+    """
+    return (
+        python,
+        "-m",
+        NODE_MODULE,
+        str(paths.root),
+        "--rank",
+        str(node.rank),
+        "--address",
+        node.address,
+        "--port",
+        str(node.port),
+    )
+
+
 def worker_environment(
     hardware: HardwareSpec, inherited: Mapping[str, str], plan: Plan | None = None
 ) -> dict[str, str]:
@@ -141,7 +149,7 @@ def worker_environment(
     """
     engine, num_devices = (plan.engine, plan.num_devices) if plan else (Engine.NONE, 1)
     additions = {name: inherited.get(name, value) for name, value in QUIET.items()}
-    additions |= _import_path(inherited)
+    additions |= import_path(inherited)
     if engine is not Engine.NONE:
         additions["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = LINE_PREFIX
     if hardware.kind is DeviceKind.CPU:
@@ -179,7 +187,7 @@ def _allocator(inherited: Mapping[str, str]) -> dict[str, str]:
     return chosen or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
-def _import_path(inherited: Mapping[str, str]) -> dict[str, str]:
+def import_path(inherited: Mapping[str, str]) -> dict[str, str]:
     """Lets a worker import this package without an installation, and no module from the current folder.
 
     `python -m` puts the current folder first, where a user's `datasets.py` would hide the library.

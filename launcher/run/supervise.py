@@ -1,4 +1,8 @@
-"""Starts one process, follows it to its end, and leaves nothing of it running."""
+"""Starts one process, follows it to its end, and leaves nothing of it running.
+
+torchrun gives each of its workers a session of its own, so a process group is not enough: all that descends from the
+process is known by its parents while these live, and ended with them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
+import psutil
+
 from launcher.errors import LaunchError
 from launcher.run_record import WORKER_MARK
 
@@ -24,6 +30,10 @@ TERM_GRACE_SECONDS: Final = 5.0
 REPEAT_SECONDS: Final = 0.5
 """Interrupts closer together than this count as one: wrappers pass on what the terminal also sent."""
 POLL_SECONDS: Final = 0.2
+FAMILY_SECONDS: Final = 1.0
+"""How often the descendants are counted."""
+KERNEL_COUNTERS: Final = Path("/proc/vmstat")
+"""Where Linux counts, among other things, the processes that it ended for want of memory (since 4.13)."""
 LAST_WORDS_SECONDS: Final = 1.0
 """How long output is still read when all processes have ended, should one have got away and go on writing."""
 CHUNK_BYTES: Final = 1 << 16
@@ -41,6 +51,10 @@ class Ending:
     """Whether it had been asked to stop."""
     log_begins_at: int
     """Offset in bytes at which its output begins in the log."""
+    memory_kills: int = 0
+    """Processes of this machine that the kernel ended meanwhile for want of memory."""
+    stopped_because: str = ""
+    """Why it was ended from outside (see `should_stop`); empty when it was not."""
 
 
 def supervise(
@@ -50,11 +64,12 @@ def supervise(
     pid: Path,
     show: Callable[[str], None],
     grace_seconds: float = SAVE_GRACE_SECONDS,
+    should_stop: Callable[[], str] = lambda: "",
 ) -> Ending:
-    """Starts a command in a process group of its own, follows it, and ends the whole group with it.
+    """Starts a command in a process group of its own, follows it, and ends all that came of it.
 
     The first interrupt, termination or hang-up asks the worker to save and stop; the second one ends it, and
-    so does the end of the grace. However this function is left, no process of the group is.
+    so does the end of the grace. However this function is left, nothing of it still runs.
 
     Args:
         command: The command line.
@@ -63,20 +78,31 @@ def supervise(
         pid: File in which the worker, a descendant of the command, writes its process id.
         show: Called with every line that the worker marked as its own.
         grace_seconds: How long an interrupted worker may take.
+        should_stop: Asked now and then whether to end it at once, and why; empty: no.
 
     Raises:
         LaunchError: When the command can't be started.
     """
     with log.open("ab") as stream, _interrupts() as interrupts:
-        began_at = stream.tell()
+        began_at, kills_before, reason = stream.tell(), memory_kills(), ""
         with _start(command, environment) as child:
-            relay = _Relay(child, stream, show)
+            relay, family = _Relay(child, stream, show), Family(child)
             try:
-                _follow(child, pid, relay, interrupts, grace_seconds)
+                reason = _follow(family, pid, relay, interrupts, grace_seconds, should_stop)
             finally:
-                end_group(child)
+                family.end()
             relay.finish()
-    return Ending(child.returncode, bool(interrupts), began_at)
+    return Ending(child.returncode, bool(interrupts), began_at, memory_kills() - kills_before, reason)
+
+
+def memory_kills() -> int:
+    """Processes of this machine that the kernel has ended for want of memory since it started; 0 where it can't say."""
+    with suppress(OSError):
+        for line in KERNEL_COUNTERS.read_text(encoding="ascii").splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return 0
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -156,50 +182,100 @@ class _Relay:
             pass
 
 
+class Family:
+    """A child and all that descends from it, known even when a parent among them is gone.
+
+    Args:
+        child: The child; it leads a process group.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self.child = child
+        self._known: dict[int, psutil.Process] = {}
+        self._counted_at = 0.0
+
+    def count(self, at_once: bool = False) -> None:
+        """Looks for new descendants, unless that was done a moment ago."""
+        if not at_once and time.monotonic() < self._counted_at + FAMILY_SECONDS:
+            return
+        self._counted_at = time.monotonic()
+        for root in (self.child.pid, *self._known):
+            with suppress(psutil.Error):
+                for process in psutil.Process(root).children(recursive=True):
+                    self._known.setdefault(process.pid, process)
+
+    def has(self, pid: int) -> bool:
+        """Whether a process is of the family."""
+        self.count(at_once=True)
+        return pid == self.child.pid or (pid in self._known and self._known[pid].is_running())
+
+    def interrupt(self) -> None:
+        """Interrupts the group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGINT)
+
+    def end(self) -> None:
+        """Ends every process of the family, gently at first; returns when none is left.
+
+        Waits no longer than `TERM_GRACE_SECONDS` after each of the two signals: what is there then are processes
+        that have ended and that nobody collects.
+        """
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self.count(at_once=True)
+            if not self._signal(number):
+                return
+            deadline = time.monotonic() + TERM_GRACE_SECONDS
+            while time.monotonic() < deadline:
+                self.child.poll()
+                if not self._signal(0):
+                    return
+                time.sleep(0.05)
+
+    def _signal(self, number: int) -> bool:
+        """Sends a signal to all; False when nobody was there."""
+        found = False
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.child.pid, number)
+            found = True
+        for process in self._known.values():
+            with suppress(psutil.Error, ProcessLookupError, PermissionError):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    process.send_signal(number)
+                    found = True
+        return found
+
+
 def _follow(
-    child: subprocess.Popen[bytes], pid: Path, relay: _Relay, interrupts: list[float], grace: float
-) -> None:
-    """Relays the child's output until it ends, or has to be ended."""
+    family: Family,
+    pid: Path,
+    relay: _Relay,
+    interrupts: list[float],
+    grace: float,
+    should_stop: Callable[[], str],
+) -> str:
+    """Relays the child's output until it ends, or has to be ended; returns why, when that came from outside."""
     asked = False
-    while child.poll() is None:
+    while family.child.poll() is None:
+        family.count()
         if interrupts and not asked:
             asked = True
-            _ask_to_stop(child, pid)
+            _ask_to_stop(family, pid)
         if len(interrupts) > 1 or (interrupts and time.monotonic() > interrupts[0] + grace):
-            return
+            return ""
+        if reason := should_stop():
+            return reason
         try:
             relay.pump(POLL_SECONDS)
         except KeyboardInterrupt:
             interrupts.append(time.monotonic())
+    return ""
 
 
-def _ask_to_stop(child: subprocess.Popen[bytes], pid: Path) -> None:
-    """Interrupts the worker, whose parents end when it does; all of the group while it has no id yet."""
+def _ask_to_stop(family: Family, pid: Path) -> None:
+    """Interrupts the first worker, which tells the others; all of the group while it has no id yet."""
     with suppress(OSError, ValueError):
         worker = int(pid.read_text(encoding="ascii"))
-        if os.getpgid(worker) == child.pid:
+        if family.has(worker):
             os.kill(worker, signal.SIGINT)
             return
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGINT)
-
-
-def end_group(child: subprocess.Popen[bytes]) -> None:
-    """Ends every process of the group that a child leads, gently at first; returns when none is left.
-
-    Waits no longer than `TERM_GRACE_SECONDS` after each of the two signals: what is there then are processes
-    that have ended and that nobody collects.
-    """
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-        except (ProcessLookupError, PermissionError):
-            return
-        deadline = time.monotonic() + TERM_GRACE_SECONDS
-        while time.monotonic() < deadline:
-            child.poll()
-            try:
-                os.killpg(child.pid, 0)
-            except (ProcessLookupError, PermissionError):
-                return
-            time.sleep(0.05)
+    family.interrupt()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -126,6 +126,30 @@ def _fsdp_on_cpu() -> Iterator[None]:
         AcceleratorState.__init__ = original
 
 
+STOP_KEY = "launcher/stop_after_step"
+
+
+def all_stop_now(plan: Plan, steps: int, is_asked: bool) -> bool:
+    """Whether training stops after this optimizer step, on all ranks alike.
+
+    Rank 0 is asked, and tells the others through the store by which they met: stop after the next step. No rank can be
+    done with that step before rank 0 has begun it, because gradients are exchanged in it.
+
+    Args:
+        plan: The plan.
+        steps: Optimizer steps that are done.
+        is_asked: Whether this rank was asked to stop.
+    """
+    if plan.world_size == 1:
+        return is_asked
+    store = distributed.distributed_c10d._get_default_store()
+    if store.check([STOP_KEY]):
+        return steps >= int(store.get(STOP_KEY))
+    if is_asked and rank() == 0:
+        store.set(STOP_KEY, str(steps + 1))
+    return False
+
+
 def prepare_trainer(trainer: SFTTrainer, plan: Plan, enter: Callable[[Phase], None]) -> None:
     """Settings that the trainer's arguments have no name for, and a look at the model once it is wrapped.
 
@@ -194,6 +218,20 @@ def require_engine(trainer: SFTTrainer, plan: Plan) -> None:
         problem = f"{len(whole)} parameters are not sharded, such as `{whole[0]}`" if whole else ""
     if problem:
         raise LaunchError(f"the plan is {plan.engine.value}, ZeRO stage {plan.zero_stage}, but {problem}")
+
+
+def gather_when_saving(trainer: SFTTrainer, plan: Plan) -> None:
+    """Lets FSDP2 save whole weights: its checkpoints hold each rank's part, and of those transformers saves no model."""
+    if plan.engine is Engine.FSDP2:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def leave_together() -> None:
+    """Waits for the other ranks, so that torchrun ends none that has not said how it ended."""
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        with suppress(RuntimeError):  # a rank that is gone already has failed, and will be named
+            distributed.barrier()
+            distributed.destroy_process_group()
 
 
 def _is_sharded(parameter: torch.Tensor) -> bool:

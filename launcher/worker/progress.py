@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from launcher.memory import StepShape
 from launcher.plan import Plan
 from launcher.units import format_bytes
+from launcher.worker.engine import all_stop_now
 from launcher.worker.meter import process_memory_bytes
 
 
@@ -25,6 +26,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     step_ends: list[float] = field(default_factory=list)
     stop_asked: bool = False
+    is_stopped: bool = False
     shapes: set[StepShape] = field(default_factory=set)
     gradient_bytes: int = 0
 
@@ -48,7 +50,8 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A micro batch is done."""
-        self._stop_if_asked(control)
+        if self._plan.world_size == 1 and self._progress.stop_asked:
+            self._stop(control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,7 +59,8 @@ class ProgressCallback(TrainerCallback):
         """An optimizer step is done."""
         self._progress.steps = state.global_step
         self._progress.step_ends.append(time.perf_counter())
-        self._stop_if_asked(control)
+        if all_stop_now(self._plan, state.global_step, self._progress.stop_asked):
+            self._stop(control)
 
     def on_log(
         self,
@@ -87,7 +91,7 @@ class ProgressCallback(TrainerCallback):
         elif "eval_loss" in logs:
             self._report(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.4f}")
 
-    def _stop_if_asked(self, control: TrainerControl) -> None:
-        if self._progress.stop_asked:
-            control.should_save = True
-            control.should_training_stop = True
+    def _stop(self, control: TrainerControl) -> None:
+        self._progress.is_stopped = True
+        control.should_save = True
+        control.should_training_stop = True

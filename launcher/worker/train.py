@@ -46,6 +46,8 @@ from launcher.worker.engine import (
     connect,
     engine,
     engine_arguments,
+    gather_when_saving,
+    leave_together,
     prepare_trainer,
     rank,
     world_size,
@@ -226,7 +228,10 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
 def run(order: WorkerOrder, paths: RunPaths) -> Status:
     """Carries out an order and leaves its outcome in the run directory."""
     progress = Progress()
-    signal.signal(signal.SIGINT, lambda number, frame: _ask_to_stop(progress, frame))
+    listens = rank() == 0  # rank 0 tells the others, so that all stop after the same step
+    signal.signal(
+        signal.SIGINT, (lambda number, frame: _ask_to_stop(progress, frame)) if listens else signal.SIG_IGN
+    )
     status, message, seconds = Status.DONE, "", 0.0
     measurement: MemoryMeasurement | None = None
     try:
@@ -239,14 +244,13 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
                 order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths)
             )
         seconds = time.perf_counter() - began
-        if progress.stop_asked:
+        if progress.is_stopped:
             status, message = (
                 Status.INTERRUPTED,
                 f"stopped after step {progress.steps}; a checkpoint was saved",
             )
         else:
-            trainer.save_model(str(paths.model))
-            ingredients.tokenizer.save_pretrained(str(paths.model))
+            save(trainer, ingredients.tokenizer, order.plan, paths.model)
     except DataError as failure:
         status, message = Status.DATA_ERROR, str(failure)
     except LauncherError as failure:
@@ -259,7 +263,17 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     if measurement is not None:
         write_document(paths.measured(rank()), measurement)
     write_document(paths.outcome(rank()), _outcome(status, message, seconds, progress, order.plan))
+    if status in (Status.DONE, Status.INTERRUPTED):
+        leave_together()
     return status
+
+
+def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, plan: Plan, folder: Path) -> None:
+    """Saves the trained weights or the adapter as ordinary safetensors, gathered from all ranks, and the tokenizer."""
+    gather_when_saving(trainer, plan)
+    trainer.save_model(str(folder))
+    if trainer.args.should_save:
+        tokenizer.save_pretrained(str(folder))
 
 
 def has_checkpoint(paths: RunPaths) -> bool:
@@ -272,7 +286,7 @@ def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
     if progress.stop_asked or not progress.step_ends:
         raise KeyboardInterrupt
     progress.stop_asked = True
-    _report("interrupted: saving a checkpoint after this micro batch (press again to stop at once)")
+    _report("interrupted: saving a checkpoint soon (press again to stop at once)")
 
 
 def _classify(failure: BaseException) -> Status:

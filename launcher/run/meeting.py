@@ -1,0 +1,200 @@
+"""Several machines as one run: they wait for each other, compare what they have, and end together."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from launcher.cluster import Node
+from launcher.errors import LaunchError
+from launcher.run.channel import Line, Message, call, listen
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a machine says of itself."""
+
+    node: int
+    """Its number."""
+    host: str
+    """Its name."""
+    versions: Mapping[str, str]
+    """Its libraries' versions."""
+    order_digest: str
+    """Digest of the order that lies in its run directory; empty when it sees none."""
+
+
+class Meeting(Protocol):
+    """One machine's side of the run."""
+
+    def reason_to_stop(self) -> str:
+        """Why the run has to end now; empty while it goes on."""
+
+    def leave(self, failure: str) -> None:
+        """Says that this machine's part has ended, and why not well; empty: well."""
+
+
+def differences(first: Hello, other: Hello) -> str:
+    """Why two machines can't train together; empty when they can."""
+    who = f"node {other.node} on host {other.host}"
+    if not other.order_digest:
+        return f"{who} does not see the run directory; it must lie in a folder that all nodes share under one name"
+    if other.order_digest != first.order_digest:
+        return f"{who} sees another run in the run directory than node 0 on host {first.host}; is the folder shared?"
+    unequal = [
+        f"{name} {other.versions.get(name, 'none')} there and {first.versions.get(name, 'none')} here"
+        for name in sorted({*first.versions, *other.versions})
+        if first.versions.get(name) != other.versions.get(name)
+    ]
+    return (
+        f"{who} has other libraries than node 0 on host {first.host}: {'; '.join(unequal)}" if unequal else ""
+    )
+
+
+class MainMeeting:
+    """Machine 0's side: gathers the others, and passes on why to stop.
+
+    Args:
+        node: This machine.
+        num_nodes: How many there are.
+        hello: What it says of itself.
+        seconds: How long it waits for the others.
+
+    Raises:
+        LaunchError: When a port is in use, a machine stays away, or two can't train together.
+    """
+
+    def __init__(self, node: Node, num_nodes: int, hello: Hello, seconds: float) -> None:
+        self._hello = hello
+        self._num_nodes = num_nodes
+        self._changed = threading.Condition()
+        self._hosts = {0: hello.host}
+        self._lines: list[Line] = []
+        self._ended: set[int] = set()
+        self._reason = ""
+        listen(node.port).close()  # torchrun opens it later, and would fail less clearly
+        self._listener = listen(node.control_port)
+        threading.Thread(target=self._accept, daemon=True).start()
+        self._gather(seconds)
+
+    def reason_to_stop(self) -> str:
+        """See `Meeting`."""
+        return self._reason
+
+    def leave(self, failure: str) -> None:
+        """See `Meeting`; a good end waits for the others'."""
+        if failure:
+            self._stop(failure)
+        with self._changed:
+            self._ended.add(0)
+            self._changed.wait_for(lambda: self._reason or len(self._ended) == self._num_nodes)
+        time.sleep(0.1)  # what was sent should arrive before the connection is gone
+        self._close()
+
+    def _gather(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._reason or len(self._hosts) == self._num_nodes, seconds)
+            missing = [str(number) for number in range(self._num_nodes) if number not in self._hosts]
+        if not self._reason and missing:
+            self._stop(f"nodes {', '.join(missing)} did not report within {seconds:.0f} s")
+        if self._reason:
+            time.sleep(0.1)
+            self._close()
+            raise LaunchError(self._reason, "each node runs the command that was printed for it")
+        for line in self._lines:
+            line.send({"go": True})
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # until it is closed
+            while True:
+                connection, _ = self._listener.accept()
+                self._lines.append(Line(connection, self._heard, self._lost))
+
+    def _heard(self, line: Line, message: Message) -> None:
+        if "hello" in message:
+            hello = Hello(**message["hello"])
+            line.node = hello.node
+            if problem := differences(self._hello, hello):
+                self._stop(problem)
+            with self._changed:
+                self._hosts[hello.node] = hello.host
+                self._changed.notify_all()
+        elif "ended" in message:
+            if message["ended"]:
+                self._stop(message["ended"])
+            with self._changed:
+                self._ended.add(line.node)
+                self._changed.notify_all()
+
+    def _lost(self, line: Line, why: str) -> None:
+        if line.node not in self._ended and line.node >= 0:
+            self._stop(f"node {line.node} on host {self._hosts.get(line.node, '?')} is gone: {why}")
+
+    def _stop(self, reason: str) -> None:
+        with self._changed:
+            self._reason = self._reason or reason
+            self._changed.notify_all()
+        for line in self._lines:
+            line.send({"stop": self._reason})
+
+    def _close(self) -> None:
+        self._listener.close()
+        for line in self._lines:
+            line.close()
+
+
+class NodeMeeting:
+    """Another machine's side: reports to machine 0, and listens to it.
+
+    Args:
+        node: This machine.
+        hello: What it says of itself.
+        seconds: How long it waits for machine 0, and for the others.
+
+    Raises:
+        LaunchError: When machine 0 can't be reached, or says that the run can't begin.
+    """
+
+    def __init__(self, node: Node, hello: Hello, seconds: float) -> None:
+        self._may_go = threading.Event()
+        self._reason = ""
+        self._has_left = False
+        who = f"node {hello.node} on host {hello.host}"
+        self._line = Line(call(node.address, node.control_port, who, seconds), self._heard, self._lost)
+        self._line.send({"hello": asdict(hello)})
+        if not self._may_go.wait(seconds):
+            self._reason = self._reason or f"the other nodes were not there within {seconds:.0f} s"
+        if self._reason:
+            self._line.close()
+            raise LaunchError(self._reason)
+
+    def reason_to_stop(self) -> str:
+        """See `Meeting`."""
+        return self._reason
+
+    def leave(self, failure: str) -> None:
+        """See `Meeting`."""
+        self._has_left = True
+        self._line.send({"ended": failure})
+        time.sleep(0.1)
+        self._line.close()
+
+    def _heard(self, line: Line, message: Message) -> None:
+        if "stop" in message:
+            self._reason = self._reason or message["stop"]
+        self._may_go.set()
+
+    def _lost(self, line: Line, why: str) -> None:
+        if not self._has_left:
+            self._reason = self._reason or f"node 0 is gone: {why}"
+        self._may_go.set()
+
+
+def host_name() -> str:
+    """Name of this machine."""
+    return socket.gethostname()

@@ -1,0 +1,193 @@
+"""One machine's part of a run on several: meets the others, runs the workers, ends them when another machine fails.
+
+Machine 0's part is done by `launch` itself, or by a cluster's job; the others run
+`python -m launcher.run.node <run directory> --rank <node> --address <of node 0> --port <port>`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import os
+import platform
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from launcher.cluster import Node
+from launcher.documents import read_document
+from launcher.errors import Interrupted, LauncherError, LaunchError
+from launcher.run.endings import raise_for_outcome, read_outcome
+from launcher.run.meeting import Hello, MainMeeting, Meeting, NodeMeeting
+from launcher.run.render import worker_command, worker_environment
+from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
+from launcher.run_paths import RunPaths
+from launcher.run_record import WorkerOrder, WorkerOutcome
+
+COMPARED: Final = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
+"""Libraries that must be the same on every machine: they decide what is computed, or what is sent."""
+PATIENCE_SECONDS: Final = 300.0
+"""How long a machine waits that can't read in the run directory how long to wait."""
+
+
+def run_node(
+    paths: RunPaths,
+    order: WorkerOrder,
+    node: Node,
+    show: Callable[[str], None],
+    grace_seconds: float = SAVE_GRACE_SECONDS,
+) -> WorkerOutcome:
+    """Runs one machine's workers from the meeting with the other machines to the common end.
+
+    Args:
+        paths: The run directory, in a folder that all machines share.
+        order: What the workers do.
+        node: This machine.
+        show: Called with every line that the workers report; only rank 0 does.
+        grace_seconds: How long interrupted workers may take to save.
+
+    Raises:
+        LauncherError: When machines don't meet, or the run ended without an outcome.
+    """
+    meeting = meet(paths, order, node)
+    ending: Ending | None = None
+    failure = f"node {node.rank} on host {socket.gethostname()} was ended"
+    try:
+        environment = {**os.environ, **worker_environment(order.job.hardware, os.environ, order.plan)}
+        environment |= _network_environment(node, environment)
+        command = worker_command(paths, order.plan, node)
+        pid = paths.pid(node.rank * order.plan.num_devices)
+        log = paths.node_log(node.rank)
+        ending = supervise(command, environment, log, pid, show, grace_seconds, meeting.reason_to_stop)
+        failure = _failure(paths, order, ending)
+    finally:
+        meeting.leave(failure)
+    lost = meeting.reason_to_stop() if ending.exit_code or ending.stopped_because else ""
+    return read_outcome(paths, order.plan, replace(ending, stopped_because=ending.stopped_because or lost))
+
+
+def _failure(paths: RunPaths, order: WorkerOrder, ending: Ending) -> str:
+    """Why this machine's part did not end well; empty when it did, or when the run was interrupted."""
+    if ending.exit_code == 0:
+        return ""
+    try:
+        raise_for_outcome(read_outcome(paths, order.plan, ending), paths, order.plan.world_size)
+    except Interrupted:
+        return ""
+    except LauncherError as failure:
+        return failure.message
+    return ""
+
+
+def meet(paths: RunPaths, order: WorkerOrder, node: Node) -> Meeting:
+    """Waits for the other machines, and compares.
+
+    Raises:
+        LaunchError: When one stays away, or they can't train together.
+    """
+    hello, seconds = hello_of(node, paths.worker), float(order.job.launch.connect_seconds)
+    if node.rank == 0:
+        return MainMeeting(node, order.plan.num_nodes, hello, seconds)
+    return NodeMeeting(node, hello, seconds)
+
+
+def hello_of(node: Node, order: Path) -> Hello:
+    """What this machine says of itself."""
+    digest = hashlib.sha256(order.read_bytes()).hexdigest() if order.exists() else ""
+    return Hello(node.rank, socket.gethostname(), compared_versions(), digest)
+
+
+def compared_versions() -> dict[str, str]:
+    """Versions of what must be the same on every machine."""
+    versions = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in COMPARED:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _network_environment(node: Node, environment: Mapping[str, str]) -> dict[str, str]:
+    """The network interface for gloo, which would take that of the machine's name: often the loopback."""
+    if "GLOO_SOCKET_IFNAME" in environment:
+        return {}
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((node.address, node.port))  # sends nothing; the kernel chooses the way
+        mine = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(address.address == mine for address in addresses) and not (
+                node.rank == 0 and name == "lo"
+            ):
+                return {"GLOO_SOCKET_IFNAME": name}
+        return _interface_of(socket.gethostbyname(node.address))
+    return {}
+
+
+def _interface_of(address: str) -> dict[str, str]:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            return {"GLOO_SOCKET_IFNAME": name}
+    return {}
+
+
+def main_address(wanted: str) -> str:
+    """Address under which the other machines reach this one.
+
+    Args:
+        wanted: The user's; empty: this machine's name, or, where that means the loopback, its address on the network.
+
+    Raises:
+        LaunchError: When the machine has no address that others could reach.
+    """
+    if wanted:
+        return wanted
+    with suppress(OSError):
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return socket.gethostname()
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # an address for documentation; nothing is sent
+        found: str = probe.getsockname()[0]
+        return found
+    raise LaunchError(
+        f"host {socket.gethostname()} has no address that other nodes could reach",
+        "give one with launch.main_address",
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point of the other machines; the exit code is the launcher's."""
+    parser = argparse.ArgumentParser(description="One node's part of a run.")
+    parser.add_argument("run_dir")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    given = parser.parse_args(argv[1:])
+    paths, node = RunPaths(Path(given.run_dir)), Node(given.rank, given.address, given.port)
+
+    def show(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    try:
+        if not paths.worker.exists():
+            with suppress(LaunchError):  # it says the same, in machine 0's words
+                NodeMeeting(node, hello_of(node, paths.worker), PATIENCE_SECONDS)
+            raise LaunchError(
+                f"`{paths.root}` is not there on host {socket.gethostname()}",
+                "the run directory must lie in a folder that all nodes share under one name",
+            )
+        order = read_document(paths.worker, WorkerOrder)
+        raise_for_outcome(run_node(paths, order, node, show), paths, order.plan.world_size)
+    except LauncherError as failure:
+        show(f"error: {failure}")
+        return failure.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

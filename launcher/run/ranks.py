@@ -1,0 +1,103 @@
+"""How several ranks ended, as one answer: which rank failed first, on which host, and why.
+
+One failure draws others after it: ranks that lose a peer fail too, and torchrun ends the rest. torchrun says in the log
+which processes it saw fail first (torch 2.9 to 2.13, distributed/elastic/multiprocessing/errors), and each rank that
+could leaves an outcome of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from launcher.documents import read_document
+from launcher.run_paths import RunPaths
+from launcher.run_record import Status, WorkerOutcome
+
+FAILURE: Final = re.compile(
+    r"host\s+: (?P<host>\S+)\s+rank\s+: (?P<rank>\d+) \(local_rank: \d+\)\s+exitcode\s+: (?P<code>-?\d+) \(pid: \d+\)"
+)
+"""How torchrun words a process that failed."""
+RANK_LOG_BYTES: Final = 1 << 20
+"""How much of a log's end is searched for the lines of one rank."""
+TAIL_LINES: Final = 20
+PRECEDENCE: Final = (Status.OUT_OF_MEMORY, Status.DATA_ERROR, Status.FAILED, Status.INTERRUPTED)
+"""Which end tells most about a run, of those that its ranks had."""
+
+
+@dataclass(frozen=True)
+class KilledRank:
+    """A rank that a signal ended before it could say anything."""
+
+    rank: int
+    """Which one."""
+    host: str
+    """Its machine."""
+    signal_name: str
+    """The signal."""
+
+
+def read_outcomes(paths: RunPaths, world_size: int) -> tuple[WorkerOutcome, ...]:
+    """The outcomes that ranks left, in order."""
+    files = [paths.outcome(rank) for rank in range(world_size)]
+    return tuple(read_document(file, WorkerOutcome) for file in files if file.exists())
+
+
+def deciding_outcome(outcomes: Sequence[WorkerOutcome], world_size: int) -> WorkerOutcome | None:
+    """The outcome that stands for the run: the earliest of the worst kind; None when no rank left a bad one.
+
+    All ranks done: that of rank 0. A failure's message names its rank and host.
+    """
+    for status in PRECEDENCE:
+        found = [outcome for outcome in outcomes if outcome.status is status]
+        if found:
+            first = min(found, key=lambda outcome: outcome.ended_at_seconds)
+            return replace(first, message=f"rank {first.rank} on host {first.host}: {first.message}")
+    return outcomes[0] if len(outcomes) == world_size else None
+
+
+def killed_rank(logs: Sequence[Path], outcomes: Sequence[WorkerOutcome], begins_at: int) -> KilledRank | None:
+    """The first rank that a signal ended, and that left no outcome; None when there is none.
+
+    SIGTERM doesn't count: that is how torchrun ends the others.
+
+    Args:
+        logs: Logs of the machines.
+        outcomes: What the ranks left.
+        begins_at: Offset in bytes before which the first log is of an earlier run.
+    """
+    spoke = {outcome.rank for outcome in outcomes}
+    for log in logs:
+        for failure in reversed(list(FAILURE.finditer(_end_of(log, begins_at)))):  # the root cause comes last
+            code, rank = int(failure["code"]), int(failure["rank"])
+            if code < 0 and -code != signal.SIGTERM and rank not in spoke:
+                name = str(-code)
+                with suppress(ValueError):
+                    name = signal.Signals(-code).name
+                return KilledRank(rank, failure["host"], name)
+    return None
+
+
+def rank_tail(logs: Sequence[Path], rank: int, begins_at: int) -> tuple[str, ...]:
+    """The last lines that one rank printed, of a progress bar what was last seen of it."""
+    mark = f"[rank {rank}] "
+    for log in logs:
+        lines = (line.rstrip("\r").rpartition("\r")[2] for line in _end_of(log, begins_at).split("\n"))
+        own = [line.partition(mark)[2] for line in lines if mark in line]
+        kept = [line for line in own if line.strip()]
+        if kept:
+            return tuple(kept[-TAIL_LINES:])
+    return ()
+
+
+def _end_of(log: Path, begins_at: int) -> str:
+    if not log.exists():
+        return ""
+    with log.open("rb") as stream:
+        stream.seek(max(min(begins_at, log.stat().st_size), log.stat().st_size - RANK_LOG_BYTES))
+        return stream.read().decode("utf-8", errors="replace")
