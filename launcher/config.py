@@ -30,7 +30,7 @@ from launcher.errors import ConfigError
 from launcher.job import Action, JobSpec
 
 NOT_BUILT: Mapping[str, str] = {
-    "launch": "clusters, rehearsal and replanning are not built yet; this version launches once, on this machine",
+    "launch": "rehearsal and replanning are not built yet; this version launches once",
     "planner.objective=cost": "prices are not built yet",
     "action=explain": "not built yet; `action=memory` shows where memory goes",
     "action=calibrate": "not built yet: plans are ordered without a speed model",

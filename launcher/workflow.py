@@ -12,6 +12,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from launcher.cluster import Cluster
 from launcher.config import catalogue_entry, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
@@ -114,6 +115,19 @@ def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str
             pin.activation_checkpointing is Checkpointing.OFFLOAD and on_cpu,
             "planner.pin.activation_checkpointing=offload: a CPU has no other memory to offload to",
             "planner.pin.activation_checkpointing=full",
+        ),
+    ]
+    cluster, num_nodes = job.launch.cluster, hardware.num_nodes
+    found += [
+        (
+            cluster not in (Cluster.LOCAL, Cluster.MANUAL),
+            f"launch.cluster={cluster.value} is not built yet",
+            "launch.cluster=manual prints a command for each node",
+        ),
+        (
+            cluster is Cluster.LOCAL and num_nodes > 1,
+            f"hardware.num_nodes={num_nodes} with launch.cluster=local, which is this machine alone",
+            "launch.cluster=manual starts node 0 here and prints a command for every other node",
         ),
     ]
     found += [

@@ -32,6 +32,7 @@ from trl.models import enable_selective_activation_checkpointing
 from launcher.job import (
     AdapterDtype,
     Checkpointing,
+    Engine,
     GenerationSpec,
     JobSpec,
     Loss,
@@ -132,6 +133,8 @@ def quantization_config(method: MethodSpec, plan: Plan) -> BitsAndBytesConfig | 
         bnb_4bit_quant_type=method.quantization.value,
         bnb_4bit_use_double_quant=method.double_quantization,
         bnb_4bit_compute_dtype=compute_dtype(plan.precision),
+        # only floating-point parameters can be sharded; the bytes are the same, two or four of them to a number
+        bnb_4bit_quant_storage=weight_dtype(plan.precision) if plan.zero_stage == 3 else torch.uint8,
     )
 
 
@@ -157,8 +160,10 @@ def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec
         return model
     quantization = quantization_config(job.method, plan)
     if quantization is not None:  # weights go straight to the device that quantises them
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
+        options["quantization_config"] = quantization
+        if plan.engine is not Engine.DEEPSPEED or plan.zero_stage < 3:  # transformers refuses both together
+            device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+            options["device_map"] = {"": device}
     model = AutoModelForCausalLM.from_pretrained(
         weights, config=config, revision=job.model.revision, **options
     )

@@ -215,7 +215,7 @@ def test_impossible_word_lists_the_legal_ones(argument: str, legal: str) -> None
     ("argument", "words"),
     [
         ("launch.max_replans=2", "replanning are not built yet"),
-        ("launch.cluster=slurm", "launches once, on this machine"),
+        ("launch.rehearse=true", "this version launches once"),
         ("planner.objective=cost", "prices are not built yet; legal: speed, memory"),
         ("action=calibrate", "not built yet: plans are ordered without a speed model; legal: run"),
     ],

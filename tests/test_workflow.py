@@ -39,7 +39,7 @@ def test_contradictions_are_told_all_at_once() -> None:
         [
             "recipe=llama_lora",
             "hardware=cpu",
-            "hardware.num_nodes=2",
+            "hardware.num_devices=2",
             "planner.pin.attention=flash_attention_2",
         ]
     )

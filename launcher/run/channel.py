@@ -28,7 +28,7 @@ class Line:
     """One connection, as messages.
 
     Args:
-        connection: The connection; a thread reads it until it ends.
+        connection: The connection; a thread reads it from `start` until it ends.
         on_message: Called with every message but beats, in that thread.
         on_end: Called once with why it ended, in that thread.
     """
@@ -47,8 +47,12 @@ class Line:
         self.node = -1
         """Which machine is at the other end; -1 while it has not said so."""
         connection.settimeout(SILENCE_SECONDS)
+
+    def start(self) -> Line:
+        """Begins to read; not before whoever is called knows this line."""
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
+        return self
 
     def send(self, message: Message) -> None:
         """Sends a message; one that can't be sent is noticed by the reader."""

@@ -113,7 +113,9 @@ class MainMeeting:
         with suppress(OSError):  # until it is closed
             while True:
                 connection, _ = self._listener.accept()
-                self._lines.append(Line(connection, self._heard, self._lost))
+                line = Line(connection, self._heard, self._lost)
+                self._lines.append(line)
+                line.start()
 
     def _heard(self, line: Line, message: Message) -> None:
         if "hello" in message:
@@ -136,11 +138,11 @@ class MainMeeting:
             self._stop(f"node {line.node} on host {self._hosts.get(line.node, '?')} is gone: {why}")
 
     def _stop(self, reason: str) -> None:
+        for line in self._lines:
+            line.send({"stop": self._reason or reason})
         with self._changed:
             self._reason = self._reason or reason
             self._changed.notify_all()
-        for line in self._lines:
-            line.send({"stop": self._reason})
 
     def _close(self) -> None:
         self._listener.close()
@@ -166,6 +168,7 @@ class NodeMeeting:
         self._has_left = False
         who = f"node {hello.node} on host {hello.host}"
         self._line = Line(call(node.address, node.control_port, who, seconds), self._heard, self._lost)
+        self._line.start()
         self._line.send({"hello": asdict(hello)})
         if not self._may_go.wait(seconds):
             self._reason = self._reason or f"the other nodes were not there within {seconds:.0f} s"
