@@ -25,6 +25,8 @@ from launcher.run_paths import RunPaths
 
 GOLDEN = Path(__file__).parent / "golden"
 ACCEPT = "LAUNCHER_ACCEPT_GOLDEN"
+IS_ACCEPTED = bool(os.environ.get(ACCEPT))
+"""Read now: the tests run in a clean environment."""
 CPU = HardwareSpec(name="cpu", kind=DeviceKind.CPU)
 CUDA = HardwareSpec(name="l4_24g", kind=DeviceKind.CUDA)
 ROCM = HardwareSpec(name="mi300x_192g", kind=DeviceKind.ROCM)
@@ -49,12 +51,12 @@ RUN = RunPaths(Path("/home/me/my runs/1"))
 def assert_golden(name: str, text: str) -> None:
     """Compares a text with a golden file; accepts it instead when the environment says so."""
     file = GOLDEN / name
-    if os.environ.get(ACCEPT):
+    if IS_ACCEPTED:
         file.write_text(text, encoding="utf-8")
     agreed = file.read_text(encoding="utf-8") if file.exists() else ""
     lines = difflib.unified_diff(agreed.splitlines(), text.splitlines(), "agreed", "rendered", lineterm="")
     difference = "\n".join(lines)
-    assert text == agreed, f"golden/{name}:\n{difference}\n\nto accept: {ACCEPT}=1 pytest {__file__}"
+    assert text == agreed, f"golden/{name}:\n{difference}\n\nto accept: {ACCEPT}=1 pytest tests/"
 
 
 def test_golden_accelerate_configs() -> None:

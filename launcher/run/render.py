@@ -70,8 +70,6 @@ def accelerate_config(hardware: HardwareSpec, plan: Plan, paths: RunPaths) -> st
         "num_processes": plan.world_size,
         "use_cpu": hardware.kind is DeviceKind.CPU,
     }
-    if plan.num_nodes > 1:
-        config |= {"rdzv_backend": "static", "same_network": True}
     if plan.engine is Engine.DEEPSPEED:
         del config[
             "mixed_precision"
@@ -110,6 +108,8 @@ def worker_command(
     if plan.engine is not Engine.NONE:
         command += ["--main_process_port", str(node.port), "--tee", "3", "--log_dir", str(paths.logs)]
     if plan.num_nodes > 1:
+        # not in the file: accelerate's parser has defaults for these two, and lets them win
+        command += ["--same_network", "--rdzv_backend", "static"]
         command += ["--machine_rank", str(node.rank), "--main_process_ip", node.address]
     return (*command, "-m", WORKER_MODULE, str(paths.root))
 

@@ -1,0 +1,17 @@
+#!/bin/sh
+# Starts the training of this run directory, as the launcher does.
+# worker.json holds the job and the plan; from a checkpoint in checkpoints/ it continues.
+set -eu
+cd -- /home/me
+export CUDA_DEVICE_ORDER=PCI_BUS_ID
+export CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7
+export HF_DATASETS_DISABLE_PROGRESS_BARS=1
+export HF_HUB_DISABLE_PROGRESS_BARS=1
+export HF_HUB_DISABLE_TELEMETRY=1
+export PYTHONPATH=/home/me/launcher
+export PYTHONSAFEPATH=1
+export PYTHONUNBUFFERED=1
+export PYTORCH_ALLOC_CONF=expandable_segments:True
+export TOKENIZERS_PARALLELISM=false
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
+exec /usr/bin/python3 -m accelerate.commands.launch --config_file '/home/me/my runs/1/accelerate.yaml' --main_process_port 29500 --tee 3 --log_dir '/home/me/my runs/1/logs' --same_network --rdzv_backend static --machine_rank 1 --main_process_ip head.cluster -m launcher.worker.train '/home/me/my runs/1'

@@ -1,0 +1,214 @@
+"""What is rendered for several devices is what was agreed on (tests/golden), and what accelerate and DeepSpeed read.
+
+To accept new text: LAUNCHER_ACCEPT_GOLDEN=1 pytest tests/test_render_engines.py, then read the difference in git.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.cluster import Node
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Engine, JobSpec, Method, ModelSpec, OffloadDevice, Precision, TrainingSpec
+from launcher.plan import Buckets, Plan
+from launcher.run import render
+from launcher.run.engine_config import deepspeed_config, deepspeed_text
+from launcher.run_paths import RunPaths
+from tests.test_render import CPU, CUDA, ONE, RUN, assert_golden
+
+BUCKETS = Buckets(
+    reduce_bucket_elements=50_000_000,
+    allgather_bucket_elements=60_000_000,
+    prefetch_bucket_elements=15_000_000,
+    persistence_threshold_elements=100_000,
+    max_live_elements=200_000_000,
+    max_reuse_distance_elements=300_000_000,
+)
+MACHINE = replace(CUDA, num_devices=8, nvme_path="/local nvme", num_nodes=2)
+JOB = JobSpec(
+    hardware=MACHINE,
+    model=ModelSpec(architecture={"model_type": "llama", "vocab_size": 128256, "hidden_size": 8192}),
+    training=TrainingSpec(global_batch_size=64),
+)
+
+
+def plan(engine: Engine, stage: int = 0, **changes: Any) -> Plan:
+    """A plan for two machines with eight devices each, or what the changes say."""
+    several = replace(
+        ONE, engine=engine, zero_stage=stage, num_devices=8, num_nodes=2, buckets=BUCKETS, gradient_accumulation_steps=2
+    )
+    return replace(several, **changes)
+
+
+PLANS = {
+    "ddp": plan(Engine.DDP, num_nodes=1),
+    "zero1": plan(Engine.DEEPSPEED, 1, num_nodes=1),
+    "zero2_offload": plan(Engine.DEEPSPEED, 2, offload_optimizer=True, num_nodes=1),
+    "zero3": plan(Engine.DEEPSPEED, 3),
+    "zero3_nvme": plan(
+        Engine.DEEPSPEED,
+        3,
+        offload_optimizer=True,
+        offload_parameters=True,
+        offload_device=OffloadDevice.NVME,
+        precision=Precision.FP16_MIXED,
+    ),
+    "fsdp2": plan(Engine.FSDP2, 3, offload_parameters=True, offload_optimizer=True, num_nodes=1),
+    "fsdp2_within_node": plan(Engine.FSDP2, 3, shard_within_node=True),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_golden_configurations(name: str) -> None:
+    assert_golden(f"accelerate_{name}.yaml", render.accelerate_config(MACHINE, PLANS[name], RUN))
+    if PLANS[name].engine is Engine.DEEPSPEED:
+        assert_golden(f"deepspeed_{name}.json", deepspeed_text(JOB, PLANS[name]))
+
+
+def test_golden_commands_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "package_root", lambda: "/home/me/launcher")
+    node = Node(1, "head.cluster", 29500)
+    command = render.worker_command(RUN, PLANS["zero3"], node, "/usr/bin/python3")
+    environment = render.worker_environment(MACHINE, {}, PLANS["zero3"])
+    assert_golden("command_node1.sh", render.command_script(command, environment, "/home/me"))
+    command = render.node_command(RUN, node, "/usr/bin/python3")
+    assert_golden("command_node1_met.sh", render.command_script(command, render.import_path({}), "/home/me"))
+
+
+def launched(name: str, folder: Path, node: Node | None = None) -> argparse.Namespace:
+    """The arguments that `accelerate launch` makes of the rendered command and file."""
+    from accelerate.commands import launch
+
+    paths = RunPaths(folder)
+    folder.mkdir(exist_ok=True)
+    paths.accelerate_config.write_text(render.accelerate_config(MACHINE, PLANS[name], paths), encoding="utf-8")
+    if PLANS[name].engine is Engine.DEEPSPEED:
+        paths.deepspeed_config.write_text(deepspeed_text(JOB, PLANS[name]), encoding="utf-8")
+    _, _, _, *rest = render.worker_command(paths, PLANS[name], node)
+    arguments, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(rest))
+    found: argparse.Namespace = arguments
+    return found
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_accelerates_own_parser_takes_every_file(name: str, tmp_path: Path) -> None:
+    engine, nodes = PLANS[name].engine, PLANS[name].num_nodes
+    node = Node(1, "10.0.0.1", 29511) if nodes > 1 else None
+    arguments = launched(name, tmp_path / "a 'run'", node)
+    assert arguments.num_processes == 8 * nodes and arguments.num_machines == nodes
+    assert arguments.use_deepspeed is (engine is Engine.DEEPSPEED)
+    assert arguments.use_fsdp is (engine is Engine.FSDP2)
+    assert arguments.multi_gpu is (engine is Engine.DDP)
+    assert arguments.mixed_precision == "no" and not arguments.cpu
+    assert arguments.tee == "3" and arguments.log_dir == str(tmp_path / "a 'run'" / "logs")
+    assert arguments.main_process_port == (29511 if node else 0)
+    if node is not None:
+        assert (arguments.machine_rank, arguments.main_process_ip) == (1, "10.0.0.1")
+        assert arguments.same_network and arguments.rdzv_backend == "static"
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_within_node"])
+def test_accelerates_fsdp_plugin_reads_what_was_planned(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+    from accelerate.utils.launch import prepare_multi_gpu_env
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    arguments = launched(name, tmp_path, Node(1, "10.0.0.1", 29511) if name != "fsdp2" else None)
+    for variable, value in prepare_multi_gpu_env(arguments).items():
+        monkeypatch.setenv(variable, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) is (name == "fsdp2")
+    assert "SHARDED" in str(plugin.state_dict_type) and plugin.cpu_ram_efficient_loading
+    if name != "fsdp2":
+        mesh = ParallelismConfig()
+        assert (mesh.dp_replicate_size, mesh.dp_shard_size) == (2, 8)
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name.startswith("zero")])
+def test_deepspeeds_own_parsers_take_every_file(name: str) -> None:
+    from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
+    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = json.loads(deepspeed_text(JOB, PLANS[name]))
+    assert "auto" not in json.dumps(config)
+    zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+    assert int(zero.stage) == PLANS[name].zero_stage
+    assert zero.reduce_bucket_size == BUCKETS.reduce_bucket_elements
+    if PLANS[name].zero_stage == 3:
+        assert zero.prefetch_bucket_size == BUCKETS.prefetch_bucket_elements
+        assert zero.param_persistence_threshold == BUCKETS.persistence_threshold_elements
+        assert zero.max_live_parameters == BUCKETS.max_live_elements
+        assert zero.max_reuse_distance == BUCKETS.max_reuse_distance_elements
+        assert zero.gather_16bit_weights_on_model_save
+    else:
+        assert zero.allgather_bucket_size == BUCKETS.allgather_bucket_elements
+    is_fp16 = PLANS[name].precision is Precision.FP16_MIXED
+    assert get_bfloat16_config(config).enabled is not is_fp16
+    assert get_float16_config(config).enabled is is_fp16
+    if name == "zero3_nvme":
+        assert str(zero.offload_param.nvme_path) == "/local nvme" and zero.offload_optimizer.pin_memory
+        assert zero.offload_param.buffer_size >= 128256 * 8192, "a buffer must hold the embedding"
+        assert get_aio_config(config)["queue_depth"] == config["aio"]["queue_depth"]
+    with pytest.raises(ValueError, match="reduce_buckett_size"):  # so that the parser is known to check
+        DeepSpeedZeroConfig(**config["zero_optimization"], reduce_buckett_size=1)
+
+
+def test_the_batch_is_the_jobs(tmp_path: Path) -> None:
+    config = deepspeed_config(JOB, PLANS["zero3"])
+    assert config["train_batch_size"] == 64 == JOB.training.global_batch_size
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 16 == 64
+
+
+def test_nothing_is_pinned_or_compiled_on_a_cpu() -> None:
+    offload = replace(PLANS["zero2_offload"], num_devices=2)
+    config = deepspeed_config(replace(JOB, hardware=CPU), offload)
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, "0,1,2,3"), ("4,5,6,7,1", "4,5,6,7"), ("GPU-a, GPU-b,GPU-c,GPU-d", "GPU-a,GPU-b,GPU-c,GPU-d")],
+)
+def test_as_many_devices_are_in_sight_as_are_planned(visible: str | None, expected: str) -> None:
+    inherited = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    four = plan(Engine.DDP, num_devices=4, num_nodes=1)
+    assert render.worker_environment(CUDA, inherited, four)["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize("engine", [Engine.DDP, Engine.DEEPSPEED, Engine.FSDP2])
+def test_only_deepspeed_is_not_told_to_use_the_cpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "usable_cores", lambda: 7)
+    two = plan(engine, 3 if engine is Engine.FSDP2 else 0, num_devices=2, num_nodes=1)
+    environment = render.worker_environment(CPU, {}, two)
+    assert ("ACCELERATE_USE_CPU" in environment) is (engine is not Engine.DEEPSPEED)
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] == "[rank ${rank}] "
+
+
+def test_quantised_weights_are_read_by_every_rank() -> None:
+    quantised = replace(PLANS["fsdp2"], method=Method.QLORA)
+    config = yaml.safe_load(render.accelerate_config(MACHINE, quantised, RUN))
+    assert config["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] is False
+
+
+def test_a_plan_for_several_devices_has_buckets() -> None:
+    with pytest.raises(ValueError, match="without bucket sizes"):
+        deepspeed_config(JOB, replace(PLANS["zero3"], buckets=None))
+
+
+def test_one_device_of_another_kind_has_no_engine() -> None:
+    rocm = HardwareSpec(name="mi300x_192g", kind=DeviceKind.ROCM)
+    environment = render.worker_environment(rocm, {}, ONE)
+    assert "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE" not in environment
