@@ -262,7 +262,8 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
     from launcher.planner import trace  # noqa: PLC0415
     from launcher.planner.forecast import read_estimate  # noqa: PLC0415
     from launcher.planner.rehearsal import blank_tokenizer  # noqa: PLC0415
-    from launcher.worker.train import Ingredients, Progress, train  # noqa: PLC0415
+    from launcher.worker.progress import Progress  # noqa: PLC0415
+    from launcher.worker.train import Ingredients, train  # noqa: PLC0415
 
     torch.manual_seed(0)
     precision = Precision(job.precision)

@@ -134,7 +134,9 @@ def test_two_processes_learn_as_one(
         whole = alone.measured()[0].resident_bytes
         share = measured.resident_bytes[Category.OPTIMIZER_STATE] / whole[Category.OPTIMIZER_STATE]
         # AdamW has two states; DeepSpeed's stage 1 has a copy of the weights beside them, and half of all that
-        assert share == pytest.approx({Engine.DDP: 1.0, Engine.DEEPSPEED: (0.75 if stage else 1.0)}[engine], rel=0.01)
+        assert share == pytest.approx(
+            {Engine.DDP: 1.0, Engine.DEEPSPEED: (0.75 if stage else 1.0)}[engine], rel=0.01
+        )
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,9 @@ def test_a_rank_that_the_kernel_kills_for_memory_ends_with_its_own_code(tiny: Pa
     try:
 
         def squeeze(line: str) -> None:
-            if line == "loading the model":  # what this rank needs from now on counts, and there is no room for it
+            if (
+                line == "loading the model"
+            ):  # what this rank needs from now on counts, and there is no room for it
                 (group / "cgroup.procs").write_text(run.paths.pid(1).read_text())
 
         run.on_line = squeeze

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "launcher"
 NOUNS = {
     "cluster",
     "documents",
+    "engine_limits",
     "errors",
     "hardware",
     "job",

@@ -42,7 +42,13 @@ JOB = JobSpec(
 def plan(engine: Engine, stage: int = 0, **changes: Any) -> Plan:
     """A plan for two machines with eight devices each, or what the changes say."""
     several = replace(
-        ONE, engine=engine, zero_stage=stage, num_devices=8, num_nodes=2, buckets=BUCKETS, gradient_accumulation_steps=2
+        ONE,
+        engine=engine,
+        zero_stage=stage,
+        num_devices=8,
+        num_nodes=2,
+        buckets=BUCKETS,
+        gradient_accumulation_steps=2,
     )
     return replace(several, **changes)
 
@@ -88,7 +94,9 @@ def launched(name: str, folder: Path, node: Node | None = None) -> argparse.Name
 
     paths = RunPaths(folder)
     folder.mkdir(exist_ok=True)
-    paths.accelerate_config.write_text(render.accelerate_config(MACHINE, PLANS[name], paths), encoding="utf-8")
+    paths.accelerate_config.write_text(
+        render.accelerate_config(MACHINE, PLANS[name], paths), encoding="utf-8"
+    )
     if PLANS[name].engine is Engine.DEEPSPEED:
         paths.deepspeed_config.write_text(deepspeed_text(JOB, PLANS[name]), encoding="utf-8")
     _, _, _, *rest = render.worker_command(paths, PLANS[name], node)

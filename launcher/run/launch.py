@@ -10,7 +10,8 @@ from typing import Any
 
 from launcher.cluster import DEFAULT_PORT, Cluster, Node
 from launcher.documents import write_document, write_text
-from launcher.errors import LaunchError
+from launcher.engine_limits import engine_limits
+from launcher.errors import ConfigError, LaunchError
 from launcher.job import Engine
 from launcher.plan import Plan
 from launcher.run.endings import read_outcome
@@ -36,8 +37,11 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
     a folder that can't be written) is filled instead, worker.json last.
 
     Raises:
+        ConfigError: When the plan asks for what its engine can't do.
         LaunchError: When the directory exists and is not empty, or can't be written.
     """
+    if limits := engine_limits(order.job, order.plan):
+        raise ConfigError("; ".join(limits))
     root = paths.root
     partial = RunPaths(root.with_name(f".{root.name}.{os.getpid()}.partial"))
     try:

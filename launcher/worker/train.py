@@ -159,7 +159,7 @@ def _generation_writer(
     def write(step: int, tokens: torch.Tensor) -> None:
         texts = ingredients.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         report(f"generated {len(texts)} texts at step {step}")
-        if ingredients.generations is not None:
+        if ingredients.generations is not None and rank() == 0:  # the others generate the same
             with ingredients.generations.open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps({"step": step, "text": text}) + "\n" for text in texts)
 

@@ -1,0 +1,69 @@
+"""What the engines can't do, each with its reason: a plan that asks for it is refused before anything starts.
+
+Read off the libraries or seen failing (accelerate 1.15, deepspeed 0.19.8, bitsandbytes 0.50, TRL 1.16, torch 2.13).
+"""
+
+from __future__ import annotations
+
+from launcher.hardware import DeviceKind
+from launcher.job import Checkpointing, Engine, JobSpec, Method, OffloadDevice, Quantization
+from launcher.plan import Plan
+
+
+def engine_limits(job: JobSpec, plan: Plan) -> tuple[str, ...]:
+    """Why an engine can't carry out a plan; empty when it can.
+
+    Args:
+        job: The job; of it the device, the quantisation and the NVMe folder count.
+        plan: The plan.
+    """
+    checks = (
+        *_offload_limits(job, plan),
+        (
+            plan.zero_stage == 3
+            and plan.method is Method.QLORA
+            and job.method.quantization is Quantization.INT8,
+            "int8 weights can't be sharded: of bitsandbytes' formats only 4-bit weights can be stored as "
+            "floating-point numbers, which sharding needs; use nf4 or a stage below 3",
+        ),
+        (
+            plan.engine is Engine.DEEPSPEED
+            and plan.zero_stage == 3
+            and plan.method is not Method.FULL
+            and plan.activation_checkpointing is Checkpointing.SELECTIVE,
+            "adapters under ZeRO stage 3 need reentrant checkpointing, which can't be selective "
+            "(TRL, sft_trainer.py); use full checkpointing",
+        ),
+    )
+    return tuple(reason for is_found, reason in checks if is_found)
+
+
+def _offload_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
+    is_fsdp, is_nvme = plan.engine is Engine.FSDP2, plan.offload_device is OffloadDevice.NVME
+    return (
+        (
+            plan.uses_offload and plan.engine not in (Engine.DEEPSPEED, Engine.FSDP2),
+            f"{plan.engine.value} has no offload",
+        ),
+        (
+            plan.engine is Engine.DEEPSPEED and plan.offload_parameters and plan.zero_stage < 3,
+            f"parameters can be offloaded at ZeRO stage 3 only, not {plan.zero_stage}",
+        ),
+        (
+            plan.engine is Engine.DEEPSPEED and plan.offload_optimizer and plan.zero_stage == 0,
+            "optimizer states can be offloaded from ZeRO stage 1 on, not at stage 0",
+        ),
+        (
+            is_fsdp and plan.offload_optimizer != plan.offload_parameters,
+            "FSDP2 offloads parameters, gradients and optimizer states together, or none",
+        ),
+        (is_fsdp and plan.uses_offload and is_nvme, "FSDP2 offloads to host memory only"),
+        (
+            is_fsdp and plan.uses_offload and job.hardware.kind is DeviceKind.CPU,
+            "FSDP2's offload pins host memory, for which torch needs an accelerator; a CPU has none",
+        ),
+        (
+            plan.uses_offload and is_nvme and not job.hardware.nvme_path,
+            "offload to NVMe needs hardware.nvme_path",
+        ),
+    )

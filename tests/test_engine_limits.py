@@ -1,0 +1,61 @@
+"""What an engine can't do is refused with its reason; what was seen to run is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.engine_limits import engine_limits
+from launcher.errors import ConfigError
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Checkpointing, Engine, Method, MethodSpec, OffloadDevice, Quantization
+from launcher.run.launch import prepare_run
+from launcher.run_paths import RunPaths
+from tests.tiny_job import tiny_order
+
+CUDA = HardwareSpec(name="l4_24g", kind=DeviceKind.CUDA, num_devices=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage", "changes", "words"),
+    [
+        (Engine.DDP, 0, {"offload_optimizer": True}, "ddp has no offload"),
+        (Engine.DEEPSPEED, 2, {"offload_parameters": True}, "stage 3 only, not 2"),
+        (Engine.DEEPSPEED, 0, {"offload_optimizer": True}, "from ZeRO stage 1 on"),
+        (Engine.FSDP2, 3, {"offload_parameters": True}, "together, or none"),
+        (Engine.FSDP2, 3, {"offload_parameters": True, "offload_optimizer": True}, "needs an accelerator"),
+        (Engine.DEEPSPEED, 3, {"offload_optimizer": True, "offload_device": OffloadDevice.NVME}, "nvme_path"),
+        (
+            Engine.DEEPSPEED,
+            3,
+            {"method": Method.LORA, "rank": 8, "activation_checkpointing": Checkpointing.SELECTIVE},
+            "can't be selective",
+        ),
+    ],
+)
+def test_what_can_not_be_is_refused_before_anything_is_written(
+    engine: Engine, stage: int, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    order = tiny_order(tmp_path, engine, stage)
+    order = replace(order, plan=replace(order.plan, **changes))
+    with pytest.raises(ConfigError, match=words):
+        prepare_run(RunPaths(tmp_path / "run"), order, {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_int8_weights_are_not_sharded(tmp_path: Path) -> None:
+    order = tiny_order(tmp_path, Engine.FSDP2, 3, Method.QLORA)
+    assert engine_limits(order.job, order.plan) == ()
+    int8 = replace(order.job, method=MethodSpec(name=Method.QLORA, quantization=Quantization.INT8))
+    (reason,) = engine_limits(int8, order.plan)
+    assert "int8" in reason
+    assert engine_limits(int8, tiny_order(tmp_path, Engine.DEEPSPEED, 2, Method.QLORA).plan) == ()
+
+
+def test_fsdp_offloads_where_there_is_an_accelerator(tmp_path: Path) -> None:
+    order = tiny_order(tmp_path, Engine.FSDP2, 3)
+    plan = replace(order.plan, offload_parameters=True, offload_optimizer=True)
+    assert engine_limits(replace(order.job, hardware=CUDA), plan) == ()
