@@ -10,16 +10,17 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from launcher.documents import read_document, write_document
+from launcher.documents import read_document
 from launcher.errors import Interrupted, LaunchError, WorkerOutOfMemory
 from launcher.job import Checkpointing, Engine, Method
 from launcher.memory import Category, MemoryMeasurement, Phase
@@ -119,7 +120,7 @@ def members_of(paths: RunPaths) -> list[str]:
 
 @pytest.mark.parametrize(
     ("engine", "stage"),
-    [(Engine.DDP, 0), (Engine.DEEPSPEED, 0), (Engine.DEEPSPEED, 1)],
+    [(Engine.DDP, 0), (Engine.DEEPSPEED, 0), (Engine.DEEPSPEED, 1), (Engine.DEEPSPEED, 2)],
 )
 def test_two_processes_learn_as_one(
     engine: Engine, stage: int, alone: Run, tiny: Path, tmp_path: Path
@@ -133,19 +134,17 @@ def test_two_processes_learn_as_one(
         assert measured.phase(Phase.OPTIMIZER_STEP) is not None
         whole = alone.measured()[0].resident_bytes
         share = measured.resident_bytes[Category.OPTIMIZER_STATE] / whole[Category.OPTIMIZER_STATE]
-        # AdamW has two states; DeepSpeed's stage 1 has a copy of the weights beside them, and half of all that
+        # AdamW has two states; from stage 1 on DeepSpeed has a copy of the weights beside them, and half of all that
         assert share == pytest.approx(
             {Engine.DDP: 1.0, Engine.DEEPSPEED: (0.75 if stage else 1.0)}[engine], rel=0.01
         )
 
 
-@pytest.mark.parametrize(
-    ("engine", "stage"), [(Engine.DEEPSPEED, 2), (Engine.DEEPSPEED, 3), (Engine.FSDP2, 3)]
-)
+@pytest.mark.parametrize("engine", [Engine.DEEPSPEED, Engine.FSDP2])
 def test_sharded_processes_learn_save_and_resume_as_one(
-    engine: Engine, stage: int, alone: Run, tiny: Path, tmp_path: Path
+    engine: Engine, alone: Run, tiny: Path, tmp_path: Path
 ) -> None:
-    run = prepared(tmp_path, tiny_order(tiny, engine, stage, training={"save_steps": 2}))
+    run = prepared(tmp_path, tiny_order(tiny, engine, 3, training={"save_steps": 2}))
     run.launch()
     assert run.losses() == pytest.approx(alone.losses(), rel=SAME_LOSS)
     ours, theirs = weights(run.paths.model), weights(alone.paths.model)
@@ -153,7 +152,7 @@ def test_sharded_processes_learn_save_and_resume_as_one(
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-3
     parameters = [measured.resident_bytes[Category.PARAMETERS] for measured in run.measured()]
     whole = alone.measured()[0].resident_bytes[Category.PARAMETERS]
-    assert all(part == pytest.approx(whole * (0.5 if stage == 3 else 1.0), rel=0.02) for part in parameters)
+    assert all(part == pytest.approx(whole / 2, rel=0.02) for part in parameters)
     assert run.resume_after(2) == pytest.approx(alone.losses()[2:], rel=SAME_LOSS)
 
 
@@ -180,7 +179,7 @@ def test_a_sharded_adapter_is_saved_as_anybody_loads_it(tiny: Path, tmp_path: Pa
 # ---------------------------------------------------------------------------------------------------------- endings
 
 
-def test_an_interrupt_saves_on_both_ranks_and_resumes(tiny: Path, tmp_path: Path) -> None:
+def test_an_interrupt_saves_on_both_ranks_after_the_same_step(tiny: Path, tmp_path: Path) -> None:
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     order = tiny_order(tiny, Engine.DDP, method=Method.LORA, training={"max_steps": 2_000})
     run = prepared(tmp_path, order)
@@ -194,12 +193,7 @@ def test_an_interrupt_saves_on_both_ranks_and_resumes(tiny: Path, tmp_path: Path
     assert [outcome.status for outcome in outcomes] == [Status.INTERRUPTED] * 2
     assert outcomes[0].steps == outcomes[1].steps
     assert members_of(run.paths) == []
-    done = outcomes[0].steps
-    job = replace(order.job, training=replace(order.job.training, max_steps=done + 2))
-    run.order = replace(order, job=job)
-    write_document(run.paths.worker, run.order)
-    run.on_line = lambda line: None
-    assert run.launch().steps == done + 2
+    assert (run.paths.checkpoints / f"checkpoint-{outcomes[0].steps}" / "trainer_state.json").exists()
 
 
 def test_a_rank_that_is_killed_is_named_with_its_log(tiny: Path, tmp_path: Path) -> None:
@@ -243,13 +237,13 @@ def test_a_rank_that_the_kernel_kills_for_memory_ends_with_its_own_code(tiny: Pa
     run = prepared(tmp_path, tiny_order(tiny, Engine.DDP, training={"max_steps": 10_000}))
     try:
 
-        def squeeze(line: str) -> None:
-            if (
-                line == "loading the model"
-            ):  # what this rank needs from now on counts, and there is no room for it
-                (group / "cgroup.procs").write_text(run.paths.pid(1).read_text())
+        def squeeze() -> None:
+            """What the rank needs once it has begun counts, and there is no room for it."""
+            while not (run.paths.pid(1).exists() and run.paths.pid(1).read_text()):
+                time.sleep(0.05)
+            (group / "cgroup.procs").write_text(run.paths.pid(1).read_text())
 
-        run.on_line = squeeze
+        threading.Thread(target=squeeze, daemon=True).start()
         with pytest.raises(WorkerOutOfMemory, match="rank 1 on host") as caught:
             run.launch()
         assert caught.value.exit_code == 4 and "for want of memory" in caught.value.hint
