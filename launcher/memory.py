@@ -12,11 +12,13 @@ class Phase(StrEnum):
     """A stretch of a run with a peak of its own, in the order in which they happen."""
 
     LOAD = "load"
+    RESUME = "resume"
     TRAIN_STEP = "train_step"
     OPTIMIZER_STEP = "optimizer_step"
     EVALUATION = "evaluation"
     GENERATION = "generation"
     SAVE = "save"
+    MERGE = "merge"
 
 
 class Category(StrEnum):

@@ -239,6 +239,7 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "fp16": plan.precision is Precision.FP16_MIXED,
         "seed": training.seed,
         "logging_steps": training.logging_steps,
+        "save_total_limit": training.save_total_limit,
         "eval_strategy": "no" if not evaluation.enabled else "steps" if evaluation.steps else "epoch",
         "eval_steps": evaluation.steps,
         "dataloader_drop_last": True,

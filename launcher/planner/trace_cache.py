@@ -40,7 +40,7 @@ def library_versions() -> dict[str, str]:
 def source_digest(package: Path) -> str:
     """Digest of the tracer's own source: another tracer, another trace."""
     digest = hashlib.sha256()
-    files = [package / "workload.py", *sorted((package / "planner").glob("*.py"))]
+    files = [package / "workload.py", package / "merge.py", *sorted((package / "planner").glob("*.py"))]
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

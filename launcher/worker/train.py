@@ -54,6 +54,7 @@ from launcher.worker.meter import (
     weigh_residents,
 )
 from launcher.worker.prompts import Batch, prompt_batches
+from launcher.worker.results import save_results
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -72,6 +73,8 @@ class Progress:
     """What the training loop has shown so far."""
 
     steps: int = 0
+    first_step: int = 0
+    """Optimizer steps of earlier runs that this one goes on from."""
     losses: list[float] = field(default_factory=list)
     step_ends: list[float] = field(default_factory=list)
     stop_asked: bool = False
@@ -91,7 +94,8 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The clock starts."""
+        """The clock starts; a resumed run has read by now how far it was."""
+        self._progress.first_step = state.global_step
         self._progress.step_ends.append(time.perf_counter())
 
     def on_substep_end(
@@ -167,6 +171,10 @@ class Ingredients:
     """Where generated text goes."""
     timeline: Path | None = None
     """Where the metered step goes."""
+    model: Path | None = None
+    """Where the trained weights or adapter go; None: nowhere."""
+    merged: Path | None = None
+    """Where the merged model goes, if the job asks for one."""
 
 
 def train(
@@ -186,11 +194,11 @@ def train(
     def enter(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER_STEP and not progress.gradient_bytes:
             progress.gradient_bytes = weigh_gradients(model)
-        meter.enter(phase, trainer.state.global_step)
+        meter.enter(phase, max(0, trainer.state.global_step - progress.first_step))
 
     callbacks: list[TrainerCallback] = [
-        workload.PhaseCallback(enter),
         ProgressCallback(progress, plan, ingredients.metrics, report),
+        workload.PhaseCallback(enter),
     ]
     if ingredients.prompts:
         write = _generation_writer(ingredients, report)
@@ -205,12 +213,17 @@ def train(
         callbacks,
     )
     _watch_shapes(trainer, progress, METERED_STEPS * plan.gradient_accumulation_steps)
+    if resume:
+        enter(Phase.RESUME)
     trainer.train(resume_from_checkpoint=resume or None)
+    resident = weigh_residents(model, trainer.optimizer)
+    resident[Category.GRADIENTS] = progress.gradient_bytes
+    if not progress.stop_asked:
+        merged = ingredients.merged if job.method.merge else None
+        save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
     phases = meter.finish()
     if ingredients.timeline is not None and meter.step is not None:
         write_document(ingredients.timeline, meter.step)
-    resident = weigh_residents(model, trainer.optimizer)
-    resident[Category.GRADIENTS] = progress.gradient_bytes
     shapes = tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
     return trainer, MemoryMeasurement(_rank(), meter.name, phases, resident, shapes)
 
@@ -288,6 +301,8 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         prompts=prompts,
         generations=paths.generations,
         timeline=paths.timeline(_rank()),
+        model=paths.model,
+        merged=paths.merged,
     )
 
 
@@ -302,7 +317,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         ingredients = prepare(order, paths)
         _report("loading the model")
         began = time.perf_counter()
-        trainer, measurement = train(
+        _, measurement = train(
             order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths)
         )
         seconds = time.perf_counter() - began
@@ -311,9 +326,6 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
                 Status.INTERRUPTED,
                 f"stopped after step {progress.steps}; a checkpoint was saved",
             )
-        else:
-            trainer.save_model(str(paths.model))
-            ingredients.tokenizer.save_pretrained(str(paths.model))
     except DataError as failure:
         status, message = Status.DATA_ERROR, str(failure)
     except LauncherError as failure:
