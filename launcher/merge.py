@@ -57,24 +57,24 @@ def _restore_weights(model: nn.Module, dtype: torch.dtype) -> None:
     ]
     for name, module in quantized:
         model.set_submodule(name, _plain_layer(module, dtype))
-    for adapted in model.modules():
+    for adapted in list[Any](model.modules()):
         if isinstance(adapted, LoraLayer) and type(adapted).__module__.endswith(".bnb"):
             # PEFT's class for plain layers merges into plain weights, and keeps its adapters under the same names
-            adapted.__class__ = AdaptedLinear
+            adapted.__class__ = AdaptedLinear  # type: ignore[assignment]
             adapted.fan_in_fan_out = isinstance(adapted.get_base_layer(), Conv1D)
             adapted.is_target_conv_1d_layer = adapted.fan_in_fan_out
 
 
-def _plain_layer(module: Any, dtype: torch.dtype) -> nn.Module:
+def _plain_layer(module: Any, dtype: torch.dtype) -> Any:
     """A layer of the class that was quantised, with the weights that the quantised ones stand for."""
-    weight = peft_dora.dequantize_module_weight(module).detach().to(dtype)
+    weight = peft_dora.dequantize_module_weight(module).detach().to(dtype)  # type: ignore[attr-defined]
     is_transposed = issubclass(module.source_cls, Conv1D)
-    with torch.device("meta"):
-        layer: Any = (
-            Conv1D(module.out_features, module.in_features)
-            if is_transposed
-            else nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        )
+    # smallest layers of their classes, given the weights: nothing of their own size is made on the way
+    layer: Any = Conv1D(1, 1) if is_transposed else nn.Linear(1, 1, bias=False)
+    if is_transposed:
+        layer.nx, layer.nf = module.in_features, module.out_features
+    else:
+        layer.in_features, layer.out_features = module.in_features, module.out_features
     layer.weight = nn.Parameter(weight.T.contiguous() if is_transposed else weight, requires_grad=False)
     layer.bias = module.bias
     return layer

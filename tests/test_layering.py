@@ -49,6 +49,7 @@ DOORS: dict[str, set[str]] = {
         "planner.fast_fake",
         "planner.worst_case",
         "planner.attribution",
+        "planner.checkpoint",
         "planner.cuda_twin",
         "planner.generation",
         "planner.materialize",

@@ -16,11 +16,13 @@ import bitsandbytes.autograd._functions as bnb_autograd
 import bitsandbytes.backends.cpu.ops as bnb_cpu
 import bitsandbytes.backends.default.ops as bnb_default
 import bitsandbytes.nn.modules as bnb_layers
+import bitsandbytes.optim.optimizer as bnb_optimizer
 import peft.tuners.lora.dora as peft_dora
 import torch
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -190,11 +192,17 @@ def _state_buffer(
     return torch.zeros_like(parameter, dtype=dtype, device=OFF_DEVICE if paged else parameter.device)
 
 
+def _copied(state: Any) -> Any:
+    """`copy.deepcopy` of an optimizer's state: it copies storages at their addresses, which fake tensors don't have."""
+    return tree_map_only(torch.Tensor, torch.clone, state)
+
+
 @contextmanager
 def stand_ins(*, on_gpu: bool) -> Iterator[None]:
     """Makes PEFT and bitsandbytes accept fake weights, and take the branches of a GPU if asked, while it is open."""
     with ExitStack() as stack:
         stack.enter_context(replaced(peft_dora, "dequantize_module_weight", dequantized))
+        stack.enter_context(replaced(bnb_optimizer, "deepcopy", _copied))
         if on_gpu:
             stack.enter_context(replaced(bitsandbytes, "matmul", _matmul_on_gpu))
             stack.enter_context(replaced(bnb_functional, "is_on_gpu", lambda tensors: True))

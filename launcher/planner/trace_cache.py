@@ -140,6 +140,8 @@ def _encode(skyline: Skyline) -> dict[str, Any]:
         "resident": {name.value: _encode_size(size) for name, size in skyline.resident.items()},
         "batch_inputs": _encode_size(skyline.batch_inputs),
         "traced_accumulation": skyline.traced_accumulation,
+        "host": None if skyline.host is None else _encode(skyline.host),
+        "disk_bytes": dict(skyline.disk_bytes),
     }
 
 
@@ -154,6 +156,8 @@ def _decode(payload: Mapping[str, Any]) -> Skyline:
         resident={Category(name): _decode_size(size) for name, size in payload["resident"].items()},
         batch_inputs=_decode_size(payload["batch_inputs"]),
         traced_accumulation=int(payload["traced_accumulation"]),
+        host=None if payload["host"] is None else _decode(payload["host"]),
+        disk_bytes={str(name): int(size) for name, size in payload["disk_bytes"].items()},
     )
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,9 +27,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTTrainer
 
@@ -42,17 +39,16 @@ from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
-from launcher.units import format_bytes
 from launcher.worker.data import load_examples, require_chat_template, split_examples
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
     CudaMeter,
     Meter,
-    process_memory_bytes,
     weigh_gradients,
     weigh_residents,
 )
+from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.results import save_results
 from launcher.worker.weights import convert_gguf
@@ -68,91 +64,12 @@ CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """How torch's CPU allocator words it, in a plain RuntimeError (c10/core/impl/alloc_cpu.cpp)."""
 
 
-@dataclass
-class Progress:
-    """What the training loop has shown so far."""
-
-    steps: int = 0
-    first_step: int = 0
-    """Optimizer steps of earlier runs that this one goes on from."""
-    losses: list[float] = field(default_factory=list)
-    step_ends: list[float] = field(default_factory=list)
-    stop_asked: bool = False
-    shapes: set[StepShape] = field(default_factory=set)
-    gradient_bytes: int = 0
-
-
-class ProgressCallback(TrainerCallback):
-    """Prints a line per logged step, appends it to metrics.jsonl, turns an interrupt into a saved stop."""
-
-    def __init__(self, progress: Progress, plan: Plan, metrics: Path | None, report: Callable[[str], None]):
-        self._progress = progress
-        self._plan = plan
-        self._metrics = metrics
-        self._report = report
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The clock starts; a resumed run has read by now how far it was."""
-        self._progress.first_step = state.global_step
-        self._progress.step_ends.append(time.perf_counter())
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A micro batch is done."""
-        self._stop_if_asked(control)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """An optimizer step is done."""
-        self._progress.steps = state.global_step
-        self._progress.step_ends.append(time.perf_counter())
-        self._stop_if_asked(control)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Metrics are out."""
-        if not logs or not state.is_world_process_zero:
-            return
-        memory = process_memory_bytes()
-        ends = self._progress.step_ends
-        seconds = ends[-1] - ends[-2] if len(ends) > 1 else None
-        rate = self._plan.tokens_per_step / seconds if seconds else None
-        line = {"step": state.global_step, **logs, "step_seconds": seconds, "tokens_per_second": rate}
-        line |= {f"memory_{name}_bytes": value for name, value in memory.items()}
-        if self._metrics is not None:
-            with self._metrics.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-        if "loss" in logs:
-            self._progress.losses.append(float(logs["loss"]))
-            words = [f"step {state.global_step}/{state.max_steps}", f"loss {float(logs['loss']):.4f}"]
-            words += [f"{rate:,.0f} tokens/s"] if rate else []
-            words += [f"memory {name} {format_bytes(value)}" for name, value in memory.items()]
-            self._report("  ".join(words))
-        elif "eval_loss" in logs:
-            self._report(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.4f}")
-
-    def _stop_if_asked(self, control: TrainerControl) -> None:
-        if self._progress.stop_asked:
-            control.should_save = True
-            control.should_training_stop = True
-
-
 @dataclass(frozen=True)
 class Ingredients:
     """What one training needs besides job and plan."""
 
     load: Callable[[], nn.Module]
-    """Loads the model with its adapters; run under the meter."""
+    """Reads the model's weights; run under the meter."""
     train_dataset: Dataset
     """Training rows."""
     eval_dataset: Dataset | None
@@ -163,6 +80,8 @@ class Ingredients:
     """Changes to the trainer's arguments."""
     output_dir: Path
     """Where checkpoints go."""
+    adapt: Callable[[nn.Module], nn.Module] = lambda model: model
+    """Attaches adapters; run under the meter."""
     metrics: Path | None = None
     """Where metrics.jsonl goes."""
     prompts: tuple[Batch, ...] = ()
@@ -189,6 +108,8 @@ def train(
     meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter()
     with meter.measure_load():
         model = ingredients.load()
+    meter.enter(Phase.LOAD, 0)
+    model = ingredients.adapt(model)
     arguments = workload.training_arguments(job, plan, ingredients.output_dir, ingredients.changes)
 
     def enter(phase: Phase) -> None:
@@ -277,8 +198,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     require_chat_template(tokenizer, train_rows)
 
     def load() -> nn.Module:
-        model = workload.build_model(config, plan, source, job)
-        return workload.attach_adapters(model, job, plan)
+        return workload.build_model(config, plan, source, job)
 
     prompts: tuple[Batch, ...] = ()
     if job.generation.enabled:
@@ -297,6 +217,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
             "dataloader_pin_memory": job.hardware.kind is not DeviceKind.CPU,
         },
         output_dir=paths.checkpoints,
+        adapt=lambda model: workload.attach_adapters(model, job, plan),
         metrics=paths.metrics,
         prompts=prompts,
         generations=paths.generations,
@@ -317,9 +238,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         ingredients = prepare(order, paths)
         _report("loading the model")
         began = time.perf_counter()
-        _, measurement = train(
-            order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths)
-        )
+        _, measurement = train(order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths))
         seconds = time.perf_counter() - began
         if progress.stop_asked:
             status, message = (

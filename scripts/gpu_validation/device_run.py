@@ -28,7 +28,8 @@ from launcher.hardware import DeviceKind
 from launcher.job import JobSpec
 from launcher.memory import MemoryMeasurement
 from launcher.plan import Plan
-from launcher.worker.train import Ingredients, Progress, train
+from launcher.worker.progress import Progress
+from launcher.worker.train import Ingredients, train
 from scripts.gpu_validation.jobs import ValidationJob, architecture, by_name, plan_of, spec_of
 from scripts.gpu_validation.orders import RunOrder
 from scripts.gpu_validation.results import Outcome, PhaseBytes, Status

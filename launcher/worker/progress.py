@@ -1,0 +1,96 @@
+"""How far a training is: a line per logged step, and the interrupt that ends it with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from launcher.memory import StepShape
+from launcher.plan import Plan
+from launcher.units import format_bytes
+from launcher.worker.meter import process_memory_bytes
+
+
+@dataclass
+class Progress:
+    """What the training loop has shown so far."""
+
+    steps: int = 0
+    first_step: int = 0
+    """Optimizer steps of earlier runs that this one goes on from."""
+    losses: list[float] = field(default_factory=list)
+    step_ends: list[float] = field(default_factory=list)
+    stop_asked: bool = False
+    shapes: set[StepShape] = field(default_factory=set)
+    gradient_bytes: int = 0
+
+
+class ProgressCallback(TrainerCallback):
+    """Prints a line per logged step, appends it to metrics.jsonl, turns an interrupt into a saved stop."""
+
+    def __init__(self, progress: Progress, plan: Plan, metrics: Path | None, report: Callable[[str], None]):
+        self._progress = progress
+        self._plan = plan
+        self._metrics = metrics
+        self._report = report
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The clock starts; a resumed run has read by now how far it was."""
+        self._progress.first_step = state.global_step
+        self._progress.step_ends.append(time.perf_counter())
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A micro batch is done."""
+        self._stop_if_asked(control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An optimizer step is done."""
+        self._progress.steps = state.global_step
+        self._progress.step_ends.append(time.perf_counter())
+        self._stop_if_asked(control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Metrics are out."""
+        if not logs or not state.is_world_process_zero:
+            return
+        memory = process_memory_bytes()
+        ends = self._progress.step_ends
+        seconds = ends[-1] - ends[-2] if len(ends) > 1 else None
+        rate = self._plan.tokens_per_step / seconds if seconds else None
+        line = {"step": state.global_step, **logs, "step_seconds": seconds, "tokens_per_second": rate}
+        line |= {f"memory_{name}_bytes": value for name, value in memory.items()}
+        if self._metrics is not None:
+            with self._metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        if "loss" in logs:
+            self._progress.losses.append(float(logs["loss"]))
+            words = [f"step {state.global_step}/{state.max_steps}", f"loss {float(logs['loss']):.4f}"]
+            words += [f"{rate:,.0f} tokens/s"] if rate else []
+            words += [f"memory {name} {format_bytes(value)}" for name, value in memory.items()]
+            self._report("  ".join(words))
+        elif "eval_loss" in logs:
+            self._report(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.4f}")
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        if self._progress.stop_asked:
+            control.should_save = True
+            control.should_training_stop = True
