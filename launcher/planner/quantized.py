@@ -24,6 +24,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from launcher.planner.cuda_twin import replaced
@@ -51,7 +52,11 @@ def quantize_weight(module: Any, dtype: torch.dtype) -> nn.Parameter:
 
     `Params4bit` and `Int8Params` can't wrap a fake tensor, so a plain parameter carries their attributes.
     """
-    full = torch.empty(module.weight.shape, dtype=dtype, device="cpu")
+    full = torch.empty((module.out_features, module.in_features), dtype=dtype, device="cpu")
+    if issubclass(module.source_cls, Conv1D):
+        stored = full.new_empty(module.in_features, module.out_features)
+        del full
+        full = stored.T.contiguous()  # and `stored` waits until its layer is done
     weight: Any
     if isinstance(module, bnb_layers.Linear4bit):
         shell: Any = module.weight

@@ -93,6 +93,7 @@ class Rehearsal:
         materialize(
             self.model,
             adapters_as_base=adapters_as_base and self.plan.method is Method.LORA,
+            prepared=self.job.method.kbit_preparation and self.plan.method is Method.QLORA,
             on_gpu=self.on_gpu,
         )
         initialize_dora(self.model)
