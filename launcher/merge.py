@@ -51,16 +51,20 @@ def drop_optimizer(trainer: Any) -> None:
 def _restore_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Puts plain layers in place of quantised ones, adapted or not; biases stay the same objects."""
     quantized = [
-        (name, module)
+        name
         for name, module in model.named_modules()
         if hasattr(module, "source_cls") and type(module).__module__.startswith("bitsandbytes.")
     ]
-    for name, module in quantized:
+    for name in quantized:
+        module: Any = model.get_submodule(name)
         model.set_submodule(name, _plain_layer(module, dtype))
-    for adapted in list[Any](model.modules()):
-        if isinstance(adapted, LoraLayer) and type(adapted).__module__.endswith(".bnb"):
+        # layer and weight refer to each other: without this they would wait for the garbage collector
+        module.weight = module.quant_state = module.state = None
+    modules: list[Any] = list(model.modules())
+    for adapted in modules:
+        if issubclass(type(adapted), LoraLayer) and type(adapted).__module__.endswith(".bnb"):
             # PEFT's class for plain layers merges into plain weights, and keeps its adapters under the same names
-            adapted.__class__ = AdaptedLinear  # type: ignore[assignment]
+            adapted.__class__ = AdaptedLinear
             adapted.fan_in_fan_out = isinstance(adapted.get_base_layer(), Conv1D)
             adapted.is_target_conv_1d_layer = adapted.fan_in_fan_out
 

@@ -18,6 +18,7 @@ from launcher.run.render import accelerate_config, command_script, worker_comman
 from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
+from launcher.units import format_bytes
 
 LOG_TAIL_LINES: Final = 20
 LOG_TAIL_BYTES: Final = 1 << 16
@@ -60,6 +61,26 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
         raise LaunchError(f"`{root}` can't be written: {failure}", "choose another `run_dir`") from failure
     finally:
         shutil.rmtree(partial.root, ignore_errors=True)
+
+
+def require_disk(root: Path, needed_bytes: int) -> None:
+    """Checks that the file system of a run directory has room for what the run leaves there.
+
+    Args:
+        root: The run directory; it need not exist yet.
+        needed_bytes: What the run writes.
+
+    Raises:
+        LaunchError: When it has not.
+    """
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise LaunchError(
+            f"`{root}` needs {needed_bytes} bytes ({format_bytes(needed_bytes)}) for checkpoints and models; its file "
+            f"system has {free_bytes} bytes ({format_bytes(free_bytes)}) free",
+            "another `run_dir`, a lower `training.save_total_limit`, or a higher `training.save_steps`",
+        )
 
 
 def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:

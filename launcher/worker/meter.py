@@ -124,6 +124,7 @@ class MappedWeights:
         maps = Path("/proc/self/maps")
         self._files = mapped_files(maps.read_text()) if maps.exists() else ()
         self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._opened = 0
         if not self._files:
             return
         for tensor in tensors:
@@ -137,9 +138,15 @@ class MappedWeights:
                 self._watchers[address] = weakref.ref(storage, partial(_mark_release, num_bytes))
 
     def ends_file(self, change_bytes: int) -> bool:
-        """Whether a change of the allocator's bytes is the end of one of the files."""
+        """Whether a change of the allocator's bytes is the end of one of the files; asked for every change in order.
+
+        A file of the same size that was opened meanwhile (a checkpoint of the same weights) ends first.
+        """
         pages = -(-abs(change_bytes) // PAGE_BYTES) * PAGE_BYTES
-        return change_bytes < 0 and any(file.end - file.begin == pages for file in self._files)
+        if not any(file.end - file.begin == pages for file in self._files):
+            return False
+        self._opened += 1 if change_bytes > 0 else -1
+        return self._opened < 0
 
 
 def _mark_release(num_bytes: int, reference: object) -> None:
@@ -358,3 +365,10 @@ def process_memory_bytes() -> Mapping[str, int]:
         "now": int(fields["VmRSS"].split()[0]) << 10,
         "peak": int(fields["VmHWM"].split()[0]) << 10,
     }
+
+
+def resident_peak_bytes() -> int | None:
+    """Highest resident memory of this process, the kernel's view; None where it does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)

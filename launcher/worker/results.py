@@ -12,6 +12,9 @@ from trl import SFTTrainer
 from launcher.memory import Phase
 from launcher.merge import drop_optimizer, merge_adapters
 
+TENSOR_FILES = (".safetensors", ".pt", ".pth", ".bin")
+"""Endings of files that hold tensors."""
+
 
 def save_results(
     trainer: SFTTrainer,
@@ -38,3 +41,14 @@ def save_results(
         enter(Phase.MERGE)
         merge_adapters(trainer.model).save_pretrained(str(merged))
         tokenizer.save_pretrained(str(merged))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder; None when there is none."""
+    found = [item for item in folder.glob("checkpoint-*") if item.name.removeprefix("checkpoint-").isdigit()]
+    return max(found, key=lambda item: int(item.name.removeprefix("checkpoint-")), default=None)
+
+
+def tensor_file_bytes(folder: Path) -> int:
+    """Size of the files in a folder that safetensors and torch wrote; text comes on top."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in TENSOR_FILES)

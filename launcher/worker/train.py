@@ -45,12 +45,13 @@ from launcher.worker.meter import (
     CpuMeter,
     CudaMeter,
     Meter,
+    resident_peak_bytes,
     weigh_gradients,
     weigh_residents,
 )
 from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.prompts import Batch, prompt_batches
-from launcher.worker.results import save_results
+from launcher.worker.results import newest_checkpoint, save_results, tensor_file_bytes
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -146,7 +147,19 @@ def train(
     if ingredients.timeline is not None and meter.step is not None:
         write_document(ingredients.timeline, meter.step)
     shapes = tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
-    return trainer, MemoryMeasurement(_rank(), meter.name, phases, resident, shapes)
+    folders = {"model": ingredients.model, "merged": ingredients.merged}
+    folders["checkpoint"] = newest_checkpoint(ingredients.output_dir)
+    return trainer, MemoryMeasurement(
+        rank=_rank(),
+        meter=meter.name,
+        phases=phases,
+        resident_bytes=resident,
+        shapes=shapes,
+        host_peak_bytes=resident_peak_bytes(),
+        disk_bytes={
+            name: tensor_file_bytes(path) for name, path in folders.items() if path and path.exists()
+        },
+    )
 
 
 def _generation_writer(
