@@ -108,6 +108,7 @@ class Rehearsal:
         weights = weight_tensors(self.model)  # the trainer has cast the adapters of quantised models
         self.tape.mark(weights, Category.PARAMETERS)
         parameters = self.tape.size_of(weights)
+        del weights  # merging drops some
         buffers = self.tape.size_of(self.model.buffers())
         self._assign_modules()
         self._listen(trainer)

@@ -266,4 +266,4 @@ def facts(subject: Subject) -> SubjectFacts:
     supports_sdpa = bool(getattr(model_class, "_supports_sdpa", True))
     if not supports_sdpa:  # its lines are asked for before the planner knows
         opened = replace(opened, plan=replace(opened.plan, attention=Attention.EAGER))
-    return SubjectFacts(regime_lines(opened), plan_depths(text), text.num_hidden_layers, supports_sdpa, 0)
+    return SubjectFacts(regime_lines(opened), plan_depths(text), text.num_hidden_layers, supports_sdpa)

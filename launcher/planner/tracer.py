@@ -56,7 +56,7 @@ class SubjectFacts:
     """Full depth."""
     supports_sdpa: bool
     """Whether the model's code has scaled-dot-product attention; eager attention always exists."""
-    process_bytes: int
+    process_bytes: int = 0
     """Memory of a process that has imported the libraries and done nothing yet; 0 where the kernel doesn't say."""
 
 

@@ -43,12 +43,20 @@ def save_results(
         tokenizer.save_pretrained(str(merged))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder; None when there is none."""
-    found = [item for item in folder.glob("checkpoint-*") if item.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda item: int(item.name.removeprefix("checkpoint-")), default=None)
+def saved_bytes(checkpoints: Path, model: Path | None, merged: Path | None) -> dict[str, int]:
+    """Size of the files that safetensors and torch wrote, of each folder that there is; text comes on top.
 
-
-def tensor_file_bytes(folder: Path) -> int:
-    """Size of the files in a folder that safetensors and torch wrote; text comes on top."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in TENSOR_FILES)
+    Args:
+        checkpoints: Holds checkpoints; the newest counts.
+        model: The trained weights or adapter.
+        merged: The merged model.
+    """
+    found = [
+        item for item in checkpoints.glob("checkpoint-*") if item.name.removeprefix("checkpoint-").isdigit()
+    ]
+    newest = max(found, key=lambda item: int(item.name.removeprefix("checkpoint-")), default=None)
+    return {
+        name: sum(file.stat().st_size for file in folder.iterdir() if file.suffix in TENSOR_FILES)
+        for name, folder in (("checkpoint", newest), ("model", model), ("merged", merged))
+        if folder is not None and folder.exists()
+    }

@@ -51,7 +51,7 @@ from launcher.worker.meter import (
 )
 from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.prompts import Batch, prompt_batches
-from launcher.worker.results import newest_checkpoint, save_results, tensor_file_bytes
+from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -138,27 +138,24 @@ def train(
     if resume:
         enter(Phase.RESUME)
     trainer.train(resume_from_checkpoint=resume or None)
-    resident = weigh_residents(model, trainer.optimizer)
-    resident[Category.GRADIENTS] = progress.gradient_bytes
+    resident = {
+        **weigh_residents(model, trainer.optimizer),
+        Category.GRADIENTS: progress.gradient_bytes,
+    }
     if not progress.stop_asked:
         merged = ingredients.merged if job.method.merge else None
         save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
     phases = meter.finish()
     if ingredients.timeline is not None and meter.step is not None:
         write_document(ingredients.timeline, meter.step)
-    shapes = tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
-    folders = {"model": ingredients.model, "merged": ingredients.merged}
-    folders["checkpoint"] = newest_checkpoint(ingredients.output_dir)
     return trainer, MemoryMeasurement(
         rank=_rank(),
         meter=meter.name,
         phases=phases,
         resident_bytes=resident,
-        shapes=shapes,
+        shapes=tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length))),
         host_peak_bytes=resident_peak_bytes(),
-        disk_bytes={
-            name: tensor_file_bytes(path) for name, path in folders.items() if path and path.exists()
-        },
+        disk_bytes=saved_bytes(ingredients.output_dir, ingredients.model, ingredients.merged),
     )
 
 
