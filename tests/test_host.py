@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ WEIGHTS = 2 * VOCABULARY * WIDTH + LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * 102
 NORMS = (2 * LAYERS + 1) * WIDTH
 
 
+@cache
 def estimated(
     method: Method = Method.FULL, stored: StoredDtype = StoredDtype.BF16, **knobs: object
 ) -> MemoryEstimate:
