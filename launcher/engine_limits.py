@@ -27,6 +27,10 @@ def engine_limits(job: JobSpec, plan: Plan) -> tuple[str, ...]:
             "floating-point numbers, which sharding needs; use nf4 or a stage below 3",
         ),
         (
+            job.method.merge and plan.zero_stage == 3 and plan.method is not Method.FULL,
+            "adapters can't be merged into weights that are sharded; leave `method.merge` off, merge the saved adapter",
+        ),
+        (
             plan.engine is Engine.DEEPSPEED
             and plan.zero_stage == 3
             and plan.method is not Method.FULL

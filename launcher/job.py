@@ -199,6 +199,8 @@ class MethodSpec:
     """Whether `qlora` quantises the scales of 4-bit blocks too: 0.37 bits per weight less."""
     kbit_preparation: bool = False
     """PEFT's preparation for `qlora`: embeddings, norms and head turned to fp32. Steadier, and up to 4 GiB more."""
+    merge: bool = False
+    """Merge the adapters at the end, into a model of its own in `merged/`; of `qlora` in full weights, not quantised."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,8 @@ class TrainingSpec:
     """Passes over the data, when `max_steps` is unset."""
     save_steps: Annotated[int, Ge(1)] | None = None
     """A checkpoint every so many optimizer steps; unset: only at the end."""
+    save_total_limit: Annotated[int, Ge(1)] | None = None
+    """Checkpoints kept, the newest; unset: all."""
     learning_rate: Annotated[float, Gt(0)] | None = None
     """Peak learning rate; unset: 2e-4 with adapters, 2e-5 for full fine-tuning."""
     warmup_steps: Annotated[int, Ge(0)] = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby, pairwise
 
@@ -12,11 +12,13 @@ class Phase(StrEnum):
     """A stretch of a run with a peak of its own, in the order in which they happen."""
 
     LOAD = "load"
+    RESUME = "resume"
     TRAIN_STEP = "train_step"
     OPTIMIZER_STEP = "optimizer_step"
     EVALUATION = "evaluation"
     GENERATION = "generation"
     SAVE = "save"
+    MERGE = "merge"
 
 
 class Category(StrEnum):
@@ -78,6 +80,56 @@ class Interval:
     """Whether no run of the architecture is among them."""
 
 
+PINNED = (Category.INPUTS, Category.ACTIVATIONS)
+"""What a job on a GPU pins in host memory: the loader's batches and offloaded activations."""
+
+
+@dataclass(frozen=True)
+class HostEstimate:
+    """Host memory of one process."""
+
+    process_bytes: int
+    """The process with its libraries, before anything is loaded; 0 where it was not weighed."""
+    phases: tuple[PhasePeak, ...]
+    """Tensors in host memory, one peak per phase that has any; on a CPU those of the device."""
+    pinned_bytes: int
+    """Most of it that is pinned."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Highest bytes over all phases."""
+        return self.process_bytes + max((peak.allocated_bytes for peak in self.phases), default=0)
+
+    @property
+    def by_category_bytes(self) -> Mapping[str, int]:
+        """What is there at the highest moment; sums to `peak_bytes`."""
+        parts: dict[str, int] = {"process": self.process_bytes}
+        if self.phases:
+            highest = max(self.phases, key=lambda peak: peak.allocated_bytes)
+            parts |= {name.value: size for name, size in highest.by_category_bytes.items() if size}
+        return parts
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """What a run leaves on disk: files with tensors. Tokenizer, configs and logs come on top."""
+
+    checkpoint_bytes: int
+    """One checkpoint: weights or adapter, and the optimizer's states; 0 when none is saved."""
+    num_checkpoints: int | None
+    """Most checkpoints that are there at once; None when the number of steps is not known."""
+    model_bytes: int
+    """The trained weights or adapter."""
+    merged_bytes: int
+    """The merged model; 0 when there is none."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it; of an unknown number of checkpoints, one."""
+        num_checkpoints = 1 if self.num_checkpoints is None else self.num_checkpoints
+        return num_checkpoints * self.checkpoint_bytes + self.model_bytes + self.merged_bytes
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """A prediction: the peak of every phase, on one device.
@@ -94,6 +146,10 @@ class MemoryEstimate:
     """What the runtime takes on the device, outside the allocator."""
     interval: Interval | None = None
     """Where the highest bytes of live tensors are to be expected; None where no run of the kind was measured."""
+    host: HostEstimate | None = None
+    """Host memory; None in records of old runs."""
+    disk: DiskEstimate | None = None
+    """What the run leaves on disk; None in records of old runs."""
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -238,6 +294,10 @@ class MemoryMeasurement:
     """Bytes of the live objects of each resident category."""
     shapes: tuple[StepShape, ...]
     """Shapes of the forward passes under the meter."""
+    host_peak_bytes: int | None = None
+    """Highest resident memory of the process, the kernel's view; None where it does not say."""
+    disk_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Files with tensors that the run left, by folder: `checkpoint` (the last one), `model`, `merged`."""
 
     @property
     def peak_allocated_bytes(self) -> int:

@@ -86,6 +86,11 @@ class RunPaths:
         """The trained weights or adapter, with the tokenizer."""
         return self.root / "model"
 
+    @property
+    def merged(self) -> Path:
+        """The model with its adapters merged into the weights, where the job asks for it."""
+        return self.root / "merged"
+
     def measured(self, rank: int) -> Path:
         """What the meter saw on one rank."""
         return self.root / f"measured.rank{rank}.json"

@@ -47,7 +47,7 @@ from launcher.run.detect import (
 )
 from launcher.run.endings import raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
-from launcher.run.launch import launch_worker, prepare_run
+from launcher.run.launch import launch_worker, prepare_run, require_disk
 from launcher.run.ledger import find_records, new_run_dir, previous_run, write_record
 from launcher.run.model_facts import resolve_model
 from launcher.run_paths import RunPaths
@@ -259,6 +259,10 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
     paths = RunPaths(root.resolve())
     document = plan_document(choice, library_versions(), seconds, str(paths.root))
+    try:
+        require_disk(paths.root, choice.estimate.disk.total_bytes if choice.estimate.disk else 0)
+    except LaunchError as error:
+        return Answer("", document, error)
     order = WorkerOrder(job, choice.plan, choice.estimate, *_weights(job, show))
     prepare_run(paths, order, document)
     if not is_here(job.hardware, devices):

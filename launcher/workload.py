@@ -7,6 +7,7 @@ passed in (weights or none, a data set, an output folder), never decided here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,7 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "fp16": plan.precision is Precision.FP16_MIXED,
         "seed": training.seed,
         "logging_steps": training.logging_steps,
+        "save_total_limit": training.save_total_limit,
         "eval_strategy": "no" if not evaluation.enabled else "steps" if evaluation.steps else "epoch",
         "eval_steps": evaluation.steps,
         "dataloader_drop_last": True,
@@ -271,6 +273,9 @@ def build_trainer(
         # TRL wraps the model that it is given, and PEFT hands the call on to its base model
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         enable_selective_activation_checkpointing(base)
+    if isinstance(model, PeftModel):
+        # resumed adapters keep the dtype that they were trained in; by default PEFT turns them to fp32
+        model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # type: ignore[method-assign]
     trainer_class = PlainLossTrainer if plan.loss is Loss.PLAIN else SFTTrainer
     trainer = trainer_class(
         model=model,  # type: ignore[arg-type]  # any module that transformers or PEFT built

@@ -308,11 +308,11 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         AutoModelForCausalLM.from_config(config, dtype=weight_dtype).save_pretrained(weights)
 
         def load() -> torch.nn.Module:
-            model = workload.build_model(workload.model_config(weights, spec.model), plan, weights, spec)
-            return workload.attach_adapters(model, spec, plan)
+            return workload.build_model(workload.model_config(weights, spec.model), plan, weights, spec)
 
         ingredients = Ingredients(
             load=load,
+            adapt=lambda model: workload.attach_adapters(model, spec, plan),
             train_dataset=Dataset.from_list(_rows(job, 3 * job.micro_batch_size * job.accumulation)),
             eval_dataset=Dataset.from_list(_rows(job, 2 * job.micro_batch_size)) if job.evaluation else None,
             tokenizer=blank_tokenizer(),

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from launcher.memory import Category, Phase
@@ -17,6 +19,8 @@ from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
     CudaMeter,
+    MappedFile,
+    mapped_files,
     process_device_bytes,
     process_memory_bytes,
 )
@@ -100,6 +104,29 @@ def test_loading_counts_the_transient_above_what_stays() -> None:
         del stored
     assert peaks_of(meter)[Phase.LOAD] - base == pytest.approx(12 * MIB, abs=SLACK_BYTES)
     assert held.numel() == 2 * MIB
+
+
+def test_weights_of_a_mapped_file_count_until_each_is_dropped(tmp_path: Path) -> None:
+    """Of two weights one is replaced by a larger one, then the other: the file ends with the second."""
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.ones(MIB, dtype=torch.uint8) for name in ("first", "second")}, path)
+    weights = load_file(path)
+    base = other_tensors_bytes()
+    meter = CpuMeter()
+    meter.enter(Phase.MERGE, 0)
+    for name in ("first", "second"):
+        weights[name] = torch.ones(3 * MIB, dtype=torch.uint8)
+    # 1 + 1 + 3, then 1 + 3 + 3
+    assert peaks_of(meter)[Phase.MERGE] == pytest.approx(base + 5 * MIB, abs=SLACK_BYTES)
+    assert sum(weight.numel() for weight in weights.values()) == 6 * MIB
+
+
+def test_weight_files_are_found_among_the_mappings() -> None:
+    maps = (
+        "7f00-7f10 r--p 00000000 fe:01 12 /some where/model.safetensors\n"
+        "8f00-8f20 r-xp 00000000 fe:01 13 /usr/lib/libc.so.6\n9f00-9f10 rw-p 00000000 00:00 0\n"
+    )
+    assert mapped_files(maps) == (MappedFile(0x7F00, 0x7F10),)
 
 
 def test_residents_are_weighed_once_each() -> None:

@@ -92,7 +92,7 @@ RELEVANT: dict[str, Callable[[JobSpec], JobSpec]] = {
 IRRELEVANT: dict[str, Callable[[JobSpec], JobSpec]] = {
     "learning rate": lambda job: replace(job, training=TrainingSpec(learning_rate=3e-3)),
     "seed": lambda job: replace(job, training=TrainingSpec(seed=7)),
-    "steps": lambda job: replace(job, training=TrainingSpec(max_steps=7, save_steps=2, logging_steps=3)),
+    "steps": lambda job: replace(job, training=TrainingSpec(max_steps=7, logging_steps=3)),
     "another clipping norm": lambda job: replace(job, training=TrainingSpec(max_grad_norm=0.3)),
     "data path": lambda job: replace(job, data=DataSpec(path="elsewhere.jsonl", num_examples=5)),
     "run_dir": lambda job: replace(job, run_dir="elsewhere", recipe="other", trace_cache="off"),
@@ -166,18 +166,18 @@ def test_key_changes_with_the_tracers_source(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_source_digest_sees_every_file_of_the_tracer(tmp_path: Path) -> None:
     (tmp_path / "planner").mkdir()
-    for name in ("workload.py", "planner/tape.py", "planner/trace.py", "cli.py"):
+    for name in ("workload.py", "merge.py", "planner/tape.py", "planner/trace.py", "cli.py"):
         (tmp_path / name).write_text("a = 1\n")
     before = source_digest(tmp_path)
     (tmp_path / "cli.py").write_text("a = 2\n")
     assert source_digest(tmp_path) == before
     seen = {before}
-    for name in ("workload.py", "planner/tape.py", "planner/trace.py"):
+    for name in ("workload.py", "merge.py", "planner/tape.py", "planner/trace.py"):
         (tmp_path / name).write_text("a = 3\n")
         seen.add(source_digest(tmp_path))
     (tmp_path / "planner/tape.py").rename(tmp_path / "planner/tapes.py")
     seen.add(source_digest(tmp_path))
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 # what is kept

@@ -23,6 +23,7 @@ import trl.trainer.utils as trl_utils
 from torch.nn import functional
 
 from launcher.hardware import HardwareSpec
+from launcher.planner.tape import OFF_DEVICE
 
 aten = torch.ops.aten
 FLASH_HEAD_SIZE_MAX = 256
@@ -261,11 +262,11 @@ class SavedOnHost(torch.autograd.graph.saved_tensors_hooks):
     """`torch.autograd.graph.save_on_cpu` as the device sees it: what is saved leaves it, and comes back anew."""
 
     def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
-        def leave(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-            return tensor.size(), tensor.dtype
+        def leave(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.empty(tensor.size(), dtype=tensor.dtype, device=OFF_DEVICE)
 
-        def come_back(facts: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
-            return torch.empty(facts[0], dtype=facts[1])
+        def come_back(kept: torch.Tensor) -> torch.Tensor:
+            return torch.empty(kept.size(), dtype=kept.dtype, device="cpu")
 
         super().__init__(leave, come_back)
 

@@ -116,16 +116,13 @@ def truncate(config: PretrainedConfig, depth: int) -> None:
     config.num_hidden_layers = depth
 
 
-def extend(shallow: Profile, deep: Profile, steps: float) -> tuple[Profile, list[NDArray[np.float64]]]:
+def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
     """Extends a profile to the full depth.
 
     Args:
         shallow: Profile of the shallower trace.
         deep: Profile of the trace with one period more.
         steps: How many times the difference is added to the shallower one.
-
-    Returns:
-        The profile with its residents extended, and the live bytes of its instants at the full depth.
 
     Raises:
         DepthMismatch: When the traces do not differ by repeated periods.
@@ -138,7 +135,16 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> tuple[Profile, list
         category: _extend_polynomial(size, deep.resident[category], steps)
         for category, size in shallow.resident.items()
     }
-    return Profile(shallow.instants, exponents, low, resident, shallow.batch_inputs), [live]
+    host = None
+    if shallow.host is not None and deep.host is not None:
+        host = extend(shallow.host, deep.host, steps)
+    disk = {
+        name: round(size + steps * (deep.disk_bytes[name] - size))
+        for name, size in shallow.disk_bytes.items()
+    }
+    return Profile(
+        shallow.instants, exponents, live, resident, shallow.batch_inputs, host=host, disk_bytes=disk
+    )
 
 
 def _signatures(instants: Sequence[Instant]) -> list[int]:
@@ -262,7 +268,5 @@ def assemble(domain: Domain, profiles: Sequence[Profile], steps: float, accumula
     Raises:
         DepthMismatch: When the traces do not differ by repeated periods.
     """
-    if len(profiles) == 1:
-        return build_skyline(domain, profiles[0], [profiles[0].live], accumulation)
-    profile, versions = extend(profiles[0], profiles[1], steps)
-    return build_skyline(domain, profile, versions, accumulation)
+    profile = profiles[0] if len(profiles) == 1 else extend(profiles[0], profiles[1], steps)
+    return build_skyline(domain, profile, accumulation)

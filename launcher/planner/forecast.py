@@ -17,13 +17,13 @@ from launcher.job import (
     Method,
     MethodSpec,
     ModelSpec,
-    Precision,
     StoredDtype,
     TrainingSpec,
 )
-from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
+from launcher.memory import Category, HostEstimate, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.depth import DepthMismatch, assemble
+from launcher.planner.host import disk_estimate, host_estimate, weight_bytes
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.reserve import with_reserved, with_workspaces
@@ -120,7 +120,7 @@ class Forecaster:
         skyline = self._kept(question)
         if skyline is None:
             skyline = self._make(question)
-        estimate = read_estimate(skyline, plan, self._job)
+        estimate = read_estimate(skyline, plan, self._job, question.facts.process_bytes)
         if not exact or self._job.hardware.kind not in (DeviceKind.CUDA, DeviceKind.ROCM):
             return estimate
         return with_reserved(estimate, self.stream(plan), self._budget_bytes - estimate.context_bytes)
@@ -243,6 +243,7 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
         training=TrainingSpec(
             max_grad_norm=1.0 if job.training.max_grad_norm > 0 else 0.0,
             weight_decay=job.training.weight_decay,
+            save_steps=None if job.training.save_steps is None else 1,
         ),
         evaluation=EvaluationSpec(enabled=job.evaluation.enabled, batch_size=job.evaluation.batch_size),
         generation=job.generation,
@@ -255,8 +256,15 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
     return Subject(reduced, shapeless, hardware)
 
 
-def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec) -> MemoryEstimate:
-    """Reads a plan's memory off a skyline."""
+def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec, process_bytes: int = 0) -> MemoryEstimate:
+    """Reads a plan's memory off a skyline.
+
+    Args:
+        skyline: A trace that answers for the plan.
+        plan: The plan.
+        job: The job.
+        process_bytes: Memory of a process that has imported the libraries; 0: not known.
+    """
     batch, length = plan.micro_batch_size, plan.max_length
     resident = skyline.resident_bytes(batch, length)
     phases = tuple(
@@ -268,7 +276,34 @@ def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec) -> MemoryEstimate:
         phases = tuple(
             peak if peak.phase is Phase.LOAD else _with_workspaces(peak, workspaces) for peak in phases
         )
-    return MemoryEstimate(phases, resident, job.hardware.context_bytes)
+    host = host_estimate(skyline, phases, plan, job, process_bytes)
+    phases = tuple(
+        _with_unpaged_states(peak, phases, host) if peak.phase is Phase.RESUME else peak for peak in phases
+    )
+    disk = disk_estimate(skyline.disk_bytes, job.training)
+    return MemoryEstimate(phases, resident, job.hardware.context_bytes, host=host, disk=disk)
+
+
+def _with_unpaged_states(peak: PhasePeak, phases: Sequence[PhasePeak], host: HostEstimate) -> PhasePeak:
+    """A resumed run with a paged optimizer: bitsandbytes 0.50 reads the states into plain memory of the device.
+
+    They stay there (optim/optimizer.py, `load_state_dict`), beside all that a step has on the device.
+    """
+    training = [known for known in phases if known.phase in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)]
+    paged = max(
+        (
+            known.by_category_bytes[Category.OPTIMIZER_STATE]
+            for known in host.phases
+            if known.phase is Phase.OPTIMIZER_STEP
+        ),
+        default=0,
+    )
+    highest = max(training, key=lambda known: known.allocated_bytes, default=peak)
+    if host.phases == tuple(phases) or not paged or highest.allocated_bytes + paged <= peak.allocated_bytes:
+        return peak
+    amounts = dict(highest.by_category_bytes)
+    amounts[Category.OPTIMIZER_STATE] += paged
+    return PhasePeak(Phase.RESUME, sum(amounts.values()), amounts)
 
 
 def _with_workspaces(peak: PhasePeak, num_bytes: int) -> PhasePeak:
@@ -285,11 +320,10 @@ def _with_stored_copy(
     tensors that were read stay alive until the last one is in place. Adapters, as large as their gradients, come
     afterwards. On a GPU the cast happens in host memory, before the model moves to the device.
     """
-    held_dtype = StoredDtype.BF16 if plan.precision is Precision.BF16 else StoredDtype.FP32
-    same_dtype = job.model.stored_dtype is held_dtype
+    held, stored = weight_bytes(plan, job)
+    same_dtype = held == stored and job.model.stored_dtype is not StoredDtype.FP16
     if same_dtype or job.hardware.kind is not DeviceKind.CPU or plan.method is Method.QLORA:
         return peak  # quantised weights are read one by one
-    held, stored = (4 if dtype is StoredDtype.FP32 else 2 for dtype in (held_dtype, job.model.stored_dtype))
     adapters = 0 if plan.method is Method.FULL else resident[Category.GRADIENTS]
     weights = resident[Category.PARAMETERS] - adapters
     copy = weights // held * stored

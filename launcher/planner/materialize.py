@@ -31,11 +31,12 @@ def with_scales(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     return parameters + [scale for parameter in parameters for scale in workload.scales_of(parameter)]
 
 
-def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> None:
+def materialize(model: nn.Module, *, adapters_as_base: bool, prepared: bool, on_gpu: bool) -> None:
     """Puts fake tensors on the fake device in place of parameters and buffers; shared ones stay shared.
 
     In the order in which weights are loaded: the base model's by name, adapters afterwards. On the meta device PEFT
     leaves adapters in fp32; `adapters_as_base` gives them the dtype of the base model, as it does elsewhere.
+    `prepared` for k-bit training, the base model is there in its own dtype before it is turned to fp32.
     """
     fakes: dict[int, nn.Parameter] = {}
     modules = dict(model.named_modules())
@@ -47,9 +48,12 @@ def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> No
     ]
     dtype: Any = model.config.dtype
     copies = _copies_by_pattern(model, on_gpu=on_gpu)
+    to_cast: list[nn.Parameter] = []
     for full, module, name in sorted(
         names, key=lambda item: (_is_adapter(item[0]), dot_natural_key(item[0]))
     ):
+        if _is_adapter(full):
+            _cast_prepared(to_cast)
         parameter = module._parameters[name]
         assert parameter is not None  # listed above
         if id(parameter) not in fakes:
@@ -62,17 +66,28 @@ def materialize(model: nn.Module, *, adapters_as_base: bool, on_gpu: bool) -> No
             if _is_quantized(module, name, parameter):
                 fake = quantized_layers().quantize_weight(module, dtype)
             else:
-                bare = torch.empty(parameter.shape, dtype=adapter_dtype, device="cpu")
+                is_cast = prepared and not _is_adapter(full) and parameter.dtype != dtype
+                bare = torch.empty(parameter.shape, dtype=dtype if is_cast else adapter_dtype, device="cpu")
                 fake = nn.Parameter(bare, requires_grad=parameter.requires_grad)
+                del bare
+                to_cast += [fake] if is_cast else []
             fakes[id(parameter)] = fake
             del waiting
         module._parameters[name] = fakes[id(parameter)]
+    _cast_prepared(to_cast)
     for module in modules.values():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     # Fake parameters are in place; torch can't swap fake tensors, which moving a module asks for.
     model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]
+
+
+def _cast_prepared(parameters: list[nn.Parameter]) -> None:
+    """What `prepare_model_for_kbit_training` did on the meta device; empties the list."""
+    while parameters:
+        parameter = parameters.pop(0)
+        parameter.data = parameter.data.to(torch.float32)
 
 
 def _copies_by_pattern(model: nn.Module, *, on_gpu: bool) -> dict[re.Pattern[str], int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from launcher.memory import Category
+from launcher.memory import PINNED, Category
 from launcher.planner.polynomial import CONSTANT, Exponents
 from launcher.planner.skyline import Instant, Profile
 from launcher.planner.stream import CATEGORIES, PHASES, Stream, in_order_of_births
@@ -58,6 +58,23 @@ def build_profile(
                 snapshots.append(live.copy())
                 births = []
     return Profile(tuple(instants), tuple(exponents), np.stack(snapshots), resident, batch_inputs, stream)
+
+
+def build_host_profile(events: Sequence[Event], *, exact: bool) -> Profile | None:
+    """Sums up what a tape has of host memory; None where it has nothing.
+
+    Args:
+        events: Births and releases in the order of time.
+        exact: Whether the trace is at the true shape; then pinned blocks have the sizes that torch gives them, the
+            next power of two (ATen/core/CachingHostAllocator.h, torch 2.13), of which no polynomial knows.
+    """
+    if not events:
+        return None
+    for event in events:
+        block = event.block
+        if exact and event.birth and block.num_bytes and _category(block) in PINNED:
+            block.size = {CONSTANT: 1 << (block.num_bytes - 1).bit_length()}
+    return build_profile(events, {}, {})
 
 
 def build_stream(events: Sequence[Event]) -> Stream:

@@ -16,12 +16,15 @@ import bitsandbytes.autograd._functions as bnb_autograd
 import bitsandbytes.backends.cpu.ops as bnb_cpu
 import bitsandbytes.backends.default.ops as bnb_default
 import bitsandbytes.nn.modules as bnb_layers
+import bitsandbytes.optim.optimizer as bnb_optimizer
 import peft.tuners.lora.dora as peft_dora
 import torch
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from launcher.planner.cuda_twin import replaced
@@ -49,7 +52,11 @@ def quantize_weight(module: Any, dtype: torch.dtype) -> nn.Parameter:
 
     `Params4bit` and `Int8Params` can't wrap a fake tensor, so a plain parameter carries their attributes.
     """
-    full = torch.empty(module.weight.shape, dtype=dtype, device="cpu")
+    full = torch.empty((module.out_features, module.in_features), dtype=dtype, device="cpu")
+    if issubclass(module.source_cls, Conv1D):
+        stored = full.new_empty(module.in_features, module.out_features)
+        del full
+        full = stored.T.contiguous()  # and `stored` waits until its layer is done
     weight: Any
     if isinstance(module, bnb_layers.Linear4bit):
         shell: Any = module.weight
@@ -190,11 +197,17 @@ def _state_buffer(
     return torch.zeros_like(parameter, dtype=dtype, device=OFF_DEVICE if paged else parameter.device)
 
 
+def _copied(state: Any) -> Any:
+    """`copy.deepcopy` of an optimizer's state: it copies storages at their addresses, which fake tensors don't have."""
+    return tree_map_only(torch.Tensor, torch.clone, state)
+
+
 @contextmanager
 def stand_ins(*, on_gpu: bool) -> Iterator[None]:
     """Makes PEFT and bitsandbytes accept fake weights, and take the branches of a GPU if asked, while it is open."""
     with ExitStack() as stack:
         stack.enter_context(replaced(peft_dora, "dequantize_module_weight", dequantized))
+        stack.enter_context(replaced(bnb_optimizer, "deepcopy", _copied))
         if on_gpu:
             stack.enter_context(replaced(bitsandbytes, "matmul", _matmul_on_gpu))
             stack.enter_context(replaced(bnb_functional, "is_on_gpu", lambda tensors: True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,23 @@ from trl import SFTTrainer
 from launcher import workload
 from launcher.job import AdapterDtype, JobSpec, Method
 from launcher.memory import Category, Phase
+from launcher.merge import drop_optimizer
 from launcher.plan import Plan
 from launcher.planner.attribution import Attribution
+from launcher.planner.checkpoint import (
+    FakeFiles,
+    checkpoint_folder,
+    rehearse_checkpoint,
+    rehearse_merge,
+    rehearse_resume,
+)
 from launcher.planner.generation import rehearse_generation
+from launcher.planner.host import CHECKPOINT, MERGED, MODEL
 from launcher.planner.materialize import initialize_dora, materialize, weight_tensors, with_scales
 from launcher.planner.polynomial import Exponents
-from launcher.planner.profile import build_profile, build_stream, sum_blocks
+from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
 from launcher.planner.skyline import Profile
-from launcher.planner.tape import Region, Tape
+from launcher.planner.tape import OFF_DEVICE, Region, Tape
 
 STEPS = 2
 """Optimizer steps traced: the optimizer's state is born in the first, the peak is often in the second."""
@@ -80,9 +89,11 @@ class Rehearsal:
     def run(self, inputs: dict[str, Any]) -> Profile:
         """Builds the trainer around fake tensors, trains, and sums up the tape."""
         adapters_as_base = self.job.method.adapter_dtype is AdapterDtype.BASE
+        staged = self._stage_weights()
         materialize(
             self.model,
             adapters_as_base=adapters_as_base and self.plan.method is Method.LORA,
+            prepared=self.job.method.kbit_preparation and self.plan.method is Method.QLORA,
             on_gpu=self.on_gpu,
         )
         initialize_dora(self.model)
@@ -93,9 +104,11 @@ class Rehearsal:
         )
         trainer.remove_callback(PrinterCallback)  # prints metrics, and there are none
         self._trainer = trainer
+        del staged  # the trainer has moved the model to the device
         weights = weight_tensors(self.model)  # the trainer has cast the adapters of quantised models
         self.tape.mark(weights, Category.PARAMETERS)
         parameters = self.tape.size_of(weights)
+        del weights  # merging drops some
         buffers = self.tape.size_of(self.model.buffers())
         self._assign_modules()
         self._listen(trainer)
@@ -105,7 +118,7 @@ class Rehearsal:
             self._enter(Phase.GENERATION)
             self.tape.padded = True  # prompts differ in length
             rehearse_generation(self.model, self.job.generation, on_gpu=self.on_gpu)
-        self._enter(Phase.SAVE)
+        disk_bytes = self._save_and_read(trainer)
         resident = {
             Category.PARAMETERS: sum_blocks(parameters),
             Category.BUFFERS: sum_blocks(buffers),
@@ -113,7 +126,43 @@ class Rehearsal:
             Category.OPTIMIZER_STATE: sum_blocks(states),
         }
         stream = build_stream(self.tape.events) if self.attribution is not None else None
-        return build_profile(self.tape.events, resident, self.batch_inputs or {}, stream)
+        profile = build_profile(self.tape.events, resident, self.batch_inputs or {}, stream)
+        host = build_host_profile(self.tape.host_events, exact=not self.tape.shape.length_is_symbol)
+        return replace(profile, host=host, disk_bytes=disk_bytes)
+
+    def _stage_weights(self) -> list[torch.Tensor]:
+        """Weights in host memory before the trainer moves them to a GPU; quantised ones are read straight to it."""
+        if not self.on_gpu or self.plan.method is Method.QLORA:
+            return []
+        distinct = {id(weight): weight for weight in self.model.parameters()}.values()
+        staged = [torch.empty(weight.shape, dtype=weight.dtype, device=OFF_DEVICE) for weight in distinct]
+        self.tape.mark(staged, Category.PARAMETERS)
+        return staged
+
+    def _save_and_read(self, trainer: SFTTrainer) -> dict[str, int]:
+        """Saves, reads a checkpoint again, and merges, as far as the job does; returns the sizes of the folders.
+
+        Reading comes last but one, because what is read was saved before; the optimizer starts without states there.
+        """
+        files = FakeFiles(self.on_gpu, self.tape.mark)
+        model_folder, merged_folder = (Path(str(trainer.args.output_dir)) / name for name in (MODEL, MERGED))
+        folders = {MODEL: model_folder}
+        with files.in_place():
+            self._enter(Phase.SAVE)
+            trainer.save_model(str(model_folder))
+            if self.job.training.save_steps is not None:
+                folders[CHECKPOINT] = checkpoint_folder(trainer)
+                rehearse_checkpoint(trainer)
+                drop_optimizer(trainer)
+                self._enter(Phase.RESUME)
+                rehearse_resume(trainer)
+                self.tape.mark(_state_tensors(trainer), Category.OPTIMIZER_STATE)
+            if self.job.method.merge and self.plan.method is not Method.FULL:
+                folders[MERGED] = merged_folder
+                drop_optimizer(trainer)
+                self._enter(Phase.MERGE)
+                rehearse_merge(trainer, merged_folder)
+        return {name: files.folder_bytes(folder) for name, folder in folders.items()}
 
     def _enter(self, phase: Phase) -> None:
         if phase is Phase.OPTIMIZER_STEP:
@@ -126,9 +175,10 @@ class Rehearsal:
             self._assign_modules()
         self.tape.phase = phase
         self.tape.region = Region.OUTSIDE
-        self._instant = torch.empty(
-            1
-        )  # a phase that allocates nothing has a highest moment too: when it begins
+        # a phase that allocates nothing has a highest moment too: when it begins
+        self._instant = torch.empty(1)
+        if self.on_gpu:
+            self._host_instant = torch.empty(1, device=OFF_DEVICE)
 
     def _assign_modules(self) -> None:
         if self.attribution is not None:
@@ -155,6 +205,9 @@ class Rehearsal:
         def collate_and_mark(examples: list[Any]) -> Any:
             batch = collate(examples)
             self.tape.mark(batch.values(), Category.INPUTS)
+            if self.on_gpu:  # the loader's pinned copy, until the next one takes its place
+                self._pinned = [torch.empty_like(tensor, device=OFF_DEVICE) for tensor in batch.values()]
+                self.tape.mark(self._pinned, Category.INPUTS)
             if self.batch_inputs is None:
                 self.batch_inputs = sum_blocks(self.tape.size_of(batch.values()))
             return batch

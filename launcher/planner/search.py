@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from launcher.errors import ConfigError
+from launcher.hardware import DeviceKind
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Objective
 from launcher.memory import MemoryEstimate
 from launcher.plan import Plan, PlanChoice, Rejection
@@ -151,10 +152,16 @@ class _Search:
             self._forecaster.prepare(fitting[: 2 - len(verified)], exact=True)
             plan = fitting.pop(0)
             estimate = self._forecaster.estimate(plan, exact=True)
-            if estimate.peak_device_bytes <= self._budget:
-                verified.append((plan, estimate))
-            else:
+            if estimate.peak_device_bytes > self._budget:
                 self._reject_too_large(plan, estimate)
+            elif self._short_on_host(estimate) > 0:
+                self._reject_on_host(plan, estimate)
+                # batches hardly count in host memory: what is left of this combination needs as much
+                for rest in fitting:
+                    self._reject_on_host(rest, estimate)
+                fitting.clear()
+            else:
+                verified.append((plan, estimate))
         for plan in fitting:
             self._reject_worse(plan, verified[0])
         for mode in unseen:
@@ -247,6 +254,24 @@ class _Search:
             f"{format_bytes(peak.by_category_bytes[largest])}"
         )
         self._rejected.append(Rejection(plan, reason, short, known.peak_device_bytes))
+
+    def _short_on_host(self, estimate: MemoryEstimate) -> int:
+        """Bytes by which a plan exceeds the host memory; 0 where that is not known, or is the device's own."""
+        hardware = self._job.hardware
+        if estimate.host is None or not hardware.host_memory_bytes or hardware.kind is DeviceKind.CPU:
+            return 0
+        return max(0, estimate.host.peak_bytes - hardware.host_memory_bytes)
+
+    def _reject_on_host(self, plan: Plan, estimate: MemoryEstimate) -> None:
+        assert estimate.host is not None  # it was found too large
+        short = self._short_on_host(estimate)
+        parts = estimate.host.by_category_bytes
+        largest = max(parts, key=lambda name: parts[name])
+        reason = (
+            f"needs {format_bytes(estimate.host.peak_bytes)} of host memory, {format_bytes(short)} more than there "
+            f"is; {largest} take {format_bytes(parts[largest])}"
+        )
+        self._rejected.append(Rejection(plan, reason, short, estimate.peak_device_bytes))
 
     def _reject_like(self, plan: Plan, smaller: Plan, short: int) -> None:
         reason = (

@@ -7,8 +7,8 @@ batch and length can make the highest is dropped; what stays answers every shape
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,10 @@ class Profile:
     """Bytes of the inputs of one micro batch."""
     stream: Stream | None = None
     """The same trace block by block; traces with symbols have none."""
+    host: Profile | None = None
+    """Host memory while the job runs on a GPU; None where the trace put nothing there."""
+    disk_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of the folders that were saved, by name."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ class Skyline:
     """Bytes of the inputs of one micro batch."""
     traced_accumulation: int
     """Micro batches per optimizer step in the trace: 1 or 2; 2 stands for every larger number."""
+    host: Skyline | None = None
+    """Host memory while the job runs on a GPU; None where the trace put nothing there."""
+    disk_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of the folders that were saved, by name."""
 
     def peaks(self, batch: int, length: int, accumulation: int) -> tuple[PhasePeak, ...]:
         """Peak of each phase.
@@ -167,23 +175,19 @@ def _value(polynomial: Mapping[Exponents, int], batch: int, length: int) -> int:
     return sum(c * batch**i * length**j for (i, j), c in polynomial.items())
 
 
-def build_skyline(
-    domain: Domain, profile: Profile, rows: Sequence[NDArray[np.float64]], accumulation: int
-) -> Skyline:
+def build_skyline(domain: Domain, profile: Profile, accumulation: int) -> Skyline:
     """Keeps the moments that can be the highest of their phase.
 
     Args:
         domain: Shapes for which the trace holds.
-        profile: Where phases, monomials and residents are read from.
-        rows: One or more versions of `profile.live`; each version's moments all count.
+        profile: All moments.
         accumulation: Micro batches per optimizer step in the trace.
     """
     phases = []
     for phase in Phase:
         chosen = [i for i, instant in enumerate(profile.instants) if instant.phase is phase]
         if chosen:
-            candidates = np.concatenate([version[chosen] for version in rows])
-            phases.append(PhaseSkyline(phase, undominated(candidates)))
+            phases.append(PhaseSkyline(phase, undominated(profile.live[chosen])))
     return Skyline(
         domain,
         profile.exponents,
@@ -191,6 +195,8 @@ def build_skyline(
         profile.resident,
         profile.batch_inputs,
         min(accumulation, 2),
+        None if profile.host is None else build_skyline(domain, profile.host, accumulation),
+        profile.disk_bytes,
     )
 
 

@@ -25,7 +25,7 @@ from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
 
 aten = torch.ops.aten
 OFF_DEVICE = torch.device("meta")
-"""Where a trace puts tensors that live in host memory while the job runs on a GPU: the tape leaves them out."""
+"""Where a trace puts tensors that live in host memory while the job runs on a GPU: a list of their own."""
 
 
 class Region(StrEnum):
@@ -51,6 +51,8 @@ class Block:
     alive: bool = True
     module: str = ""
     """Path of the module that it was made for; empty when there is none, or nobody asked."""
+    on_host: bool = False
+    """Whether it is in host memory while the job runs on a GPU."""
 
 
 @dataclass(slots=True)
@@ -84,6 +86,8 @@ class Tape(TorchDispatchMode):
     phase: Phase = Phase.LOAD
     region: Region = Region.OUTSIDE
     events: list[Event] = field(default_factory=list)
+    host_events: list[Event] = field(default_factory=list)
+    """What happens in host memory while the job runs on a GPU."""
     num_instants: int = 0
     failed: str = ""
     """The operation that could not be run; empty while there is none."""
@@ -157,8 +161,8 @@ class Tape(TorchDispatchMode):
     def _record(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._live or tensor.fake_device == OFF_DEVICE:  # type: ignore[attr-defined]
-            return  # two outputs of one operation share it, or it is not on the device
+        if key in self._live:
+            return  # two outputs of one operation share it
         itemsize = tensor.element_size()
         sizes = tuple(tensor.shape)
         if tensor.numel() * itemsize != num_bytes:
@@ -167,18 +171,23 @@ class Tape(TorchDispatchMode):
         size = self._sizes.get((sizes, itemsize))
         if size is None:
             size = self._sizes[sizes, itemsize] = factor_shape(sizes, itemsize, self.shape)
-        block = Block(num_bytes, size, operation, self.phase, self.region)
+        on_host = tensor.fake_device == OFF_DEVICE  # type: ignore[attr-defined]
+        block = Block(num_bytes, size, operation, self.phase, self.region, on_host=on_host)
         if self.locate is not None:
             block.module = self.locate()
         self._live[key] = block
-        self.events.append(Event(block, True, self.num_instants, self.phase))
+        self._write(block, birth=True)
         self._watchers[key] = weakref.ref(storage, lambda reference, key=key: self._release(key))  # type: ignore[misc]
 
     def _release(self, key: int) -> None:
         block = self._live.pop(key)
         del self._watchers[key]
         block.alive = False
-        self.events.append(Event(block, False, self.num_instants, self.phase))
+        self._write(block, birth=False)
+
+    def _write(self, block: Block, *, birth: bool) -> None:
+        events = self.host_events if block.on_host else self.events
+        events.append(Event(block, birth, self.num_instants, self.phase))
 
     def mark(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
         """Says what the storages of these tensors are for; the first word counts."""
@@ -195,9 +204,9 @@ class Tape(TorchDispatchMode):
                 block.module = module
 
     def size_of(self, tensors: Iterable[torch.Tensor]) -> list[Block]:
-        """The distinct live blocks behind these tensors."""
+        """The distinct live blocks on the device behind these tensors."""
         keys = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return [self._live[key] for key in keys if key in self._live]
+        return [self._live[key] for key in keys if key in self._live and not self._live[key].on_host]
 
     def settle(self, born_in: Region, category: Category) -> None:
         """Gives a category to every live, unmarked block that was born in a region."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers.masking_utils as masking_utils
 import transformers.trainer_pt_utils as trainer_pt_utils
+import transformers.utils.logging as transformers_logging
 import trl.kernels.chunked_logprob as trl_chunked
 import trl.trainer.utils as trl_utils
 from datasets import disable_progress_bars
@@ -126,7 +127,7 @@ def trace_full_depth(subject: TraceSubject, batch: int, length: int, accumulatio
     domain = Domain(batch, batch, length, length, 1, None)
     shape = TracedShape(batch, length, batch_is_symbol=False, length_is_symbol=False)
     profile = record(subject, shape, subject.config.get_text_config().num_hidden_layers, accumulation)
-    return build_skyline(domain, profile, [profile.live], accumulation)
+    return build_skyline(domain, profile, accumulation)
 
 
 def _trace(subject: TraceSubject, shape: TracedShape, domain: Domain, accumulation: int) -> Skyline:
@@ -233,6 +234,8 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     collecting = gc.isenabled()
     disable_progress_bars()
+    shows_progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
@@ -243,6 +246,8 @@ def _quiet() -> Iterator[None]:
         finally:
             gc.unfreeze()
             logging.disable(level)
+            if shows_progress:
+                transformers_logging.enable_progress_bar()
             if collecting:
                 gc.enable()
 

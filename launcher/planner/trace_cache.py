@@ -40,7 +40,7 @@ def library_versions() -> dict[str, str]:
 def source_digest(package: Path) -> str:
     """Digest of the tracer's own source: another tracer, another trace."""
     digest = hashlib.sha256()
-    files = [package / "workload.py", *sorted((package / "planner").glob("*.py"))]
+    files = [package / "workload.py", package / "merge.py", *sorted((package / "planner").glob("*.py"))]
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
@@ -140,6 +140,8 @@ def _encode(skyline: Skyline) -> dict[str, Any]:
         "resident": {name.value: _encode_size(size) for name, size in skyline.resident.items()},
         "batch_inputs": _encode_size(skyline.batch_inputs),
         "traced_accumulation": skyline.traced_accumulation,
+        "host": None if skyline.host is None else _encode(skyline.host),
+        "disk_bytes": dict(skyline.disk_bytes),
     }
 
 
@@ -154,6 +156,8 @@ def _decode(payload: Mapping[str, Any]) -> Skyline:
         resident={Category(name): _decode_size(size) for name, size in payload["resident"].items()},
         batch_inputs=_decode_size(payload["batch_inputs"]),
         traced_accumulation=int(payload["traced_accumulation"]),
+        host=None if payload["host"] is None else _decode(payload["host"]),
+        disk_bytes={str(name): int(size) for name, size in payload["disk_bytes"].items()},
     )
 
 

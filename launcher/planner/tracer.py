@@ -11,8 +11,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 from launcher.hardware import HardwareSpec
 from launcher.job import JobSpec, Method, Optimizer
@@ -53,17 +56,30 @@ class SubjectFacts:
     """Full depth."""
     supports_sdpa: bool
     """Whether the model's code has scaled-dot-product attention; eager attention always exists."""
+    process_bytes: int = 0
+    """Memory of a process that has imported the libraries and done nothing yet; 0 where the kernel doesn't say."""
+
+
+@cache
+def _libraries() -> tuple[Any, int]:
+    """What traces, and the memory of this process right after importing it; asked for the first time it imports."""
+    trace = importlib.import_module(TRACE_MODULE)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    resident = [line.split()[1] for line in lines if line.startswith("VmRSS:")]
+    return trace, int(resident[0]) << 10 if resident else 0
 
 
 def facts_of(subject: Subject) -> SubjectFacts:
     """Reads a subject's facts off the libraries; runs in a child process."""
-    answer: SubjectFacts = importlib.import_module(TRACE_MODULE).facts(subject)
+    trace, process_bytes = _libraries()
+    answer: SubjectFacts = replace(trace.facts(subject), process_bytes=process_bytes)
     return answer
 
 
 def record(subject: Subject, shape: TracedShape, depth: int, accumulation: int) -> Profile:
     """Traces once; runs in a child process."""
-    trace = importlib.import_module(TRACE_MODULE)
+    trace, _ = _libraries()
     answer: Profile = trace.record(trace.open_subject(subject), shape, depth, accumulation)
     return answer
 

@@ -81,9 +81,10 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
 def predicted_fields(estimate: MemoryEstimate) -> dict[str, Any]:
     """A prediction as plain values.
 
-    `peak_reserved_bytes` is null where there is no caching allocator; `host_peak_bytes`, `step_seconds` and
-    `tokens_per_second` are null: host memory and speed are not predicted yet.
+    `peak_reserved_bytes` is null where there is no caching allocator; `step_seconds` and `tokens_per_second` are
+    null: speed is not predicted yet. `disk_bytes.num_checkpoints` is null where the number of steps is not known.
     """
+    host, disk = estimate.host, estimate.disk
     return {
         "peak_allocated_bytes": estimate.peak_allocated_bytes,
         "peak_reserved_bytes": estimate.peak_reserved_bytes,
@@ -94,7 +95,10 @@ def predicted_fields(estimate: MemoryEstimate) -> dict[str, Any]:
         "reserved_by_phase_bytes": {peak.phase.value: peak.reserved_bytes for peak in estimate.phases},
         "resident_bytes": {name.value: size for name, size in estimate.resident_bytes.items()},
         "interval": None if estimate.interval is None else asdict(estimate.interval),
-        "host_peak_bytes": None,
+        "host_peak_bytes": None if host is None else host.peak_bytes,
+        "host_by_category_bytes": None if host is None else dict(host.by_category_bytes),
+        "pinned_bytes": None if host is None else host.pinned_bytes,
+        "disk_bytes": None if disk is None else {**asdict(disk), "total_bytes": disk.total_bytes},
         "step_seconds": None,
         "tokens_per_second": None,
     }
@@ -120,7 +124,8 @@ def measured_fields(measured: MemoryMeasurement, record: RunRecord) -> dict[str,
         },
         "by_phase_bytes": {phase.phase.value: phase.allocated_bytes for phase in measured.phases},
         "resident_bytes": {name.value: size for name, size in measured.resident_bytes.items()},
-        "host_peak_bytes": None,
+        "host_peak_bytes": measured.host_peak_bytes,
+        "disk_bytes": {f"{name}_bytes": size for name, size in measured.disk_bytes.items()},
         "step_seconds": record.outcome.step_seconds,
         "tokens_per_second": record.outcome.tokens_per_second,
         "meter": measured.meter,

@@ -90,7 +90,29 @@ def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
     if estimate.context_bytes:
         rows.append(["  context", format_bytes(estimate.context_bytes), ""])
         rows.append(["  device", format_bytes(estimate.peak_device_bytes), ""])
-    return lines + aligned(rows)
+    return [*lines, *aligned(rows), *_beside_the_device(estimate)]
+
+
+def _beside_the_device(estimate: MemoryEstimate) -> list[str]:
+    """Host memory and disk, a line each."""
+    lines = []
+    host, disk = estimate.host, estimate.disk
+    if host is not None:
+        parts = sorted(host.by_category_bytes.items(), key=lambda item: -item[1])
+        words = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
+        pinned = f"; {format_bytes(host.pinned_bytes)} of it pinned" if host.pinned_bytes else ""
+        lines.append(_wrapped("host     ", f"{format_bytes(host.peak_bytes)}: {words}{pinned}"))
+    if disk is not None:
+        count = (
+            "as many checkpoints as are due" if disk.num_checkpoints is None else str(disk.num_checkpoints)
+        )
+        words = f"model {format_bytes(disk.model_bytes)}"
+        if disk.checkpoint_bytes:
+            words += f", {count} x checkpoint {format_bytes(disk.checkpoint_bytes)}"
+        if disk.merged_bytes:
+            words += f", merged model {format_bytes(disk.merged_bytes)}"
+        lines.append(_wrapped("disk     ", f"{format_bytes(disk.total_bytes)}: {words}"))
+    return lines
 
 
 def _per_weight(estimate: MemoryEstimate, num_parameters: int | None) -> list[str]:

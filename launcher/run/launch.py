@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from launcher.cluster import DEFAULT_PORT, Cluster, Node
@@ -28,6 +29,7 @@ from launcher.run.render import (
 from launcher.run.supervise import SAVE_GRACE_SECONDS, supervise
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder, WorkerOutcome
+from launcher.units import format_bytes
 
 
 def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
@@ -59,6 +61,26 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
         raise LaunchError(f"`{root}` can't be written: {failure}", "choose another `run_dir`") from failure
     finally:
         shutil.rmtree(partial.root, ignore_errors=True)
+
+
+def require_disk(root: Path, needed_bytes: int) -> None:
+    """Checks that the file system of a run directory has room for what the run leaves there.
+
+    Args:
+        root: The run directory; it need not exist yet.
+        needed_bytes: What the run writes.
+
+    Raises:
+        LaunchError: When it has not.
+    """
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise LaunchError(
+            f"`{root}` needs {needed_bytes} bytes ({format_bytes(needed_bytes)}) for checkpoints and models; its file "
+            f"system has {free_bytes} bytes ({format_bytes(free_bytes)}) free",
+            "another `run_dir`, a lower `training.save_total_limit`, or a higher `training.save_steps`",
+        )
 
 
 def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:

@@ -7,13 +7,18 @@ running sum on top of what was alive before is the measurement.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.memory import MeasuredPhase, Phase, Timeline, last_step
@@ -22,6 +27,8 @@ from launcher.worker.residents import all_live_tensors, live_tensor_bytes
 METERED_STEPS = 2
 """Optimizer steps under the CPU meter: the profiler is too dear for a whole run."""
 PHASE_MARK = "launcher.phase:"
+RELEASE_MARK = "launcher.release:"
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Meter(Protocol):
@@ -42,6 +49,71 @@ class Meter(Protocol):
         """Stops measuring and returns the peak of every phase that was seen."""
 
 
+@dataclass(frozen=True)
+class MappedFile:
+    """A file that is part of the address space: weights are read so."""
+
+    begin: int
+    """First address."""
+    end: int
+    """Address after the last one; whole pages."""
+
+
+def mapped_files(maps: str) -> tuple[MappedFile, ...]:
+    """The weight files among a process's mappings, as /proc/self/maps words them."""
+    files = []
+    for line in maps.splitlines():
+        words = line.split(maxsplit=5)
+        if len(words) == 6 and words[5].removesuffix(" (deleted)").endswith(".safetensors"):
+            begin, end = (int(word, 16) for word in words[0].split("-"))
+            files.append(MappedFile(begin, end))
+    return tuple(files)
+
+
+class MappedWeights:
+    """Tells when weights that lie in mapped files are dropped, which the allocator doesn't see.
+
+    The profiler knows a mapped file as one block, which ends with its last tensor. What a run needs of it are the
+    tensors that are alive, so each of them counts until it is dropped, and the end of the file doesn't.
+
+    Args:
+        tensors: Everything alive when the profiler starts.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        maps = Path("/proc/self/maps")
+        self._files = mapped_files(maps.read_text()) if maps.exists() else ()
+        self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._opened = 0
+        if not self._files:
+            return
+        for tensor in tensors:
+            if tensor.is_sparse or tensor.device.type != "cpu" or isinstance(tensor, FakeTensor):
+                continue
+            storage = tensor.untyped_storage()
+            address, num_bytes = storage.data_ptr(), storage.nbytes()
+            if address not in self._watchers and any(
+                file.begin <= address < file.end for file in self._files
+            ):
+                self._watchers[address] = weakref.ref(storage, partial(_mark_release, num_bytes))
+
+    def ends_file(self, change_bytes: int) -> bool:
+        """Whether a change of the allocator's bytes is the end of one of the files; asked for every change in order.
+
+        A file of the same size that was opened meanwhile (a checkpoint of the same weights) ends first.
+        """
+        pages = -(-abs(change_bytes) // PAGE_BYTES) * PAGE_BYTES
+        if not any(file.end - file.begin == pages for file in self._files):
+            return False
+        self._opened += 1 if change_bytes > 0 else -1
+        return self._opened < 0
+
+
+def _mark_release(num_bytes: int, reference: object) -> None:
+    with record_function(f"{RELEASE_MARK}{num_bytes}"):
+        pass
+
+
 class CpuMeter:
     """Allocator-level peaks on CPU, from the profiler's memory events.
 
@@ -55,6 +127,7 @@ class CpuMeter:
         self._native_bytes = native_bytes
         self._peaks: dict[Phase, int] = {}
         self._profiler: Any = None
+        self._mapped = MappedWeights(())
         self._base_bytes = 0
         self._first_phase = Phase.LOAD
         self._seen: set[Phase] = set()
@@ -64,10 +137,11 @@ class CpuMeter:
 
     @contextmanager
     def measure_load(self) -> Iterator[None]:
-        """Measures loading: what is alive afterwards, and the highest transient above that."""
+        """Measures reading the weights: what is alive afterwards, and the highest transient above that."""
         before = live_tensor_bytes(all_live_tensors())
-        self._start(Phase.LOAD)
+        self._start(Phase.LOAD, ())
         yield
+        gc.collect()  # what only cycles hold is not part of the model
         cumulative = self._stop()
         after = live_tensor_bytes(all_live_tensors()) - before
         highest = max((total for _, total in cumulative), default=0)
@@ -84,8 +158,9 @@ class CpuMeter:
         if self._profiler is not None and not wanted:
             self._fold(self._stop())
         elif self._profiler is None and wanted:
-            self._base_bytes = live_tensor_bytes(all_live_tensors()) + self._native_bytes()
-            self._start(phase)
+            alive = all_live_tensors()
+            self._base_bytes = live_tensor_bytes(alive) + self._native_bytes()
+            self._start(phase, alive)
         if self._profiler is not None:
             with record_function(PHASE_MARK + phase.value):
                 pass
@@ -108,8 +183,9 @@ class CpuMeter:
         if highest is not None:
             self._process_bytes[self._phase] = highest
 
-    def _start(self, phase: Phase) -> None:
+    def _start(self, phase: Phase, alive: Sequence[torch.Tensor]) -> None:
         self._first_phase = phase
+        self._mapped = MappedWeights(alive)
         self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profiler.start()
 
@@ -122,14 +198,17 @@ class CpuMeter:
             (
                 (event.start_ns(), event.name(), event.nbytes())
                 for event in events
-                if event.name() == "[memory]" or event.name().startswith(PHASE_MARK)
+                if event.name() == "[memory]" or event.name().startswith((PHASE_MARK, RELEASE_MARK))
             ),
             key=lambda item: item[0],
         )
         phase, total, sums = self._first_phase, 0, []
         for _, name, num_bytes in timeline:
             if name == "[memory]":
-                total += num_bytes
+                total += 0 if self._mapped.ends_file(num_bytes) else num_bytes
+                sums.append((phase, total))
+            elif name.startswith(RELEASE_MARK):
+                total -= int(name.removeprefix(RELEASE_MARK))
                 sums.append((phase, total))
             else:
                 phase = Phase(name.removeprefix(PHASE_MARK))
@@ -251,3 +330,10 @@ def process_memory_bytes() -> Mapping[str, int]:
         "now": int(fields["VmRSS"].split()[0]) << 10,
         "peak": int(fields["VmHWM"].split()[0]) << 10,
     }
+
+
+def resident_peak_bytes() -> int | None:
+    """Highest resident memory of this process, the kernel's view; None where it does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)

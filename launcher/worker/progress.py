@@ -23,6 +23,8 @@ class Progress:
     """What the training loop has shown so far."""
 
     steps: int = 0
+    first_step: int = 0
+    """Optimizer steps of earlier runs that this one goes on from."""
     losses: list[float] = field(default_factory=list)
     step_ends: list[float] = field(default_factory=list)
     stop_asked: bool = False
@@ -43,7 +45,8 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The clock starts."""
+        """The clock starts; a resumed run has read by now how far it was."""
+        self._progress.first_step = state.global_step
         self._progress.step_ends.append(time.perf_counter())
 
     def on_substep_end(

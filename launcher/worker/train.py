@@ -57,10 +57,12 @@ from launcher.worker.meter import (
     CpuMeter,
     CudaMeter,
     Meter,
+    resident_peak_bytes,
 )
 from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
+from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -79,7 +81,7 @@ class Ingredients:
     """What one training needs besides job and plan."""
 
     load: Callable[[], nn.Module]
-    """Loads the model with its adapters; run under the meter."""
+    """Reads the model's weights; run under the meter."""
     train_dataset: Dataset
     """Training rows."""
     eval_dataset: Dataset | None
@@ -90,6 +92,8 @@ class Ingredients:
     """Changes to the trainer's arguments."""
     output_dir: Path
     """Where checkpoints go."""
+    adapt: Callable[[nn.Module], nn.Module] = lambda model: model
+    """Attaches adapters; run under the meter."""
     metrics: Path | None = None
     """Where metrics.jsonl goes."""
     prompts: tuple[Batch, ...] = ()
@@ -98,6 +102,10 @@ class Ingredients:
     """Where generated text goes."""
     timeline: Path | None = None
     """Where the metered step goes."""
+    model: Path | None = None
+    """Where the trained weights or adapter go; None: nowhere."""
+    merged: Path | None = None
+    """Where the merged model goes, if the job asks for one."""
 
 
 def train(
@@ -118,15 +126,17 @@ def train(
     meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter(lambda: native_bucket_bytes(built))
     with meter.measure_load():
         model = ingredients.load()
+    meter.enter(Phase.LOAD, 0)
+    model = ingredients.adapt(model)
 
     def enter(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER_STEP and not progress.gradient_bytes:
             progress.gradient_bytes = weigh_gradients(model, trainer.optimizer)
-        meter.enter(phase, trainer.state.global_step)
+        meter.enter(phase, max(0, trainer.state.global_step - progress.first_step))
 
     callbacks: list[TrainerCallback] = [
-        workload.PhaseCallback(enter),
         ProgressCallback(progress, plan, ingredients.metrics, report),
+        workload.PhaseCallback(enter),
     ]
     if ingredients.prompts:
         write = _generation_writer(ingredients, report)
@@ -143,14 +153,29 @@ def train(
     built.append(trainer)
     prepare_trainer(trainer, plan, enter)
     _watch_shapes(trainer, progress, METERED_STEPS * plan.gradient_accumulation_steps)
+    if resume:
+        enter(Phase.RESUME)
     trainer.train(resume_from_checkpoint=resume or None)
+    resident = {
+        **weigh_residents(model, trainer.optimizer),
+        Category.GRADIENTS: progress.gradient_bytes,
+    }
+    if not progress.is_stopped:
+        gather_when_saving(trainer, plan)
+        merged = ingredients.merged if job.method.merge else None
+        save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
     phases = meter.finish()
     if ingredients.timeline is not None and meter.step is not None:
         write_document(ingredients.timeline, meter.step)
-    resident = weigh_residents(model, trainer.optimizer)
-    resident[Category.GRADIENTS] = progress.gradient_bytes
-    shapes = tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
-    return trainer, MemoryMeasurement(rank(), meter.name, phases, resident, shapes)
+    return trainer, MemoryMeasurement(
+        rank=rank(),
+        meter=meter.name,
+        phases=phases,
+        resident_bytes=resident,
+        shapes=tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length))),
+        host_peak_bytes=resident_peak_bytes(),
+        disk_bytes=saved_bytes(ingredients.output_dir, ingredients.model, ingredients.merged),
+    )
 
 
 def _generation_writer(
@@ -198,8 +223,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     require_chat_template(tokenizer, train_rows)
 
     def load() -> nn.Module:
-        model = workload.build_model(config, plan, source, job)
-        return workload.attach_adapters(model, job, plan)
+        return workload.build_model(config, plan, source, job)
 
     prompts: tuple[Batch, ...] = ()
     if job.generation.enabled:
@@ -218,10 +242,13 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
             "dataloader_pin_memory": job.hardware.kind is not DeviceKind.CPU,
         },
         output_dir=paths.checkpoints,
+        adapt=lambda model: workload.attach_adapters(model, job, plan),
         metrics=paths.metrics,
         prompts=prompts,
         generations=paths.generations,
         timeline=paths.timeline(rank()),
+        model=paths.model,
+        merged=paths.merged,
     )
 
 
@@ -240,7 +267,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         _report("loading the model")
         began = time.perf_counter()
         with engine(order.plan, order.job.hardware.kind):
-            trainer, measurement = train(
+            _, measurement = train(
                 order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths)
             )
         seconds = time.perf_counter() - began
@@ -249,8 +276,6 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
                 Status.INTERRUPTED,
                 f"stopped after step {progress.steps}; a checkpoint was saved",
             )
-        else:
-            save(trainer, ingredients.tokenizer, order.plan, paths.model)
     except DataError as failure:
         status, message = Status.DATA_ERROR, str(failure)
     except LauncherError as failure:
@@ -266,14 +291,6 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     if status in (Status.DONE, Status.INTERRUPTED):
         leave_together()
     return status
-
-
-def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, plan: Plan, folder: Path) -> None:
-    """Saves the trained weights or the adapter as ordinary safetensors, gathered from all ranks, and the tokenizer."""
-    gather_when_saving(trainer, plan)
-    trainer.save_model(str(folder))
-    if trainer.args.should_save:
-        tokenizer.save_pretrained(str(folder))
 
 
 def has_checkpoint(paths: RunPaths) -> bool:

@@ -1,0 +1,82 @@
+"""What a plan takes besides the device: host memory, pinned memory, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from launcher.hardware import DeviceKind
+from launcher.job import JobSpec, StoredDtype, TrainingSpec
+from launcher.memory import PINNED, Category, DiskEstimate, HostEstimate, Phase, PhasePeak
+from launcher.plan import Plan
+from launcher.planner.skyline import Skyline
+
+CHECKPOINT, MODEL, MERGED = "checkpoint", "model", "merged"
+"""The folders that a run saves."""
+
+
+def host_estimate(
+    skyline: Skyline, device: Sequence[PhasePeak], plan: Plan, job: JobSpec, process_bytes: int
+) -> HostEstimate:
+    """Host memory of a plan.
+
+    Args:
+        skyline: Its trace.
+        device: Peaks on the device; on a CPU they are the host's.
+        plan: The plan.
+        job: The job.
+        process_bytes: The process with its libraries.
+    """
+    if job.hardware.kind is DeviceKind.CPU:
+        return HostEstimate(process_bytes, tuple(device), 0)
+    if skyline.host is None:
+        return HostEstimate(process_bytes, (), 0)
+    peaks = skyline.host.peaks(plan.micro_batch_size, plan.max_length, plan.gradient_accumulation_steps)
+    phases = tuple(_with_stored_copy(peak, plan, job) if peak.phase is Phase.LOAD else peak for peak in peaks)
+    pinned = max(sum(peak.by_category_bytes[category] for category in PINNED) for peak in phases)
+    return HostEstimate(process_bytes, phases, pinned)
+
+
+def _with_stored_copy(peak: PhasePeak, plan: Plan, job: JobSpec) -> PhasePeak:
+    """Weights in another dtype than the file's are cast in host memory, and stay there in both until all are cast."""
+    held, stored = weight_bytes(plan, job)
+    staged = peak.by_category_bytes[Category.PARAMETERS]
+    if held == stored or not staged:
+        return peak
+    amounts = {**peak.by_category_bytes, Category.TEMPORARIES: staged // held * stored}
+    return PhasePeak(peak.phase, sum(amounts.values()), amounts)
+
+
+def weight_bytes(plan: Plan, job: JobSpec) -> tuple[int, int]:
+    """Bytes per weight as it is held, and as it is in the file."""
+    held = 2 if plan.precision.value == StoredDtype.BF16.value else 4
+    return held, 4 if job.model.stored_dtype is StoredDtype.FP32 else 2
+
+
+def disk_estimate(sizes_bytes: Mapping[str, int], training: TrainingSpec) -> DiskEstimate:
+    """What a run leaves on disk.
+
+    Args:
+        sizes_bytes: Sizes of the folders that it saves.
+        training: How often it saves, and how much it keeps.
+    """
+    return DiskEstimate(
+        checkpoint_bytes=sizes_bytes.get(CHECKPOINT, 0),
+        num_checkpoints=checkpoints_at_once(training),
+        model_bytes=sizes_bytes.get(MODEL, 0),
+        merged_bytes=sizes_bytes.get(MERGED, 0),
+    )
+
+
+def checkpoints_at_once(training: TrainingSpec) -> int | None:
+    """Most checkpoints that are on disk at once; None when the number of steps is not known.
+
+    The trainer saves every `save_steps` steps and after the last one, and drops the oldest when the newest is
+    complete.
+    """
+    if training.save_steps is None:
+        return 0
+    limit = None if training.save_total_limit is None else training.save_total_limit + 1
+    if training.max_steps is None:
+        return limit
+    saved = -(-training.max_steps // training.save_steps)
+    return saved if limit is None else min(saved, limit)
