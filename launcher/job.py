@@ -298,8 +298,7 @@ class PinSpec:
     gradient_accumulation_steps: Annotated[int, Ge(1)] | None = None
     """Forward and backward passes per optimizer step."""
     activation_checkpointing: Checkpointing | None = None
-    """`none`, `selective` (attention is kept, the rest recomputed), `full`, or `offload` (full, and what a layer
-    starts from waits in host memory)."""
+    """`none`, `selective` (attention is kept), `full`, or `offload` (full; layers' inputs wait in host memory)."""
     attention: Attention | None = None
     """`sdpa`, `eager` or `flash_attention_2`."""
     loss: Loss | None = None

@@ -164,10 +164,17 @@ def train(
         gather_when_saving(trainer, plan)
         merged = ingredients.merged if job.method.merge else None
         save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
+    return trainer, _measured(meter, resident, progress, ingredients)
+
+
+def _measured(
+    meter: Meter, resident: Mapping[Category, int], progress: Progress, ingredients: Ingredients
+) -> MemoryMeasurement:
+    """Reads the meter for the last time, and leaves the step that it saw."""
     phases = meter.finish()
     if ingredients.timeline is not None and meter.step is not None:
         write_document(ingredients.timeline, meter.step)
-    return trainer, MemoryMeasurement(
+    return MemoryMeasurement(
         rank=rank(),
         meter=meter.name,
         phases=phases,
