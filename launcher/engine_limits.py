@@ -14,7 +14,7 @@ def engine_limits(job: JobSpec, plan: Plan) -> tuple[str, ...]:
     """Why an engine can't carry out a plan; empty when it can.
 
     Args:
-        job: The job; of it the device, the quantisation and the NVMe folder count.
+        job: The job; of it the device, the quantisation, the merge and the NVMe folder count.
         plan: The plan.
     """
     checks = (
@@ -27,8 +27,9 @@ def engine_limits(job: JobSpec, plan: Plan) -> tuple[str, ...]:
             "floating-point numbers, which sharding needs; use nf4 or a stage below 3",
         ),
         (
-            job.method.merge and plan.zero_stage == 3 and plan.method is not Method.FULL,
-            "adapters can't be merged into weights that are sharded; leave `method.merge` off, merge the saved adapter",
+            job.method.merge and plan.engine is not Engine.NONE and plan.method is not Method.FULL,
+            "adapters are merged in one process without an engine only; leave `method.merge` off and merge the saved "
+            "adapter with peft",
         ),
         (
             plan.engine is Engine.DEEPSPEED

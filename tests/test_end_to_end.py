@@ -19,41 +19,16 @@ from typing import Any
 
 import pytest
 
+from tests.tiny_job import write_tiny_model
+
 TIMEOUT_SECONDS = 900
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small random Llama, a byte-level tokenizer and a JSONL file of texts."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("tiny model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {token: index for index, token in enumerate([*alphabet, "<eos>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
-        folder
-    )
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(words),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    text = "the planner reads the trace and the trace reads the step. "
-    rows = "".join(json.dumps({"text": f"{number}: " + text * 12}) + "\n" for number in range(60))
-    (folder / "train.jsonl").write_text(rows)
+    write_tiny_model(folder)
     return folder
 
 

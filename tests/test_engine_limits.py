@@ -55,6 +55,16 @@ def test_int8_weights_are_not_sharded(tmp_path: Path) -> None:
     assert engine_limits(int8, tiny_order(tmp_path, Engine.DEEPSPEED, 2, Method.QLORA).plan) == ()
 
 
+def test_adapters_are_merged_without_an_engine_only(tmp_path: Path) -> None:
+    merging = MethodSpec(name=Method.LORA, merge=True)
+    for engine, stage in ((Engine.DDP, 0), (Engine.DEEPSPEED, 1), (Engine.FSDP2, 3)):
+        order = tiny_order(tmp_path, engine, stage, Method.LORA)
+        (reason,) = engine_limits(replace(order.job, method=merging), order.plan)
+        assert "merged" in reason
+    alone = tiny_order(tmp_path, Engine.NONE, 0, Method.LORA, num_devices=1)
+    assert engine_limits(replace(alone.job, method=merging), alone.plan) == ()
+
+
 def test_fsdp_offloads_where_there_is_an_accelerator(tmp_path: Path) -> None:
     order = tiny_order(tmp_path, Engine.FSDP2, 3)
     plan = replace(order.plan, offload_parameters=True, offload_optimizer=True)
