@@ -30,6 +30,7 @@ def build_profile(
     resident: Mapping[Category, Mapping[Exponents, int]],
     batch_inputs: Mapping[Exponents, int],
     stream: Stream | None = None,
+    small_bytes: int = SMALL_BYTES,
 ) -> Profile:
     """Sums up a tape.
 
@@ -38,6 +39,7 @@ def build_profile(
         resident: Full size of each resident category, bytes.
         batch_inputs: Bytes of the inputs of one micro batch.
         stream: The same tape block by block; None where nobody asks.
+        small_bytes: Blocks up to this size do not identify an instant.
     """
     exponents = sorted({CONSTANT} | {key for event in events for key in event.block.size})
     column = {key: index for index, key in enumerate(exponents)}
@@ -54,7 +56,7 @@ def build_profile(
         if event.birth:
             births.append(event)
             if following is None or following.instant != event.instant or not following.birth:
-                instants.append(Instant(_signature(births), event.phase))
+                instants.append(Instant(_signature(births, small_bytes), event.phase))
                 snapshots.append(live.copy())
                 births = []
     return Profile(tuple(instants), tuple(exponents), np.stack(snapshots), resident, batch_inputs, stream)
@@ -74,7 +76,7 @@ def build_host_profile(events: Sequence[Event], *, exact: bool) -> Profile | Non
         block = event.block
         if exact and event.birth and block.num_bytes and _category(block) in PINNED:
             block.size = {CONSTANT: 1 << (block.num_bytes - 1).bit_length()}
-    return build_profile(events, {}, {})
+    return build_profile(events, {}, {}, small_bytes=0)  # only whole tensors: none grows with depth
 
 
 def build_stream(events: Sequence[Event]) -> Stream:
@@ -112,8 +114,8 @@ def _category(block: Block) -> Category:
     return Category.LOGITS_AND_LOSS if block.region is Region.HEAD else Category.TEMPORARIES
 
 
-def _signature(births: Sequence[Event]) -> tuple[object, ...]:
+def _signature(births: Sequence[Event], small_bytes: int) -> tuple[object, ...]:
     first = births[0]
     blocks = [event.block for event in births]
-    sizes = frozenset(tuple(sorted(block.size.items())) for block in blocks if block.num_bytes > SMALL_BYTES)
+    sizes = frozenset(tuple(sorted(block.size.items())) for block in blocks if block.num_bytes > small_bytes)
     return (first.block.operation, first.phase, first.block.region, sizes)
