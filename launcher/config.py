@@ -34,7 +34,6 @@ NOT_BUILT: Mapping[str, str] = {
     "planner.objective=cost": "prices are not built yet",
     "action=explain": "not built yet; `action=memory` shows where memory goes",
     "action=calibrate": "not built yet: plans are ordered without a speed model",
-    "action=status": "not built yet; `action=report` lists past runs",
 }
 """Keys and values of the documented contract that no version has yet, and what to say of them."""
 PEER_SPELLINGS: Mapping[str, str] = {
@@ -140,6 +139,8 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
 def _missing_values(job: JobSpec) -> Iterator[str]:
     if job.action is Action.RUN and not job.resume and not job.data.path:
         yield "`data.path` is empty: a run needs examples, `data.path=<file, folder or hub id>`"
+    if job.action is Action.STATUS and not job.run_dir:
+        yield "`action=status` needs the run: `run_dir=<run directory>`"
 
 
 def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

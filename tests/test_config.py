@@ -201,7 +201,7 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
         ("planner.pin.attention=flash", "sdpa, eager, flash_attention_2"),
         ("planner.pin.loss=liger", "chunked, plain"),
         ("planner.objective=cost", "speed, memory"),
-        ("action=explain", "run, plan, report, memory"),
+        ("action=explain", "run, plan, report, memory, status"),
         ("output=xml", "text, json"),
     ],
 )
