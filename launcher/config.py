@@ -30,7 +30,8 @@ from launcher.errors import ConfigError
 from launcher.job import Action, JobSpec
 
 NOT_BUILT: Mapping[str, str] = {
-    "launch": "rehearsal and replanning are not built yet; this version launches once",
+    "launch.rehearse": "rehearsal is not built yet; this version launches once",
+    "launch.max_replans": "rehearsal and replanning are not built yet; this version launches once",
     "planner.objective=cost": "prices are not built yet",
     "action=explain": "not built yet; `action=memory` shows where memory goes",
     "action=calibrate": "not built yet: plans are ordered without a speed model",
@@ -210,8 +211,8 @@ def _unknown_choice(key: str, value: object, choices: Sequence[str]) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    if key.split(".")[0] in NOT_BUILT:
-        return f"`{key}`: {NOT_BUILT[key.split('.')[0]]}"
+    if key in NOT_BUILT:
+        return f"`{key}`: {NOT_BUILT[key]}"
     ours = PEER_SPELLINGS.get(key.rsplit(".", 1)[-1])
     known = [*legal_keys(JobSpec), *groups()]
     if ours is not None and ours in known:

@@ -33,6 +33,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
 KillWait=60
 StateSaveLocation={root}/state

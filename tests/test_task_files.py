@@ -22,7 +22,6 @@ from launcher.config import hardware_entries
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import DataSpec, Engine
-from launcher.run import task_files
 from launcher.run.launch import prepare_run
 from launcher.run.task_files import ACCELERATORS, job_name, skypilot_text, submit_hint, train_job_text
 from launcher.run_paths import RunPaths
@@ -261,4 +260,4 @@ def test_this_machines_hardware_and_folders_are_not_the_nodes(tmp_path: Path) ->
 
 def test_every_key_of_a_cluster_exists() -> None:
     assert set(USED_BY) <= set(LaunchSpec.__dataclass_fields__)
-    assert task_files.RUN_VOLUME != task_files.SHARED_MEMORY
+    assert USED_BY["requeue"] == (Cluster.SLURM,)
