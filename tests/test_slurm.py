@@ -198,18 +198,18 @@ def test_a_cancelled_job_saves_a_checkpoint_and_stays_cancelled(
 def test_a_job_whose_time_is_up_saves_and_continues_when_it_is_queued_again(
     slurm: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    batch = submitted(tmp_path, tiny, max_steps=30, num_nodes=1, requeue=True)
+    batch = submitted(tmp_path, tiny, max_steps=20, num_nodes=1, requeue=True)
     status = batch.wait(lambda status: status.step >= 2)
     assert status.job is not None
     tell("scancel", "--batch", "--signal=USR1", status.job.job_id)  # what Slurm does before the time is up
     status = batch.wait(lambda status: status.state is RunState.PENDING)
     assert status.last_checkpoint, batch.log()
     saved = int(status.last_checkpoint.rpartition("-")[2])
-    assert 2 <= saved < 30
+    assert 2 <= saved < 20
     status = batch.wait(lambda status: status.slurm_state == "COMPLETED")
-    assert (status.state, status.step) == (RunState.FINISHED, 30), batch.log()
+    assert (status.state, status.step) == (RunState.FINISHED, 20), batch.log()
     logged = [json.loads(line) for line in batch.paths.metrics.read_text().splitlines()]
-    assert [line["step"] for line in logged if "loss" in line] == list(range(1, 31))  # none lost, none twice
+    assert [line["step"] for line in logged if "loss" in line] == list(range(1, 21))  # none lost, none twice
 
 
 @needs_slurm

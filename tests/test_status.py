@@ -54,6 +54,7 @@ ALIVE, GONE, AFAR = (RankProcess(0, "here", 7, alive) for alive in (True, False,
         ((), (NodeFailure(130, "stopped"),), GONE, False, "", RunState.INTERRUPTED),
         ((OUT_OF_MEMORY, DONE), (), GONE, True, "FAILED", RunState.FAILED),
         ((), (FAILED,), GONE, True, "RUNNING", RunState.FAILED),
+        ((), (NodeFailure(130, "stopped"), FAILED), GONE, False, "", RunState.FAILED),
         ((), (), GONE, False, "", RunState.FAILED),
         ((), (), ASLEEP, True, "NODE_FAIL", RunState.FAILED),
         ((), (), ASLEEP, True, "COMPLETED", RunState.FAILED),
@@ -69,6 +70,8 @@ def test_the_state_follows_from_what_is_known(
 ) -> None:
     found, message = decide(outcomes, failures, (rank, replace(rank, rank=1)), submitted, word)
     assert found is state
+    if FAILED in failures:
+        assert message == FAILED.message
     assert bool(message) is (state in (RunState.FAILED, RunState.INTERRUPTED) or rank is AFAR)
 
 

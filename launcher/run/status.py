@@ -95,7 +95,7 @@ def decide(
 ) -> tuple[RunState, str]:
     """How far a run is, and why it ended so.
 
-    What is seen to run comes first, then what the run said itself, then what Slurm says.
+    What is seen to run comes first, then what launchers and workers left, then what Slurm says.
 
     Args:
         outcomes: How ranks ended, of those that could say.
@@ -109,12 +109,12 @@ def decide(
     under_way = slurm_word in UNDER_WAY
     if any(rank.is_alive for rank in ranks) or (under_way and not failures and len(outcomes) < len(ranks)):
         return RunState.RUNNING, ""
+    if failures:  # a launcher knows which rank drew the others after it
+        worst = min(failures, key=lambda failure: failure.exit_code == INTERRUPTED)
+        return RunState.INTERRUPTED if worst.exit_code == INTERRUPTED else RunState.FAILED, worst.message
     found = deciding_outcome(outcomes, len(ranks))
-    if found is not None and (found.status is not Status.DONE or not failures):
+    if found is not None:
         return ENDS.get(found.status, RunState.FAILED), found.message
-    if failures:
-        first = failures[0]
-        return RunState.INTERRUPTED if first.exit_code == INTERRUPTED else RunState.FAILED, first.message
     if slurm_word and not under_way:
         return RunState.FAILED, f"Slurm says {slurm_word}, and the workers left no outcome"
     if is_submitted and not slurm_word:
