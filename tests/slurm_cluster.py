@@ -90,6 +90,7 @@ def slurm_cluster() -> Iterator[Path]:
         wait_until(lambda: said(idle, environment) == "2", root)
         yield configuration
     finally:
+        end_jobs(environment)
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in reversed(daemons):
@@ -98,6 +99,15 @@ def slurm_cluster() -> Iterator[Path]:
             daemon.kill()
             daemon.wait()
         shutil.rmtree(root, ignore_errors=True)
+
+
+def end_jobs(environment: dict[str, str]) -> None:
+    """Ends what a failed test left; a job outlives the daemons."""
+    deadline = time.monotonic() + START_SECONDS
+    while said(["squeue", "--noheader"], environment) and time.monotonic() < deadline:
+        said(["scancel", "--full", "--signal=KILL", "--user=root"], environment)
+        said(["scancel", "--user=root"], environment)
+        time.sleep(0.5)
 
 
 def said(command: list[str], environment: dict[str, str]) -> str:
