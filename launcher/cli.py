@@ -19,6 +19,8 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
   launch action=memory recipe=llama_lora hardware=a100_40g
                               where every GiB of that plan goes, and when
   launch action=report        past runs, predicted and measured
+  launch action=status run_dir=<run>
+                              where a run stands, on this machine or a cluster
 
 Every key, its default and its meaning: launcher/job.py
 """
@@ -73,6 +75,8 @@ def _act(job: JobSpec) -> int:
         answer = workflow.plan_answer(job)
     elif job.action is Action.REPORT:
         answer = workflow.report_answer(job)
+    elif job.action is Action.STATUS:
+        answer = workflow.status_answer(job)
     elif job.action is Action.MEMORY:
         answer = workflow.memory_answer(job)
     else:

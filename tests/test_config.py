@@ -201,8 +201,9 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
         ("planner.pin.attention=flash", "sdpa, eager, flash_attention_2"),
         ("planner.pin.loss=liger", "chunked, plain"),
         ("planner.objective=cost", "speed, memory"),
-        ("action=explain", "run, plan, report, memory"),
+        ("action=explain", "run, plan, report, memory, status"),
         ("output=xml", "text, json"),
+        ("launch.cluster=pbs", "local, manual, slurm, skypilot, kubernetes"),
     ],
 )
 def test_impossible_word_lists_the_legal_ones(argument: str, legal: str) -> None:
@@ -223,6 +224,17 @@ def test_impossible_word_lists_the_legal_ones(argument: str, legal: str) -> None
 def test_what_the_contract_promises_for_later_is_refused_as_such(argument: str, words: str) -> None:
     message = refusal(argument)
     assert words in message and argument.split("=")[0] in message
+
+
+def test_a_misspelt_launch_key_is_answered_with_the_legal_ones() -> None:
+    message = refusal("launch.partitions=gpu")
+    assert "unknown key `launch.partitions`; legal: launch.cluster, " in message
+    assert "launch.requeue" in message and "did you mean `launch.partition`?" in message
+
+
+def test_a_status_is_that_of_a_run() -> None:
+    assert "`run_dir=<run directory>`" in refusal("action=status")
+    assert load_job(["action=status", "run_dir=runs/1"]).run_dir == "runs/1"
 
 
 def test_impossible_word_in_a_list_names_its_place() -> None:

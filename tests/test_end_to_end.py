@@ -115,6 +115,9 @@ def test_run_reconciles_and_is_reported(job: list[str], tmp_path: Path) -> None:
     assert report.returncode == 0 and "predicted" in report.stdout and "done" in report.stdout
     listed = document_of(launch(["action=report", "output=json"], tmp_path))
     assert [run["run_dir"] for run in listed["runs"]] == [str(run_dir)]
+    status = document_of(launch(["action=status", f"run_dir={run_dir}", "output=json"], tmp_path))
+    assert (status["state"], status["step"], status["job_id"]) == ("finished", 3, None)
+    assert status["measured"] == document["measured"]
 
 
 def test_padded_batches_are_predicted_as_they_ran(job: list[str], tiny: Path, tmp_path: Path) -> None:

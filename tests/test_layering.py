@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "launcher"
 NOUNS = {
     "cluster",
+    "cluster_limits",
     "documents",
     "engine_limits",
     "errors",
@@ -27,6 +28,7 @@ NOUNS = {
     "plan",
     "run_paths",
     "run_record",
+    "run_status",
     "units",
 }
 FOLDERS = {"planner", "report", "run", "worker"}

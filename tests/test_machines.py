@@ -21,7 +21,9 @@ import pytest
 from launcher.cluster import Cluster, LaunchSpec
 from launcher.documents import write_document
 from launcher.job import Engine, Method
+from launcher.run.status import ordered_run, run_status
 from launcher.run_paths import RunPaths
+from launcher.run_status import RunState
 from tests.tiny_job import tiny_order, write_tiny_model
 
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
@@ -180,6 +182,8 @@ def test_two_machines_train_together(machines: tuple[str, str], tiny: Path, tmp_
     assert (pair.paths.model / "adapter_model.safetensors").exists()
     assert pair.paths.measured(0).exists() and pair.paths.measured(1).exists()
     assert "[rank 1] " in pair.paths.node_log(1).read_text()
+    status = run_status(*ordered_run(pair.paths.root))
+    assert (status.state, status.step, status.cluster) == (RunState.FINISHED, 4, Cluster.MANUAL)
     assert remaining(pair.paths) == []
 
 
@@ -189,6 +193,8 @@ def test_a_rank_that_dies_on_the_other_machine_is_named_and_all_end(
     pair = Pair(tmp_path, tiny, max_steps=10_000)
     other = pair.start_other()
     pair.wait_for_step(2)
+    status = run_status(*ordered_run(pair.paths.root))
+    assert status.state is RunState.RUNNING and [rank.is_alive for rank in status.ranks] == [True, True]
     os.kill(pair.worker(1), signal.SIGKILL)
     began = time.monotonic()
     code, output = finish(pair.main)
@@ -197,6 +203,8 @@ def test_a_rank_that_dies_on_the_other_machine_is_named_and_all_end(
     assert "rank 1 on host" in output and "SIGKILL" in output
     code, output = finish(other)
     assert code == 6 and "rank 1 on host" in output and "SIGKILL" in output
+    status = run_status(*ordered_run(pair.paths.root))
+    assert status.state is RunState.FAILED and "SIGKILL" in status.message
     assert remaining(pair.paths) == []
 
 

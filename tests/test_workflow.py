@@ -27,6 +27,11 @@ from launcher.workflow import resolve, with_headroom
             "no other memory",
         ),
         (["hardware=a100_40g", "planner.pin.zero_stage=3"], "planner.pin.zero_stage=3"),
+        (["hardware=auto", "launch.cluster=slurm"], "hardware=auto is this machine"),
+        (
+            ["hardware=cpu", "launch.partition=gpu"],
+            "launch.partition=gpu says nothing to launch.cluster=local",
+        ),
     ],
 )
 def test_contradictions_are_refused(arguments: list[str], words: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from launcher.cluster import SubmittedJob
 from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import Plan, PlanChoice
 from launcher.run_record import RunRecord
@@ -37,6 +38,16 @@ def plan_document(
         "run_dir": run_dir,
         "versions": dict(versions),
         "planning_seconds": planning_seconds,
+    }
+
+
+def handed_over_fields(command: str, job: SubmittedJob | None) -> dict[str, Any]:
+    """What it adds to a plan's document that a cluster runs it; `job_id` is null where the user submits."""
+    return {
+        "measured": None,
+        "state": "submitted" if job else "prepared",
+        "job_id": job.job_id if job else None,
+        "submit_command": command,
     }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launcher.cluster import SubmittedJob
 from launcher.job import JobSpec
 from launcher.memory import RESIDENT, Category, Interval, MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan, PlanChoice
+from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord
 from launcher.units import MIB, format_bytes, format_seconds, signed_percent
 
@@ -140,6 +142,12 @@ def _interval_words(interval: Interval) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{100.0 * part / whole:.1f} %"
+
+
+def handed_over_text(paths: RunPaths, command: str, job: SubmittedJob | None) -> str:
+    """What a user does next with a run that a cluster has, or is to have."""
+    lines = [f"job       {job.job_id} was submitted" if job else f"start     {command}"]
+    return "\n".join([*lines, f"follow    launch action=status run_dir={paths.root}"])
 
 
 def run_text(record: RunRecord) -> str:

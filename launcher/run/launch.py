@@ -12,12 +12,11 @@ from typing import Any
 from launcher.cluster import DEFAULT_PORT, Cluster, Node
 from launcher.documents import write_document, write_text
 from launcher.engine_limits import engine_limits
-from launcher.errors import ConfigError, LaunchError
+from launcher.errors import ConfigError, LauncherError, LaunchError
 from launcher.job import Engine
-from launcher.plan import Plan
 from launcher.run.endings import read_outcome
 from launcher.run.engine_config import deepspeed_text
-from launcher.run.node import main_address, run_node
+from launcher.run.node import clear_leftovers, main_address, note_failure, run_node
 from launcher.run.render import (
     accelerate_config,
     command_script,
@@ -26,7 +25,9 @@ from launcher.run.render import (
     worker_command,
     worker_environment,
 )
-from launcher.run.supervise import SAVE_GRACE_SECONDS, supervise
+from launcher.run.slurm import batch_script
+from launcher.run.supervise import supervise
+from launcher.run.task_files import skypilot_text, train_job_text
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder, WorkerOutcome
 from launcher.units import format_bytes
@@ -92,6 +93,13 @@ def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document
     }
     if plan.engine is Engine.DEEPSPEED:
         texts[at.deepspeed_config] = deepspeed_text(order.job, plan)
+    cluster = order.job.launch.cluster
+    if cluster is Cluster.SLURM:
+        texts[at.batch_script] = batch_script(paths, order, import_path(os.environ), os.getcwd())
+    elif cluster is Cluster.SKYPILOT:
+        texts[at.skypilot_task] = skypilot_text(paths, order)
+    elif cluster is Cluster.KUBERNETES:
+        texts[at.train_job] = train_job_text(paths, order)
     scripts = {at.node_command(node): text for node, text in _scripts(paths, order).items()}
     try:
         write_document(at.job, order.job)
@@ -109,11 +117,11 @@ def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document
 def _scripts(paths: RunPaths, order: WorkerOrder) -> dict[int, str]:
     """The command of each machine that is started by hand, as a script; of one machine alone what `launch` starts."""
     plan, folder = order.plan, os.getcwd()
+    if order.job.launch.cluster.is_elsewhere:
+        return {}  # the cluster says which machine is which
     if plan.num_nodes == 1:
         environment = worker_environment(order.job.hardware, os.environ, plan)
         return {0: command_script(worker_command(paths, plan), environment, folder)}
-    if order.job.launch.cluster is not Cluster.MANUAL:
-        return {}  # the cluster says which machine is which
     return {
         node.rank: command_script(node_command(paths, node), import_path(os.environ), folder)
         for node in nodes_of(order)
@@ -142,22 +150,33 @@ def launch_worker(
     paths: RunPaths,
     order: WorkerOrder,
     show: Callable[[str], None],
-    grace_seconds: float = SAVE_GRACE_SECONDS,
+    grace_seconds: float | None = None,
 ) -> WorkerOutcome:
-    """Runs the worker of a prepared run to its end.
+    """Runs the worker of a prepared run to its end; why it failed is left in the run directory too.
 
     Args:
         paths: The run directory.
         order: What the worker does.
         show: Called with every line that the worker reports.
-        grace_seconds: How long an interrupted worker may take to save.
+        grace_seconds: How long an interrupted worker may take to save; None: as the job says.
 
     Raises:
         Interrupted: When it was stopped before it could say how it ended.
         LaunchError: When it ended without saying how.
     """
+    clear_leftovers(paths, order.plan)
+    try:
+        grace = float(order.job.launch.grace_seconds) if grace_seconds is None else grace_seconds
+        return _launch(paths, order, show, grace)
+    except LauncherError as failure:
+        note_failure(paths, 0, failure)
+        raise
+
+
+def _launch(
+    paths: RunPaths, order: WorkerOrder, show: Callable[[str], None], grace_seconds: float
+) -> WorkerOutcome:
     plan = order.plan
-    clear_leftovers(paths, plan)
     first, *others = nodes_of(order)
     if others:
         for node in others:
@@ -168,12 +187,3 @@ def launch_worker(
     command = worker_command(paths, plan, first)
     ending = supervise(command, environment, paths.log, paths.pid(0), show, grace_seconds)
     return read_outcome(paths, plan, ending)
-
-
-def clear_leftovers(paths: RunPaths, plan: Plan) -> None:
-    """Removes what an earlier run in the same directory left of its end; the log of machine 0 is continued."""
-    for rank in range(plan.world_size):
-        for leftover in (paths.outcome(rank), paths.measured(rank), paths.pid(rank)):
-            leftover.unlink(missing_ok=True)
-    for node in range(1, plan.num_nodes):
-        paths.node_log(node).unlink(missing_ok=True)

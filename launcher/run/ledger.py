@@ -77,7 +77,7 @@ def previous_run(root: Path) -> WorkerOrder:
     paths = RunPaths(root)
     if not paths.worker.is_file():
         raise ConfigError(f"`resume={root}` is not a run directory", "it must hold worker.json")
-    last = _last_checkpoint(paths.checkpoints)
+    last = last_checkpoint(paths.checkpoints)
     if last is None:
         raise ConfigError(
             f"`resume={root}` holds no checkpoint",
@@ -116,9 +116,17 @@ def _first_cause(failure: Exception) -> str:
     return " ".join(line.strip() for line in str(cause).splitlines()[:3])
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that the trainer would continue from: the one with the most steps."""
+def last_checkpoint(folder: Path, complete: bool = False) -> Path | None:
+    """The checkpoint that the trainer would continue from: the one with the most steps; None when there is none.
+
+    Args:
+        folder: Where checkpoints lie.
+        complete: Leaves out those that were not written to the end.
+    """
     found = [
-        path for path in folder.glob("checkpoint-*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and CHECKPOINT.fullmatch(path.name)
+        if not complete or (path / "trainer_state.json").is_file()
     ]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

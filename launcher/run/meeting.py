@@ -39,6 +39,17 @@ class Meeting(Protocol):
         """Says that this machine's part has ended, and why not well; empty: well."""
 
 
+class Alone:
+    """The only machine's side: nobody to wait for, and nobody who stops it."""
+
+    def reason_to_stop(self) -> str:
+        """See `Meeting`."""
+        return ""
+
+    def leave(self, failure: str) -> None:
+        """See `Meeting`."""
+
+
 def differences(first: Hello, other: Hello) -> str:
     """Why two machines can't train together; empty when they can."""
     who = f"node {other.node} on host {other.host}"

@@ -1,7 +1,8 @@
 """One machine's part of a run on several: meets the others, runs the workers, ends them when another machine fails.
 
-Machine 0's part is done by `launch` itself, or by a cluster's job; the others run
-`python -m launcher.run.node <run directory> --rank <node> --address <of node 0> --port <port>`.
+Machine 0's part is done by `launch` itself, the others run
+`python -m launcher.run.node <run directory> --rank <node> --address <of node 0> --port <port>`; where a cluster chose the
+machines, all of them run that.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from typing import Final
 
 import psutil
 
-from launcher.cluster import Node
-from launcher.documents import read_document
+from launcher.cluster import Cluster, Node
+from launcher.documents import read_document, write_document
 from launcher.errors import Interrupted, LauncherError, LaunchError
+from launcher.plan import Plan
 from launcher.run.endings import raise_for_outcome, read_outcome
-from launcher.run.meeting import Hello, MainMeeting, Meeting, NodeMeeting
+from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting
 from launcher.run.render import worker_command, worker_environment
 from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder, WorkerOutcome
+from launcher.run_status import NodeFailure
 
 COMPARED: Final = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
 """Libraries that must be the same on every machine: they decide what is computed, or what is sent."""
@@ -65,7 +68,9 @@ def run_node(
         command = worker_command(paths, order.plan, node)
         pid = paths.pid(node.rank * order.plan.num_devices)
         log = paths.node_log(node.rank)
-        ending = supervise(command, environment, log, pid, show, grace_seconds, meeting.reason_to_stop)
+        is_slurm = order.job.launch.cluster is Cluster.SLURM
+        stop = meeting.reason_to_stop
+        ending = supervise(command, environment, log, pid, show, grace_seconds, stop, shields=is_slurm)
         failure = _failure(paths, order, ending)
     finally:
         meeting.leave(failure)
@@ -92,6 +97,8 @@ def meet(paths: RunPaths, order: WorkerOrder, node: Node) -> Meeting:
     Raises:
         LaunchError: When one stays away, or they can't train together.
     """
+    if order.plan.num_nodes == 1:
+        return Alone()
     hello, seconds = hello_of(node, paths.worker), float(order.job.launch.connect_seconds)
     if node.rank == 0:
         return MainMeeting(node, order.plan.num_nodes, hello, seconds)
@@ -115,7 +122,7 @@ def compared_versions() -> dict[str, str]:
 
 def _network_environment(node: Node, environment: Mapping[str, str]) -> dict[str, str]:
     """The network interface for gloo, which would take that of the machine's name: often the loopback."""
-    if "GLOO_SOCKET_IFNAME" in environment:
+    if "GLOO_SOCKET_IFNAME" in environment or not node.address:
         return {}
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((node.address, node.port))  # sends nothing; the kernel chooses the way
@@ -160,8 +167,24 @@ def main_address(wanted: str) -> str:
     )
 
 
+def note_failure(paths: RunPaths, rank: int, failure: LauncherError) -> None:
+    """Leaves why a machine's part did not end well; nothing where the run directory can't be written."""
+    with suppress(OSError):
+        if paths.root.is_dir():
+            write_document(paths.failure(rank), NodeFailure(failure.exit_code, failure.message))
+
+
+def clear_leftovers(paths: RunPaths, plan: Plan) -> None:
+    """Removes what an earlier run in the same directory left of its end; the log of machine 0 is continued."""
+    ranks, nodes = range(plan.world_size), range(plan.num_nodes)
+    of_ranks = (paths.outcome, paths.measured, paths.pid, paths.host)
+    leftovers = [file(rank) for file in of_ranks for rank in ranks] + [paths.failure(node) for node in nodes]
+    for leftover in (*leftovers, *(paths.node_log(node) for node in nodes if node)):
+        leftover.unlink(missing_ok=True)
+
+
 def main(argv: Sequence[str]) -> int:
-    """Entry point of the other machines; the exit code is the launcher's."""
+    """Entry point of a machine that `launch` does not run on; the exit code is the launcher's."""
     parser = argparse.ArgumentParser(description="One node's part of a run.")
     parser.add_argument("run_dir")
     parser.add_argument("--rank", type=int, required=True)
@@ -182,9 +205,16 @@ def main(argv: Sequence[str]) -> int:
                 "the run directory must lie in a folder that all nodes share under one name",
             )
         order = read_document(paths.worker, WorkerOrder)
-        raise_for_outcome(run_node(paths, order, node, show), paths, order.plan.world_size)
+        if order.plan.num_nodes == 1:
+            node = Node(port=order.job.launch.main_port)
+        if node.rank == 0:  # before the machines meet: none of the others has begun
+            clear_leftovers(paths, order.plan)
+        grace_seconds = float(order.job.launch.grace_seconds)
+        outcome = run_node(paths, order, node, show, grace_seconds)
+        raise_for_outcome(outcome, paths, order.plan.world_size)
     except LauncherError as failure:
         show(f"error: {failure}")
+        note_failure(paths, node.rank, failure)
         return failure.exit_code
     return 0
 

@@ -65,6 +65,7 @@ def supervise(
     show: Callable[[str], None],
     grace_seconds: float = SAVE_GRACE_SECONDS,
     should_stop: Callable[[], str] = lambda: "",
+    shields: bool = False,
 ) -> Ending:
     """Starts a command in a process group of its own, follows it, and ends all that came of it.
 
@@ -79,13 +80,15 @@ def supervise(
         show: Called with every line that the worker marked as its own.
         grace_seconds: How long an interrupted worker may take.
         should_stop: Asked now and then whether to end it at once, and why; empty: no.
+        shields: Whether a termination is this process's own affair: a scheduler sends it to every process of a job, and
+            accelerate and the workers would end before they could save. They start with it blocked.
 
     Raises:
         LaunchError: When the command can't be started.
     """
     with log.open("ab") as stream, _interrupts() as interrupts:
         began_at, kills_before, reason = stream.tell(), memory_kills(), ""
-        with _start(command, environment) as child:
+        with _start(command, environment, shields) as child:
             relay, family = _Relay(child, stream, show), Family(child)
             try:
                 reason = _follow(family, pid, relay, interrupts, grace_seconds, should_stop)
@@ -105,7 +108,9 @@ def memory_kills() -> int:
     return 0
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], environment: Mapping[str, str], shields: bool) -> subprocess.Popen[bytes]:
+    blocked = [signal.SIGTERM] if shields else []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # children inherit it
     try:
         return subprocess.Popen(
             list(command),
@@ -117,6 +122,8 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
         )
     except OSError as failure:
         raise LaunchError(f"`{command[0]}` can't be started: {failure}") from failure
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -63,6 +63,7 @@ from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
+from launcher.worker.signals import heed_parent_alone
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -351,7 +352,9 @@ def _report(line: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point: `python -m launcher.worker.train <run directory>`."""
+    heed_parent_alone()
     paths = RunPaths(Path(argv[1]))
+    paths.host(rank()).write_text(socket.gethostname())
     paths.pid(rank()).write_text(str(os.getpid()))
     order = read_document(paths.worker, WorkerOrder)
     return EXIT_CODES[run(order, paths)]
