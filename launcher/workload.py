@@ -21,7 +21,6 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -45,6 +44,7 @@ from launcher.job import (
 )
 from launcher.memory import Phase
 from launcher.plan import Plan
+from launcher.trainers import require_liger_loss, trainer_class
 
 LEARNING_RATES = {Method.LORA: 2e-4, Method.QLORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
@@ -95,14 +95,6 @@ def _next_phase(control: TrainerControl, *, evaluated: bool) -> Phase:
     if control.should_evaluate and not evaluated:
         return Phase.EVALUATION
     return Phase.SAVE if control.should_save else Phase.TRAIN_STEP
-
-
-class PlainLossTrainer(SFTTrainer):
-    """TRL's trainer with the model's own loss: all logits at once, as transformers' Trainer computes it."""
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.compute_loss`."""
-        return Trainer.compute_loss(self, *args, **kwargs)
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
@@ -241,6 +233,7 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": plan.optimizer.value,
+        "use_liger_kernel": plan.loss is Loss.LIGER,
         "bf16": plan.precision is Precision.BF16_MIXED,
         "fp16": plan.precision is Precision.FP16_MIXED,
         "seed": training.seed,
@@ -276,8 +269,9 @@ def build_trainer(
     if isinstance(model, PeftModel):
         # resumed adapters keep the dtype that they were trained in; by default PEFT turns them to fp32
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # type: ignore[method-assign]
-    trainer_class = PlainLossTrainer if plan.loss is Loss.PLAIN else SFTTrainer
-    trainer = trainer_class(
+    if plan.loss is Loss.LIGER:
+        require_liger_loss(model)
+    trainer = trainer_class(plan)(
         model=model,  # type: ignore[arg-type]  # any module that transformers or PEFT built
         args=arguments,
         train_dataset=train_dataset,

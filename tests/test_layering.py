@@ -23,7 +23,9 @@ NOUNS = {
     "errors",
     "hardware",
     "job",
+    "knob_limits",
     "memory",
+    "optimisation",
     "plan",
     "run_paths",
     "run_record",
@@ -46,6 +48,7 @@ DOORS: dict[str, set[str]] = {
     "torch": {
         "workload",
         "merge",
+        "trainers",
         "planner.tape",
         "planner.trace",
         "planner.fast_fake",
@@ -54,6 +57,7 @@ DOORS: dict[str, set[str]] = {
         "planner.checkpoint",
         "planner.cuda_twin",
         "planner.generation",
+        "planner.liger_twin",
         "planner.materialize",
         "planner.quantized",
         "planner.rehearsal",
@@ -65,7 +69,7 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "merge"}
+WORKLOAD = {"workload", "merge", "trainers"}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

@@ -224,7 +224,7 @@ def _dropout(
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
-class _InPlaceKernel:
+class InPlaceKernel:
     """A Triton kernel that writes into its arguments and allocates nothing: `kernel[grid](...)`."""
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -289,7 +289,7 @@ def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 @contextmanager
 def branches(hardware: HardwareSpec) -> Iterator[None]:
     """Makes library branches that depend on the device take their CUDA side while it is open."""
-    kernel = _InPlaceKernel()
+    kernel = InPlaceKernel()
     replacements: list[tuple[Any, str, Any]] = [
         (functional, "scaled_dot_product_attention", _attention(hardware.supports_flash_attention)),
         (functional, "dropout", _dropout),

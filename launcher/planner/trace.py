@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +43,9 @@ from launcher.planner.rehearsal import Rehearsal
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
+
+LONGEST = 1 << 20
+"""No sequence is longer, in tokens: as far as the lines of Liger's loss are listed."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ def regime_lines(subject: TraceSubject) -> Lines:
     own_batch = subject.job.evaluation.batch_size if subject.job.evaluation.enabled else None
     if own_batch and tile:
         lengths.add(tile // own_batch + 2)
+    doubling = _liger_tokens_per_tile(subject)
+    if own_batch and doubling:
+        tiles = (2**power for power in range(LONGEST.bit_length()))
+        lengths |= {size for tile in tiles if 1 < (size := doubling * tile // own_batch + 1) <= LONGEST}
     dimensions = {*config_dimensions(subject.config.to_dict()), subject.plan.rank, own_batch or 1}
     vocabulary_tile = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     dimensions |= {vocabulary_tile, text.vocab_size % vocabulary_tile, trl_chunked.TOKEN_CHUNK_SIZE}
@@ -87,7 +95,19 @@ def regime_lines(subject: TraceSubject) -> Lines:
             generation.batch_size,
             *(size + i for size in generation_lengths(generation) for i in (0, 1)),
         }
-    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)))
+    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)), doubling)
+
+
+def _liger_tokens_per_tile(subject: TraceSubject) -> int | None:
+    """How many tokens make one token of a tile of Liger's loss, vocabulary / width; None where tiles don't double.
+
+    `fused_linear_cross_entropy_forward`, liger-kernel 0.8.5; a vocabulary no larger than the width makes one tile.
+    """
+    if subject.plan.loss is not Loss.LIGER:
+        return None
+    text = subject.config.get_text_config()
+    tokens = -(-text.vocab_size // text.hidden_size)
+    return int(tokens) if tokens > 1 else None
 
 
 def _parameter_dimensions(subject: TraceSubject) -> set[int]:
@@ -176,8 +196,8 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
         stack.enter_context(_quiet())
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
-        if on_gpu and plan.attention is Attention.FLASH_ATTENTION_2:
-            stack.enter_context(cuda_twin.flash_attention_2())
+        for stand_in in _kernels(subject, plan):
+            stack.enter_context(stand_in)
         model = _build_on_meta(subject, config, plan)
         # the list of blocks is for one shape; a trace with symbols answers for many, and can do without
         attribution = None if shape.length_is_symbol else Attribution(model)
@@ -201,6 +221,15 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
                 f"loss={plan.loss}, precision={plan.precision}{operation}: {failure}",
                 "another `planner.pin.attention` or `planner.pin.loss` may be traceable",
             ) from failure
+
+
+def _kernels(subject: TraceSubject, plan: Plan) -> Iterator[AbstractContextManager[None]]:
+    """Stand-ins for kernels of optional packages, for those that the plan asks for."""
+    on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
+    if on_gpu and plan.attention is Attention.FLASH_ATTENTION_2:
+        yield cuda_twin.flash_attention_2()
+    if plan.loss is Loss.LIGER:  # importing it takes a second that few jobs need to wait
+        yield importlib.import_module("launcher.planner.liger_twin").gpu_kernels(subject.hardware)
 
 
 def _pads(tape: Tape, mask: torch.Tensor) -> bool:

@@ -1,0 +1,53 @@
+"""What a knob asks of the device, the packages and the other knobs; a job that can't have it is refused with the reason.
+
+Read off the libraries (transformers 5.24, trl 1.16, liger-kernel 0.8.5). What engines can't do is in engine_limits.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import JobSpec, Loss
+
+PACKAGE = "memory-first-launcher"
+"""This project's own name for pip."""
+Limit = tuple[bool, str, str]
+"""Whether it is found, what is wrong, and what to do about it."""
+
+
+def knob_limits(
+    job: JobSpec, hardware: HardwareSpec, is_installed: Callable[[str], bool]
+) -> tuple[tuple[str, str], ...]:
+    """What is wrong with the knobs of a job, each with a hint; empty when nothing is.
+
+    Args:
+        job: The job.
+        hardware: Where it is to run, resolved.
+        is_installed: Whether a Python module can be imported on this machine.
+    """
+    found = [*_loss_limits(job, hardware), *_missing_packages(job, is_installed)]
+    return tuple((what, hint) for is_found, what, hint in found if is_found)
+
+
+def _loss_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
+    asked = job.planner.pin.loss is Loss.LIGER
+    return [
+        (
+            asked and hardware.kind is DeviceKind.CPU,
+            "planner.pin.loss=liger: Liger's loss is a Triton kernel, and Triton has no CPU",
+            "planner.pin.loss=chunked, which keeps no whole logits either",
+        ),
+    ]
+
+
+def _missing_packages(job: JobSpec, is_installed: Callable[[str], bool]) -> list[Limit]:
+    wanted = {"liger_kernel": ("planner.pin.loss=liger", job.planner.pin.loss is Loss.LIGER, "liger")}
+    return [
+        (
+            asked and not is_installed(module),
+            f"{key} needs the package {module}, which is not installed",
+            f"pip install '{PACKAGE}[{extra}]', from this folder: pip install -e '.[{extra}]'",
+        )
+        for module, (key, asked, extra) in wanted.items()
+    ]
