@@ -26,7 +26,11 @@ def knob_limits(
         hardware: Where it is to run, resolved.
         is_installed: Whether a Python module can be imported on this machine.
     """
-    found = [*_loss_limits(job, hardware), *_missing_packages(job, is_installed)]
+    found = [
+        *_loss_limits(job, hardware),
+        *_evaluation_limits(job, hardware),
+        *_missing_packages(job, is_installed),
+    ]
     return tuple((what, hint) for is_found, what, hint in found if is_found)
 
 
@@ -37,6 +41,23 @@ def _loss_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
             asked and hardware.kind is DeviceKind.CPU,
             "planner.pin.loss=liger: Liger's loss is a Triton kernel, and Triton has no CPU",
             "planner.pin.loss=chunked, which keeps no whole logits either",
+        ),
+    ]
+
+
+def _evaluation_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
+    evaluation = job.evaluation
+    steps = evaluation.accumulation_steps
+    return [
+        (
+            steps is not None and not evaluation.keep_logits,
+            f"evaluation.accumulation_steps={steps} moves kept logits, and evaluation.keep_logits is false",
+            "evaluation.keep_logits=true, or leave evaluation.accumulation_steps unset",
+        ),
+        (
+            steps is not None and hardware.kind is DeviceKind.CPU,
+            f"evaluation.accumulation_steps={steps}: a CPU has no other memory to move logits to",
+            "leave evaluation.accumulation_steps unset, or evaluation.num_examples lower",
         ),
     ]
 

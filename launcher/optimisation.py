@@ -84,6 +84,11 @@ class EvaluationSpec:
     """Sequences per evaluation batch; unset: the micro batch of training."""
     steps: Annotated[int, Ge(1)] | None = None
     """Evaluate every so many optimizer steps; unset: once at the end of each epoch."""
+    keep_logits: bool = False
+    """Keep the logits of all held-out examples, as transformers does for a `compute_metrics`; here for the share of
+    tokens that are predicted right. Takes examples x length x vocabulary on the device, twice while they are joined."""
+    accumulation_steps: Annotated[int, Ge(1)] | None = None
+    """Move kept logits to host memory every so many batches; unset: all of them at the end."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import importlib
 import inspect
 from typing import Any
 
-from transformers import Trainer
+import numpy as np
+from transformers import EvalPrediction, Trainer
 from trl import SFTTrainer
 
 from launcher.errors import ConfigError
@@ -48,9 +49,22 @@ class LigerLossTrainer(PlainLossTrainer):
             **dict.fromkeys(LIGER_PARTS, False),
         }
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any) -> Any:
         """See `transformers.Trainer.prediction_step`: it asks Liger for a loss without logits, and TRL's does not."""
-        return Trainer.prediction_step(self, *args, **kwargs)
+        step = Trainer.prediction_step if prediction_loss_only else SFTTrainer.prediction_step
+        return step(self, model, inputs, prediction_loss_only, *args)
+
+
+def token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of tokens that are predicted right, over all held-out examples.
+
+    Args:
+        prediction: Logits, shape (rows, length, vocabulary), and labels, shape (rows, length), -100 where none counts.
+    """
+    labels = np.asarray(prediction.label_ids)[:, 1:]
+    guesses = np.asarray(prediction.predictions)[:, :-1].argmax(axis=-1)
+    counted = labels != -100
+    return {"accuracy_of_kept_logits": float((guesses == labels)[counted].mean())}
 
 
 def trainer_class(plan: Plan) -> type[SFTTrainer]:

@@ -33,6 +33,7 @@ from launcher.job import (
     AdapterDtype,
     Checkpointing,
     Engine,
+    EvaluationSpec,
     GenerationSpec,
     JobSpec,
     Loss,
@@ -44,7 +45,7 @@ from launcher.job import (
 )
 from launcher.memory import Phase
 from launcher.plan import Plan
-from launcher.trainers import require_liger_loss, trainer_class
+from launcher.trainers import require_liger_loss, token_accuracy, trainer_class
 
 LEARNING_RATES = {Method.LORA: 2e-4, Method.QLORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
@@ -241,6 +242,7 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "save_total_limit": training.save_total_limit,
         "eval_strategy": "no" if not evaluation.enabled else "steps" if evaluation.steps else "epoch",
         "eval_steps": evaluation.steps,
+        "eval_accumulation_steps": evaluation.accumulation_steps,
         "dataloader_drop_last": True,
         "disable_tqdm": True,
     }
@@ -260,8 +262,10 @@ def build_trainer(
     eval_dataset: Dataset | None,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback],
+    evaluation: EvaluationSpec | None = None,
 ) -> SFTTrainer:
     """Builds the trainer whose `train()` is both traced and run."""
+    keeps_logits = evaluation is not None and evaluation.keep_logits
     if plan.activation_checkpointing is Checkpointing.SELECTIVE:
         # TRL wraps the model that it is given, and PEFT hands the call on to its base model
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -278,11 +282,17 @@ def build_trainer(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=list(callbacks),
+        compute_metrics=token_accuracy if keeps_logits else None,
     )
     if arguments.packing:
         trainer.train_dataset = without_short_row(trainer.train_dataset, plan.max_length)
         if trainer.eval_dataset is not None:
             trainer.eval_dataset = without_short_row(trainer.eval_dataset, plan.max_length)
+            if (
+                keeps_logits and evaluation is not None
+            ):  # examples may be packed into more rows than were planned for
+                count = min(len(trainer.eval_dataset), evaluation.num_examples)
+                trainer.eval_dataset = trainer.eval_dataset.select(range(count))
     return trainer
 
 

@@ -57,6 +57,7 @@ DOORS: dict[str, set[str]] = {
         "planner.checkpoint",
         "planner.cuda_twin",
         "planner.generation",
+        "planner.kept_logits",
         "planner.liger_twin",
         "planner.materialize",
         "planner.quantized",

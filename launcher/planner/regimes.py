@@ -33,6 +33,8 @@ class Lines:
     """The model's own dimensions, which no symbol may divide."""
     doubling_tokens: int | None = None
     """Liger's loss: tokens per token of a tile, before that is rounded up to a power of two; None without such tiles."""
+    has_symbols: bool = True
+    """Whether traces with symbols answer: the rows that an evaluation keeps are no polynomial of the batch."""
 
 
 def domain_of(batch: int, length: int, lines: Lines) -> Domain:
@@ -67,6 +69,8 @@ def symbolic_shape(domain: Domain, lines: Lines) -> TracedShape | None:
 
     The batch of a regime of one batch is a constant.
     """
+    if not lines.has_symbols:
+        return None
     if domain.batch_max == domain.batch_min:
         length = _symbolic_length(domain, lines, domain.batch_min)
         return TracedShape(domain.batch_min, length, False, True) if length else None

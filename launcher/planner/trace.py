@@ -36,6 +36,7 @@ from launcher.planner.cuda_twin import replaced
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.generation import generation_lengths
+from launcher.planner.kept_logits import all_batches, window_of
 from launcher.planner.materialize import quantized_layers
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
@@ -95,7 +96,8 @@ def regime_lines(subject: TraceSubject) -> Lines:
             generation.batch_size,
             *(size + i for size in generation_lengths(generation) for i in (0, 1)),
         }
-    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)), doubling)
+    keeps = subject.job.evaluation.enabled and subject.job.evaluation.keep_logits
+    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)), doubling, has_symbols=not keeps)
 
 
 def _liger_tokens_per_tile(subject: TraceSubject) -> int | None:
@@ -202,9 +204,8 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
         # the list of blocks is for one shape; a trace with symbols answers for many, and can do without
         attribution = None if shape.length_is_symbol else Attribution(model)
         tape.locate = attribution.path if attribution is not None else None
-        stack.enter_context(replaced(masking_utils, "is_tracing", lambda tensor=None: False))
-        stack.enter_context(replaced(masking_utils, "fast_all", lambda mask: not _pads(tape, mask)))
-        stack.enter_context(replaced(trainer_pt_utils, "nested_numpify", _zeros_like))
+        for stand_in in _answers(subject, plan, tape, on_gpu):
+            stack.enter_context(stand_in)
         if on_gpu:
             stack.enter_context(cuda_twin.branches(subject.hardware))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -230,6 +231,17 @@ def _kernels(subject: TraceSubject, plan: Plan) -> Iterator[AbstractContextManag
         yield cuda_twin.flash_attention_2()
     if plan.loss is Loss.LIGER:  # importing it takes a second that few jobs need to wait
         yield importlib.import_module("launcher.planner.liger_twin").gpu_kernels(subject.hardware)
+
+
+def _answers(
+    subject: TraceSubject, plan: Plan, tape: Tape, on_gpu: bool
+) -> Iterator[AbstractContextManager[None]]:
+    """Stand-ins for what asks tensors for their numbers."""
+    yield replaced(masking_utils, "is_tracing", lambda tensor=None: False)
+    yield replaced(masking_utils, "fast_all", lambda mask: not _pads(tape, mask))
+    yield replaced(trainer_pt_utils, "nested_numpify", _zeros_like)
+    if subject.job.evaluation.keep_logits:
+        yield all_batches(tape, window_of(subject.job, plan), on_gpu=on_gpu)
 
 
 def _pads(tape: Tape, mask: torch.Tensor) -> bool:
