@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import JobSpec, Loss
+from launcher.job import JobSpec, Loss, Method
+from launcher.optimisation import LOW_RANK_OPTIMIZERS
 
 PACKAGE = "memory-first-launcher"
 """This project's own name for pip."""
@@ -29,6 +30,7 @@ def knob_limits(
     found = [
         *_loss_limits(job, hardware),
         *_evaluation_limits(job, hardware),
+        *_optimizer_limits(job),
         *_missing_packages(job, is_installed),
     ]
     return tuple((what, hint) for is_found, what, hint in found if is_found)
@@ -62,8 +64,35 @@ def _evaluation_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
     ]
 
 
+def _optimizer_limits(job: JobSpec) -> list[Limit]:
+    name = job.training.optimizer
+    projects = name in LOW_RANK_OPTIMIZERS
+    methods = (job.planner.pin.method,) if job.planner.pin.method else job.planner.choices.method
+    adapted = [method.value for method in methods or (job.method.name,) if method is not Method.FULL]
+    return [
+        (
+            projects and bool(adapted),
+            f"training.optimizer={name.value} projects the gradients of whole matrices; method {', '.join(adapted)} "
+            "trains adapters, which have a low rank already",
+            "method=full, or training.optimizer=adamw_torch_fused",
+        ),
+        (
+            projects and job.training.save_steps is not None,
+            f"training.save_steps={job.training.save_steps} with training.optimizer={name.value}: its state holds "
+            "projector objects, and torch.load reads no objects from a checkpoint, so it could not be resumed",
+            "leave training.save_steps unset; the trained model is saved all the same",
+        ),
+    ]
+
+
 def _missing_packages(job: JobSpec, is_installed: Callable[[str], bool]) -> list[Limit]:
-    wanted = {"liger_kernel": ("planner.pin.loss=liger", job.planner.pin.loss is Loss.LIGER, "liger")}
+    optimizer = job.training.optimizer
+    named = f"training.optimizer={optimizer.value}"
+    wanted = {
+        "liger_kernel": ("planner.pin.loss=liger", job.planner.pin.loss is Loss.LIGER, "liger"),
+        "galore_torch": (named, optimizer.value.startswith("galore_"), "galore"),
+        "apollo_torch": (named, optimizer.value.startswith("apollo_"), "apollo"),
+    }
     return [
         (
             asked and not is_installed(module),

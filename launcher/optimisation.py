@@ -32,6 +32,13 @@ class Optimizer(StrEnum):
     PAGED_LION_8BIT = "paged_lion_8bit"
     ADAFACTOR = "adafactor"
     SGD = "sgd"
+    GALORE_ADAMW = "galore_adamw"
+    GALORE_ADAFACTOR = "galore_adafactor"
+    APOLLO_ADAMW = "apollo_adamw"
+
+
+LOW_RANK_OPTIMIZERS = (Optimizer.GALORE_ADAMW, Optimizer.GALORE_ADAFACTOR, Optimizer.APOLLO_ADAMW)
+"""Optimizers whose states belong to projected gradients."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,10 @@ class TrainingSpec:
     """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
     optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
     """Optimizer, by its transformers name."""
+    optimizer_rank: Annotated[int, Ge(1)] = 128
+    """Rank of the projected gradients; GaLore and APOLLO only."""
+    optimizer_target_modules: str | tuple[str, ...] = "all-linear"
+    """Modules whose gradients are projected, `all-linear` or names; GaLore and APOLLO only."""
     precision: Precision = Precision.BF16
     """`bf16`: weights and computation; `*_mixed`: fp32 weights under autocast; `fp32`."""
     seed: Annotated[int, Ge(0)] = 0

@@ -44,6 +44,7 @@ from launcher.job import (
     Quantization,
 )
 from launcher.memory import Phase
+from launcher.optimizers import low_rank_arguments
 from launcher.plan import Plan
 from launcher.trainers import require_liger_loss, token_accuracy, trainer_class
 
@@ -234,6 +235,7 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": plan.optimizer.value,
+        **low_rank_arguments(training, plan.optimizer),
         "use_liger_kernel": plan.loss is Loss.LIGER,
         "bf16": plan.precision is Precision.BF16_MIXED,
         "fp16": plan.precision is Precision.FP16_MIXED,

@@ -233,6 +233,11 @@ JOBS = (
     AccuracyJob("gpt_oss", "full", "none", 2, 192, attention="eager"),
     AccuracyJob("deepseek", "full", "none", 2, 192),
     AccuracyJob("deepseek", "qlora", "full", 2, 192),
+    # optimizers that project gradients
+    AccuracyJob("llama", "full", "full", 2, 64, optimizer="galore_adamw"),
+    AccuracyJob("llama", "full", "full", 2, 64, optimizer="galore_adamw", precision="bf16"),
+    AccuracyJob("qwen2", "full", "full", 2, 64, optimizer="galore_adafactor", precision="bf16"),
+    AccuracyJob("llama", "full", "full", 2, 64, optimizer="apollo_adamw"),
     # evaluation that keeps its logits
     AccuracyJob("llama", "lora", "full", 2, 256, evaluation=True, keep_logits=5),
     AccuracyJob(

@@ -49,6 +49,7 @@ DOORS: dict[str, set[str]] = {
         "workload",
         "merge",
         "trainers",
+        "optimizers",
         "planner.tape",
         "planner.trace",
         "planner.fast_fake",
@@ -70,7 +71,7 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "merge", "trainers"}
+WORKLOAD = {"workload", "merge", "trainers", "optimizers"}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

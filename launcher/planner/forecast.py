@@ -243,6 +243,8 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
         training=TrainingSpec(
             max_grad_norm=1.0 if job.training.max_grad_norm > 0 else 0.0,
             weight_decay=job.training.weight_decay,
+            optimizer_rank=job.training.optimizer_rank,
+            optimizer_target_modules=job.training.optimizer_target_modules,
             save_steps=None if job.training.save_steps is None else 1,
         ),
         evaluation=_reduced(job.evaluation),

@@ -19,6 +19,7 @@ from launcher import workload
 from launcher.job import AdapterDtype, JobSpec, Method
 from launcher.memory import Category, Phase
 from launcher.merge import drop_optimizer
+from launcher.optimizers import optimizer_tensors
 from launcher.plan import Plan
 from launcher.planner.attribution import Attribution
 from launcher.planner.checkpoint import (
@@ -251,7 +252,7 @@ def _state_tensors(trainer: SFTTrainer, parameter: torch.Tensor | None = None) -
     """Optimizer state, of one parameter or of all."""
     states = trainer.optimizer.state if trainer.optimizer is not None else {}
     chosen = states.values() if parameter is None else [states.get(parameter, {})]
-    return [value for state in chosen for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor for state in chosen for tensor in optimizer_tensors(state)]
 
 
 def _blank_rows(count: int, length: int) -> Dataset:

@@ -32,8 +32,10 @@ LIBRARIES = (
     "datasets",
     "numpy",
     "liger_kernel",
+    "galore_torch",
+    "apollo_torch",
 )
-WORKLOAD = ("workload.py", "merge.py", "trainers.py")
+WORKLOAD = ("workload.py", "merge.py", "trainers.py", "optimizers.py")
 """Files of what is traced."""
 STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
 
