@@ -188,7 +188,8 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
     twins = dict(worst_case.twins())
     if on_gpu:
-        twins |= cuda_twin.twins()
+        is_cuda = subject.hardware.kind is DeviceKind.CUDA
+        twins |= cuda_twin.twins(rounds=is_cuda and not shape.length_is_symbol)
     quantizes = uses_bitsandbytes(plan)
     if quantizes:
         quantized_layers().prepare()
