@@ -289,12 +289,12 @@ def build_trainer(
     if arguments.packing:
         trainer.train_dataset = without_short_row(trainer.train_dataset, plan.max_length)
         if trainer.eval_dataset is not None:
-            trainer.eval_dataset = without_short_row(trainer.eval_dataset, plan.max_length)
+            held_out = without_short_row(trainer.eval_dataset, plan.max_length)
             if (
                 keeps_logits and evaluation is not None
             ):  # examples may be packed into more rows than were planned for
-                count = min(len(trainer.eval_dataset), evaluation.num_examples)
-                trainer.eval_dataset = trainer.eval_dataset.select(range(count))
+                held_out = held_out.select(range(min(len(held_out), evaluation.num_examples)))
+            trainer.eval_dataset = held_out
     return trainer
 
 

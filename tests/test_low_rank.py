@@ -119,7 +119,7 @@ def test_a_decomposition_holds_a_copy_of_its_matrix(rows: int, columns: int) -> 
     matrix = torch.randn(rows, columns)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         factors = torch.linalg.svd(matrix, full_matrices=False)
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # it has just run
+    events: Any = profiler.profiler.kineto_results.events()
     found = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     measured = highest([num_bytes for _, num_bytes in found])
     fake = FastFakeTensorMode()
