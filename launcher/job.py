@@ -1,7 +1,9 @@
 """The job: what the user wants trained, on what, and which decisions are left to the planner.
 
-These frozen dataclasses are the one schema. Their fields are the legal configuration keys, their defaults are the
-defaults, and the text under each field is the reference; `conf/` says what differs. Hydra and torch are unknown here.
+These frozen dataclasses are the one schema. Their fields are the legal configuration keys, their defaults are
+the defaults, and the text under each field is the configuration reference; `conf/` only says what differs. The groups
+`training`, `evaluation` and `generation` are in optimisation.py, `hardware` in hardware.py, `launch` in cluster.py.
+Nothing here knows of Hydra, torch or transformers.
 """
 
 from __future__ import annotations
@@ -10,10 +12,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le, Lt
 
 from launcher.cluster import LaunchSpec
 from launcher.hardware import HardwareSpec
+from launcher.optimisation import EvaluationSpec as EvaluationSpec
+from launcher.optimisation import GenerationSpec as GenerationSpec
+from launcher.optimisation import Optimizer as Optimizer
+from launcher.optimisation import Precision as Precision
+from launcher.optimisation import TrainingSpec as TrainingSpec
 
 
 class Method(StrEnum):
@@ -37,15 +44,6 @@ class AdapterDtype(StrEnum):
 
     FP32 = "fp32"
     BASE = "base"
-
-
-class Precision(StrEnum):
-    """Which bytes weights and computations have."""
-
-    BF16 = "bf16"
-    BF16_MIXED = "bf16_mixed"
-    FP16_MIXED = "fp16_mixed"
-    FP32 = "fp32"
 
 
 class StoredDtype(StrEnum):
@@ -78,22 +76,7 @@ class Loss(StrEnum):
 
     CHUNKED = "chunked"
     PLAIN = "plain"
-
-
-class Optimizer(StrEnum):
-    """Optimizer, by its transformers name."""
-
-    ADAMW_TORCH_FUSED = "adamw_torch_fused"
-    ADAMW_TORCH = "adamw_torch"
-    ADAMW_8BIT = "adamw_8bit"
-    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
-    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
-    LION_32BIT = "lion_32bit"
-    LION_8BIT = "lion_8bit"
-    PAGED_LION_32BIT = "paged_lion_32bit"
-    PAGED_LION_8BIT = "paged_lion_8bit"
-    ADAFACTOR = "adafactor"
-    SGD = "sgd"
+    LIGER = "liger"
 
 
 class Engine(StrEnum):
@@ -222,74 +205,6 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
-class TrainingSpec:
-    """The optimisation: everything that changes the result belongs here."""
-
-    global_batch_size: Annotated[int, Ge(1)] = 16
-    """Sequences per optimizer step, over all devices; the planner splits it, never changes it."""
-    max_steps: Annotated[int, Ge(1)] | None = None
-    """Optimizer steps; unset: `num_epochs` decides."""
-    num_epochs: Annotated[float, Gt(0)] = 1.0
-    """Passes over the data, when `max_steps` is unset."""
-    save_steps: Annotated[int, Ge(1)] | None = None
-    """A checkpoint every so many optimizer steps; unset: only at the end."""
-    save_total_limit: Annotated[int, Ge(1)] | None = None
-    """Checkpoints kept, the newest; unset: all."""
-    learning_rate: Annotated[float, Gt(0)] | None = None
-    """Peak learning rate; unset: 2e-4 with adapters, 2e-5 for full fine-tuning."""
-    warmup_steps: Annotated[int, Ge(0)] = 0
-    """Optimizer steps over which the learning rate rises."""
-    schedule: str = "cosine"
-    """Learning-rate schedule, by its transformers name."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Decoupled weight decay."""
-    max_grad_norm: Annotated[float, Ge(0)] = 1.0
-    """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
-    """Optimizer, by its transformers name."""
-    precision: Precision = Precision.BF16
-    """`bf16`: weights and computation; `*_mixed`: fp32 weights under autocast; `fp32`."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Seed of data order, adapters and dropout."""
-    logging_steps: Annotated[int, Ge(1)] = 1
-    """Metrics every so many optimizer steps."""
-    report_to: tuple[str, ...] = ("tensorboard",)
-    """Where the Trainer reports metrics besides metrics.jsonl; `[]` turns it off."""
-
-
-@dataclass(frozen=True)
-class EvaluationSpec:
-    """Loss on held-out examples; its batch has a peak of its own."""
-
-    enabled: bool = False
-    """Hold examples out and evaluate on them."""
-    path: str = ""
-    """Held-out examples, as `data.path`; empty: the last `num_examples` of the training data."""
-    num_examples: Annotated[int, Ge(1)] = 64
-    """Examples evaluated on."""
-    batch_size: Annotated[int, Ge(1)] | None = None
-    """Sequences per evaluation batch; unset: the micro batch of training."""
-    steps: Annotated[int, Ge(1)] | None = None
-    """Evaluate every so many optimizer steps; unset: once at the end of each epoch."""
-
-
-@dataclass(frozen=True)
-class GenerationSpec:
-    """Text generated while training, to look at; its cache of keys and values has a peak of its own."""
-
-    enabled: bool = False
-    """Generate after each evaluation, and at the end of training."""
-    num_prompts: Annotated[int, Ge(1)] = 4
-    """Prompts: the beginnings of held-out examples (of training examples, when none are held out)."""
-    batch_size: Annotated[int, Ge(1)] = 4
-    """Prompts per batch."""
-    prompt_length: Annotated[int, Ge(2)] = 256
-    """Tokens per prompt at most; of longer ones the last tokens are kept."""
-    max_new_tokens: Annotated[int, Ge(2)] = 128
-    """Tokens generated per prompt at most."""
-
-
-@dataclass(frozen=True)
 class PinSpec:
     """Knobs the user fixed; an unset knob is the planner's to turn."""
 
@@ -302,7 +217,7 @@ class PinSpec:
     attention: Attention | None = None
     """`sdpa`, `eager` or `flash_attention_2`."""
     loss: Loss | None = None
-    """`chunked` (TRL's tiles) or `plain` (all logits at once)."""
+    """`chunked` (TRL's tiles), `plain` (all logits at once) or `liger` (Liger's fused kernel, of the extra `liger`)."""
     max_length: Annotated[int, Ge(8)] | None = None
     """Overrides `data.max_length`."""
     method: Method | None = None

@@ -20,6 +20,7 @@ from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Checkpointing, Engine, JobSpec, Precision
+from launcher.knob_limits import knob_limits
 from launcher.memory import MemoryEstimate, MemoryMeasurement, Timeline
 from launcher.plan import PlanChoice
 from launcher.planner.bill import build_bill
@@ -46,6 +47,7 @@ from launcher.run.detect import (
     detect_cpu_memory_bytes,
     detect_cuda,
     is_here,
+    is_installed,
     resolve_hardware,
 )
 from launcher.run.endings import raise_for_outcome
@@ -133,7 +135,10 @@ def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str
         )
         for name in ("engine", "zero_stage", "offload_optimizer", "offload_parameters")
     ]
-    return [(what, hint) for is_found, what, hint in found if is_found]
+    return [
+        *((what, hint) for is_found, what, hint in found if is_found),
+        *knob_limits(job, hardware, is_installed),
+    ]
 
 
 def cache_folder(name: str) -> Path:

@@ -21,7 +21,6 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -34,6 +33,7 @@ from launcher.job import (
     AdapterDtype,
     Checkpointing,
     Engine,
+    EvaluationSpec,
     GenerationSpec,
     JobSpec,
     Loss,
@@ -44,7 +44,9 @@ from launcher.job import (
     Quantization,
 )
 from launcher.memory import Phase
+from launcher.optimizers import low_rank_arguments
 from launcher.plan import Plan
+from launcher.trainers import require_liger_loss, token_accuracy, trainer_class
 
 LEARNING_RATES = {Method.LORA: 2e-4, Method.QLORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
@@ -95,14 +97,6 @@ def _next_phase(control: TrainerControl, *, evaluated: bool) -> Phase:
     if control.should_evaluate and not evaluated:
         return Phase.EVALUATION
     return Phase.SAVE if control.should_save else Phase.TRAIN_STEP
-
-
-class PlainLossTrainer(SFTTrainer):
-    """TRL's trainer with the model's own loss: all logits at once, as transformers' Trainer computes it."""
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.compute_loss`."""
-        return Trainer.compute_loss(self, *args, **kwargs)
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
@@ -241,6 +235,8 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": plan.optimizer.value,
+        **low_rank_arguments(training, plan.optimizer),
+        "use_liger_kernel": plan.loss is Loss.LIGER,
         "bf16": plan.precision is Precision.BF16_MIXED,
         "fp16": plan.precision is Precision.FP16_MIXED,
         "seed": training.seed,
@@ -248,6 +244,7 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "save_total_limit": training.save_total_limit,
         "eval_strategy": "no" if not evaluation.enabled else "steps" if evaluation.steps else "epoch",
         "eval_steps": evaluation.steps,
+        "eval_accumulation_steps": evaluation.accumulation_steps,
         "dataloader_drop_last": True,
         "disable_tqdm": True,
     }
@@ -267,8 +264,10 @@ def build_trainer(
     eval_dataset: Dataset | None,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback],
+    evaluation: EvaluationSpec | None = None,
 ) -> SFTTrainer:
     """Builds the trainer whose `train()` is both traced and run."""
+    keeps_logits = evaluation is not None and evaluation.keep_logits
     if plan.activation_checkpointing is Checkpointing.SELECTIVE:
         # TRL wraps the model that it is given, and PEFT hands the call on to its base model
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -276,19 +275,26 @@ def build_trainer(
     if isinstance(model, PeftModel):
         # resumed adapters keep the dtype that they were trained in; by default PEFT turns them to fp32
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # type: ignore[method-assign]
-    trainer_class = PlainLossTrainer if plan.loss is Loss.PLAIN else SFTTrainer
-    trainer = trainer_class(
+    if plan.loss is Loss.LIGER:
+        require_liger_loss(model)
+    trainer = trainer_class(plan)(
         model=model,  # type: ignore[arg-type]  # any module that transformers or PEFT built
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=list(callbacks),
+        compute_metrics=token_accuracy if keeps_logits else None,
     )
     if arguments.packing:
         trainer.train_dataset = without_short_row(trainer.train_dataset, plan.max_length)
         if trainer.eval_dataset is not None:
-            trainer.eval_dataset = without_short_row(trainer.eval_dataset, plan.max_length)
+            held_out = without_short_row(trainer.eval_dataset, plan.max_length)
+            if (
+                keeps_logits and evaluation is not None
+            ):  # examples may be packed into more rows than were planned for
+                held_out = held_out.select(range(min(len(held_out), evaluation.num_examples)))
+            trainer.eval_dataset = held_out
     return trainer
 
 

@@ -127,6 +127,8 @@ class AccuracyJob:
     attention: str = "sdpa"
     packing: bool = True
     evaluation: bool = False
+    keep_logits: int = 0
+    """Evaluation batches whose logits are kept; 0: none."""
     save: bool = False
     new_tokens: int = 0
     """Tokens generated per prompt at the end; 0: none."""
@@ -146,6 +148,7 @@ class AccuracyJob:
             if word != usual
         ]
         unusual += [f"{key}={value}" for key, value in self.options]
+        unusual += [f"keep_logits={self.keep_logits}"] if self.keep_logits else []
         unusual += [f"generate={self.new_tokens}"] if self.new_tokens else []
         flags = {"padded": not self.packing, "evaluation": self.evaluation, "save": self.save}
         unusual += [flag for flag, on in flags.items() if on]
@@ -230,6 +233,25 @@ JOBS = (
     AccuracyJob("gpt_oss", "full", "none", 2, 192, attention="eager"),
     AccuracyJob("deepseek", "full", "none", 2, 192),
     AccuracyJob("deepseek", "qlora", "full", 2, 192),
+    # optimizers that project gradients
+    AccuracyJob("llama", "full", "full", 2, 64, optimizer="galore_adamw"),
+    AccuracyJob("llama", "full", "full", 2, 64, optimizer="galore_adamw", precision="bf16"),
+    AccuracyJob("qwen2", "full", "full", 2, 64, optimizer="galore_adafactor", precision="bf16"),
+    AccuracyJob("llama", "full", "full", 2, 64, optimizer="apollo_adamw"),
+    # evaluation that keeps its logits
+    AccuracyJob("llama", "lora", "full", 2, 256, evaluation=True, keep_logits=5),
+    AccuracyJob(
+        "qwen2",
+        "full",
+        "full",
+        2,
+        200,
+        precision="bf16",
+        loss="plain",
+        packing=False,
+        evaluation=True,
+        keep_logits=3,
+    ),
 )
 NUM_CI_JOBS = 12
 
@@ -276,7 +298,12 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         method=TypeAdapter(MethodSpec).validate_python(dict(job.options)),
         data=DataSpec(packing=job.packing),
         training=TrainingSpec(max_steps=3, save_steps=2 if job.save else None, report_to=()),
-        evaluation=EvaluationSpec(enabled=job.evaluation, steps=2, num_examples=2 * job.micro_batch_size),
+        evaluation=EvaluationSpec(
+            enabled=job.evaluation,
+            steps=2,
+            num_examples=(job.keep_logits or 2) * job.micro_batch_size,
+            keep_logits=job.keep_logits > 0,
+        ),
         generation=GenerationSpec(
             enabled=job.new_tokens > 0,
             num_prompts=2 * job.micro_batch_size,
@@ -314,7 +341,9 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
             load=load,
             adapt=lambda model: workload.attach_adapters(model, spec, plan),
             train_dataset=Dataset.from_list(_rows(job, 3 * job.micro_batch_size * job.accumulation)),
-            eval_dataset=Dataset.from_list(_rows(job, 2 * job.micro_batch_size)) if job.evaluation else None,
+            eval_dataset=Dataset.from_list(_rows(job, spec.evaluation.num_examples))
+            if job.evaluation
+            else None,
             tokenizer=blank_tokenizer(),
             changes={
                 "use_cpu": True,

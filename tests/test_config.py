@@ -199,7 +199,7 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
         ("data.format=parquet", "auto, messages, alpaca, sharegpt, prompt_completion, text"),
         ("planner.pin.activation_checkpointing=some", "none, selective, full, offload"),
         ("planner.pin.attention=flash", "sdpa, eager, flash_attention_2"),
-        ("planner.pin.loss=liger", "chunked, plain"),
+        ("planner.pin.loss=fused", "chunked, plain, liger"),
         ("planner.objective=cost", "speed, memory"),
         ("action=explain", "run, plan, report, memory, status"),
         ("output=xml", "text, json"),

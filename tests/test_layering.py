@@ -24,7 +24,9 @@ NOUNS = {
     "errors",
     "hardware",
     "job",
+    "knob_limits",
     "memory",
+    "optimisation",
     "plan",
     "run_paths",
     "run_record",
@@ -48,6 +50,8 @@ DOORS: dict[str, set[str]] = {
     "torch": {
         "workload",
         "merge",
+        "trainers",
+        "optimizers",
         "planner.tape",
         "planner.trace",
         "planner.fast_fake",
@@ -56,6 +60,8 @@ DOORS: dict[str, set[str]] = {
         "planner.checkpoint",
         "planner.cuda_twin",
         "planner.generation",
+        "planner.kept_logits",
+        "planner.liger_twin",
         "planner.materialize",
         "planner.quantized",
         "planner.rehearsal",
@@ -67,7 +73,7 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "merge"}
+WORKLOAD = {"workload", "merge", "trainers", "optimizers"}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

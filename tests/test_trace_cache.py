@@ -33,7 +33,7 @@ from launcher.planner.depth import DepthPlan
 from launcher.planner.forecast import subject_of
 from launcher.planner.regimes import Lines
 from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
-from launcher.planner.trace_cache import LIBRARIES, TraceCache, library_versions, source_digest
+from launcher.planner.trace_cache import LIBRARIES, WORKLOAD, TraceCache, library_versions, source_digest
 from launcher.planner.tracer import SubjectFacts
 
 SHAPE = {"shape": {"batch": 5, "length": 499}}
@@ -166,18 +166,18 @@ def test_key_changes_with_the_tracers_source(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_source_digest_sees_every_file_of_the_tracer(tmp_path: Path) -> None:
     (tmp_path / "planner").mkdir()
-    for name in ("workload.py", "merge.py", "planner/tape.py", "planner/trace.py", "cli.py"):
+    for name in (*WORKLOAD, "planner/tape.py", "planner/trace.py", "cli.py"):
         (tmp_path / name).write_text("a = 1\n")
     before = source_digest(tmp_path)
     (tmp_path / "cli.py").write_text("a = 2\n")
     assert source_digest(tmp_path) == before
     seen = {before}
-    for name in ("workload.py", "merge.py", "planner/tape.py", "planner/trace.py"):
+    for name in (*WORKLOAD, "planner/tape.py", "planner/trace.py"):
         (tmp_path / name).write_text("a = 3\n")
         seen.add(source_digest(tmp_path))
     (tmp_path / "planner/tape.py").rename(tmp_path / "planner/tapes.py")
     seen.add(source_digest(tmp_path))
-    assert len(seen) == 6
+    assert len(seen) == len(WORKLOAD) + 4
 
 
 # what is kept

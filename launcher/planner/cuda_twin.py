@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,13 +29,20 @@ from launcher.planner.tape import OFF_DEVICE
 aten = torch.ops.aten
 FLASH_HEAD_SIZE_MAX = 256
 """Largest head size of FlashAttention-2."""
+FLASH_TILE, EFFICIENT_TILE = 128, 32
+"""Tokens up to whose multiples the two kernels round lengths of what they keep for themselves."""
 
 
-def _attention_outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def rounded_up(size: int, tile: int) -> int:
+    """The next multiple of a tile."""
+    return -(-size // tile) * tile
+
+
+def _attention_outputs(query: torch.Tensor, value: torch.Tensor, tile: int = 1) -> tuple[torch.Tensor, ...]:
     """Output, fp32 log-sum-exp (batch, heads, length), and the two numbers of dropout's random state."""
     batch, heads, length, _ = query.shape
     output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
-    log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
+    log_sum_exp = query.new_empty((batch, heads, rounded_up(length, tile)), dtype=torch.float32)
     seed, offset = (query.new_empty((), dtype=torch.int64) for _ in range(2))
     return output, log_sum_exp, seed, offset
 
@@ -45,7 +53,7 @@ def flash_attention(
     """FlashAttention-2's forward pass as torch's SDPA calls it: out, and an fp32 log-sum-exp (batch, heads, length).
 
     `_flash_attention_forward` and `mha_fwd` (aten/native/transformers/cuda/flash_attn/flash_api.cpp, torch 2.9 to
-    2.13). Rounding of the length to 128 is left out.
+    2.13). The length is rounded in the backward pass alone.
     """
     output, log_sum_exp, seed, offset = _attention_outputs(query, value)
     debug = query.new_empty(0)
@@ -58,17 +66,21 @@ def flash_attention_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     *options: Any,
+    tile: int = 1,
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """FlashAttention-2's backward pass; returns the gradients of query, key and value.
 
-    It holds an fp32 accumulator of dq (batch, heads, length, head size), the fp32 row sums, and, with fewer key heads
-    than query heads, dk and dv for every query head before they are summed (`mha_bwd`, same file).
+    It holds an fp32 accumulator of dq (batch, heads, length, head size) and the fp32 row sums, both with lengths rounded
+    up to `tile` and head sizes to 32, or 64 above 128; and, with fewer key heads than query heads, dk and dv for every
+    query head before they are summed (`mha_bwd`, same file; flash-attn 2.7, csrc/flash_attn/flash_api.cpp).
     """
     batch, heads, length, size = query.shape
+    rounded = rounded_up(length, tile)
+    wide = rounded_up(size, 32 if size <= 128 else 64)
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    accumulator = query.new_empty((batch, heads, length, size), dtype=torch.float32)
-    row_sums = query.new_empty((batch, heads, length), dtype=torch.float32)
+    accumulator = query.new_empty((batch, heads, rounded, wide), dtype=torch.float32)
+    row_sums = query.new_empty((batch, heads, rounded), dtype=torch.float32)
     if key.shape[1] != heads:
         wide_key = key.new_empty((batch, key.shape[2], heads, size))
         wide_value = value.new_empty((batch, key.shape[2], heads, value.shape[-1]))
@@ -78,13 +90,13 @@ def flash_attention_backward(
 
 
 def efficient_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, tile: int = 1, **named: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Memory-efficient attention's forward pass: out, and an fp32 log-sum-exp, whose padding to 32 is left out.
+    """Memory-efficient attention's forward pass: out, and an fp32 log-sum-exp, its length rounded up to `tile`.
 
-    aten/native/transformers/cuda/attention.cu, torch 2.9 to 2.13.
+    aten/native/transformers/cuda/attention.cu (`kAlignLSE`), torch 2.9 to 2.13.
     """
-    return _attention_outputs(query, value)
+    return _attention_outputs(query, value, tile)
 
 
 def efficient_attention_backward(
@@ -109,12 +121,22 @@ def efficient_attention_backward(
     return *gradients, None
 
 
-def twins() -> Mapping[Any, Callable[..., Any]]:
-    """What CUDA's attention kernels allocate, by operation; autograd and checkpointing see torch's own operations."""
+def twins(*, rounds: bool) -> Mapping[Any, Callable[..., Any]]:
+    """What CUDA's attention kernels allocate, by operation; autograd and checkpointing see torch's own operations.
+
+    Args:
+        rounds: Whether lengths are rounded up to the kernels' tiles. A rounded length is no multiple of a symbol, so
+            only traces without symbols round, and those with symbols lie below them by less than one tile.
+    """
+    flash_tile, efficient_tile = (FLASH_TILE, EFFICIENT_TILE) if rounds else (1, 1)
     return {
         aten._scaled_dot_product_flash_attention.default: flash_attention,
-        aten._scaled_dot_product_flash_attention_backward.default: flash_attention_backward,
-        aten._scaled_dot_product_efficient_attention.default: efficient_attention,
+        aten._scaled_dot_product_flash_attention_backward.default: partial(
+            flash_attention_backward, tile=flash_tile
+        ),
+        aten._scaled_dot_product_efficient_attention.default: partial(
+            efficient_attention, tile=efficient_tile
+        ),
         aten._scaled_dot_product_efficient_attention_backward.default: efficient_attention_backward,
     }
 
@@ -224,7 +246,7 @@ def _dropout(
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
-class _InPlaceKernel:
+class InPlaceKernel:
     """A Triton kernel that writes into its arguments and allocates nothing: `kernel[grid](...)`."""
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -289,7 +311,7 @@ def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 @contextmanager
 def branches(hardware: HardwareSpec) -> Iterator[None]:
     """Makes library branches that depend on the device take their CUDA side while it is open."""
-    kernel = _InPlaceKernel()
+    kernel = InPlaceKernel()
     replacements: list[tuple[Any, str, Any]] = [
         (functional, "scaled_dot_product_attention", _attention(hardware.supports_flash_attention)),
         (functional, "dropout", _dropout),

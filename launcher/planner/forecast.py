@@ -243,9 +243,11 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
         training=TrainingSpec(
             max_grad_norm=1.0 if job.training.max_grad_norm > 0 else 0.0,
             weight_decay=job.training.weight_decay,
+            optimizer_rank=job.training.optimizer_rank,
+            optimizer_target_modules=job.training.optimizer_target_modules,
             save_steps=None if job.training.save_steps is None else 1,
         ),
-        evaluation=EvaluationSpec(enabled=job.evaluation.enabled, batch_size=job.evaluation.batch_size),
+        evaluation=_reduced(job.evaluation),
         generation=job.generation,
         hardware=HardwareSpec(),
     )
@@ -254,6 +256,18 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
         kind=job.hardware.kind, supports_flash_attention=job.hardware.supports_flash_attention
     )
     return Subject(reduced, shapeless, hardware)
+
+
+def _reduced(evaluation: EvaluationSpec) -> EvaluationSpec:
+    kept = EvaluationSpec(enabled=evaluation.enabled, batch_size=evaluation.batch_size)
+    if not evaluation.enabled or not evaluation.keep_logits:
+        return kept
+    return replace(
+        kept,
+        keep_logits=True,
+        num_examples=evaluation.num_examples,
+        accumulation_steps=evaluation.accumulation_steps,
+    )
 
 
 def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec, process_bytes: int = 0) -> MemoryEstimate:

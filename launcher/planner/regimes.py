@@ -1,7 +1,8 @@
 """Regimes: within one, the step is one polynomial in batch and length; across its lines it is another.
 
-Lines come from three places: a batch of one takes other code paths (no-op `contiguous`), TRL's chunked loss works
-on tiles of a fixed number of tokens, and sliding-window attention needs a mask from the window's length on.
+Lines come from these places: a batch of one takes other code paths (no-op `contiguous`), TRL's chunked loss works
+on tiles of a fixed number of tokens, Liger's on tiles that double with the tokens, and sliding-window attention needs
+a mask from the window's length on.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class Lines:
     """Lengths at which other code begins to run, ascending."""
     dimensions: tuple[int, ...]
     """The model's own dimensions, which no symbol may divide."""
+    doubling_tokens: int | None = None
+    """Liger's loss: tokens per token of a tile, before that is rounded up to a power of two; None without such tiles."""
+    has_symbols: bool = True
+    """Whether traces with symbols answer: the rows that an evaluation keeps are no polynomial of the batch."""
 
 
 def domain_of(batch: int, length: int, lines: Lines) -> Domain:
@@ -46,9 +51,17 @@ def domain_of(batch: int, length: int, lines: Lines) -> Domain:
         tokens_min=tile + 1 if tile is not None and over else 1,
         tokens_max=tile if not over else None,
     )
+    if lines.doubling_tokens is not None:
+        step, tile = lines.doubling_tokens, doubled_tile(batch * length, lines.doubling_tokens)
+        regime = replace(regime, tokens_min=tile // 2 * step + 1, tokens_max=tile * step, unseen=0)
     if batch == 1 or symbolic_shape(regime, lines) is not None:
         return regime
     return replace(regime, batch_min=batch, batch_max=batch)
+
+
+def doubled_tile(tokens: int, step: int) -> int:
+    """Tokens that Liger's loss handles at a time: a `step`th of all, rounded up to a power of two."""
+    return int(2 ** (-(-tokens // step) - 1).bit_length())
 
 
 def symbolic_shape(domain: Domain, lines: Lines) -> TracedShape | None:
@@ -56,6 +69,8 @@ def symbolic_shape(domain: Domain, lines: Lines) -> TracedShape | None:
 
     The batch of a regime of one batch is a constant.
     """
+    if not lines.has_symbols:
+        return None
     if domain.batch_max == domain.batch_min:
         length = _symbolic_length(domain, lines, domain.batch_min)
         return TracedShape(domain.batch_min, length, False, True) if length else None
@@ -72,9 +87,21 @@ def _symbolic_length(domain: Domain, lines: Lines, batch: int) -> int | None:
     preferred = SINGLE_TOKENS if batch == 1 else FIRST_LENGTH
     for minimum in (max(lowest, preferred), max(lowest, FIRST_LENGTH), max(lowest, 31)):
         length = symbol_prime(minimum, (*lines.dimensions, batch), taken=(batch,))
-        if domain.contains(batch, length):
-            return length
+        while domain.contains(batch, length):
+            if not _rest_looks_symbolic(batch, length, lines):
+                return length
+            length = symbol_prime(length + 1, (*lines.dimensions, batch), taken=(batch,))
     return None
+
+
+def _rest_looks_symbolic(batch: int, length: int, lines: Lines) -> bool:
+    """Whether the last, smaller tile of Liger's loss has a size that would be taken for a multiple of a symbol."""
+    if lines.doubling_tokens is None:
+        return False
+    rest = batch * length % doubled_tile(batch * length, lines.doubling_tokens)
+    return rest > 0 and any(
+        rest % symbol == 0 for symbol in (length - 1, length, length + 1, batch) if symbol > 1
+    )
 
 
 def config_dimensions(config: Mapping[str, Any]) -> Iterator[int]:

@@ -19,6 +19,7 @@ from launcher import workload
 from launcher.job import AdapterDtype, JobSpec, Method
 from launcher.memory import Category, Phase
 from launcher.merge import drop_optimizer
+from launcher.optimizers import optimizer_tensors
 from launcher.plan import Plan
 from launcher.planner.attribution import Attribution
 from launcher.planner.checkpoint import (
@@ -30,6 +31,7 @@ from launcher.planner.checkpoint import (
 )
 from launcher.planner.generation import rehearse_generation
 from launcher.planner.host import CHECKPOINT, MERGED, MODEL
+from launcher.planner.kept_logits import window_of
 from launcher.planner.materialize import initialize_dora, materialize, weight_tensors, with_scales
 from launcher.planner.polynomial import Exponents
 from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
@@ -58,7 +60,9 @@ class Rehearsal:
         """Everything of the trainer that holds no tensors of the model; built outside the fake mode."""
         plan, evaluation = self.plan, self.job.evaluation
         rows = plan.micro_batch_size * plan.gradient_accumulation_steps * STEPS
-        held_out = workload.evaluation_batch_size(self.job, plan) * EVALUATION_BATCHES
+        window = window_of(self.job, plan)
+        batches = window.traced_batches if evaluation.keep_logits else EVALUATION_BATCHES
+        held_out = workload.evaluation_batch_size(self.job, plan) * batches
         arguments = workload.training_arguments(
             self.job,
             plan,
@@ -68,6 +72,7 @@ class Rehearsal:
                 "max_steps": STEPS,
                 "eval_strategy": "steps" if evaluation.enabled else "no",
                 "eval_steps": STEPS,
+                "eval_accumulation_steps": window.traced_window if evaluation.keep_logits else None,
                 "save_strategy": "no",
                 "report_to": [],
                 "train_sampling_strategy": "sequential",
@@ -100,8 +105,14 @@ class Rehearsal:
         self.tape.mark(weight_tensors(self.model), Category.PARAMETERS)
         self.tape.mark(self.model.buffers(), Category.BUFFERS)
         trainer = workload.build_trainer(
-            self.model, self.plan, callbacks=[workload.PhaseCallback(self._enter)], **inputs
+            self.model,
+            self.plan,
+            callbacks=[workload.PhaseCallback(self._enter)],
+            evaluation=self.job.evaluation,
+            **inputs,
         )
+        if trainer.compute_metrics is not None:  # numpy's, of numbers that there are none of
+            trainer.compute_metrics = lambda prediction: {}
         trainer.remove_callback(PrinterCallback)  # prints metrics, and there are none
         self._trainer = trainer
         del staged  # the trainer has moved the model to the device
@@ -241,7 +252,7 @@ def _state_tensors(trainer: SFTTrainer, parameter: torch.Tensor | None = None) -
     """Optimizer state, of one parameter or of all."""
     states = trainer.optimizer.state if trainer.optimizer is not None else {}
     chosen = states.values() if parameter is None else [states.get(parameter, {})]
-    return [value for state in chosen for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor for state in chosen for tensor in optimizer_tensors(state)]
 
 
 def _blank_rows(count: int, length: int) -> Dataset:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Objective
-from launcher.memory import MemoryEstimate
+from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, PlanChoice, Rejection
 from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import CONVENTION
@@ -253,6 +253,8 @@ class _Search:
             f"{format_bytes(short)} over the budget; {largest.value} take "
             f"{format_bytes(peak.by_category_bytes[largest])}"
         )
+        if peak.phase is Phase.EVALUATION and self._job.evaluation.keep_logits:
+            reason += "; evaluation.keep_logits=true keeps those of all held-out examples"
         self._rejected.append(Rejection(plan, reason, short, known.peak_device_bytes))
 
     def _short_on_host(self, estimate: MemoryEstimate) -> int:

@@ -34,13 +34,15 @@ class Domain:
     length_max: int | None
     """Most tokens per sequence; None: no bound."""
     tokens_min: int
-    """Fewest predicted tokens, batch x (length - 1)."""
+    """Fewest tokens that the loss sees, batch x (length - `unseen`)."""
     tokens_max: int | None
-    """Most predicted tokens; None: no bound."""
+    """Most such tokens; None: no bound."""
+    unseen: int = 1
+    """Tokens of a sequence that the loss doesn't see: the last one predicts nothing, and Liger sees it all the same."""
 
     def contains(self, batch: int, length: int) -> bool:
         """Whether a shape lies in the domain."""
-        tokens = batch * (length - 1)
+        tokens = batch * (length - self.unseen)
         return (
             self.batch_min <= batch <= (self.batch_max or batch)
             and self.length_min <= length <= (self.length_max or length)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from launcher.planner.cuda_twin import replaced
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.generation import generation_lengths
+from launcher.planner.kept_logits import all_batches, window_of
 from launcher.planner.materialize import quantized_layers
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
@@ -42,6 +44,9 @@ from launcher.planner.rehearsal import Rehearsal
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
+
+LONGEST = 1 << 20
+"""No sequence is longer, in tokens: as far as the lines of Liger's loss are listed."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,10 @@ def regime_lines(subject: TraceSubject) -> Lines:
     own_batch = subject.job.evaluation.batch_size if subject.job.evaluation.enabled else None
     if own_batch and tile:
         lengths.add(tile // own_batch + 2)
+    doubling = _liger_tokens_per_tile(subject)
+    if own_batch and doubling:
+        tiles = (2**power for power in range(LONGEST.bit_length()))
+        lengths |= {size for tile in tiles if 1 < (size := doubling * tile // own_batch + 1) <= LONGEST}
     dimensions = {*config_dimensions(subject.config.to_dict()), subject.plan.rank, own_batch or 1}
     vocabulary_tile = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     dimensions |= {vocabulary_tile, text.vocab_size % vocabulary_tile, trl_chunked.TOKEN_CHUNK_SIZE}
@@ -87,7 +96,20 @@ def regime_lines(subject: TraceSubject) -> Lines:
             generation.batch_size,
             *(size + i for size in generation_lengths(generation) for i in (0, 1)),
         }
-    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)))
+    keeps = subject.job.evaluation.enabled and subject.job.evaluation.keep_logits
+    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)), doubling, has_symbols=not keeps)
+
+
+def _liger_tokens_per_tile(subject: TraceSubject) -> int | None:
+    """How many tokens make one token of a tile of Liger's loss, vocabulary / width; None where tiles don't double.
+
+    `fused_linear_cross_entropy_forward`, liger-kernel 0.8.5; a vocabulary no larger than the width makes one tile.
+    """
+    if subject.plan.loss is not Loss.LIGER:
+        return None
+    text = subject.config.get_text_config()
+    tokens = -(-text.vocab_size // text.hidden_size)
+    return int(tokens) if tokens > 1 else None
 
 
 def _parameter_dimensions(subject: TraceSubject) -> set[int]:
@@ -166,7 +188,8 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
     twins = dict(worst_case.twins())
     if on_gpu:
-        twins |= cuda_twin.twins()
+        is_cuda = subject.hardware.kind is DeviceKind.CUDA
+        twins |= cuda_twin.twins(rounds=is_cuda and not shape.length_is_symbol)
     quantizes = uses_bitsandbytes(plan)
     if quantizes:
         quantized_layers().prepare()
@@ -176,15 +199,14 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
         stack.enter_context(_quiet())
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
-        if on_gpu and plan.attention is Attention.FLASH_ATTENTION_2:
-            stack.enter_context(cuda_twin.flash_attention_2())
+        for stand_in in _kernels(subject, plan):
+            stack.enter_context(stand_in)
         model = _build_on_meta(subject, config, plan)
         # the list of blocks is for one shape; a trace with symbols answers for many, and can do without
         attribution = None if shape.length_is_symbol else Attribution(model)
         tape.locate = attribution.path if attribution is not None else None
-        stack.enter_context(replaced(masking_utils, "is_tracing", lambda tensor=None: False))
-        stack.enter_context(replaced(masking_utils, "fast_all", lambda mask: not _pads(tape, mask)))
-        stack.enter_context(replaced(trainer_pt_utils, "nested_numpify", _zeros_like))
+        for stand_in in _answers(subject, plan, tape, on_gpu):
+            stack.enter_context(stand_in)
         if on_gpu:
             stack.enter_context(cuda_twin.branches(subject.hardware))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -201,6 +223,26 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
                 f"loss={plan.loss}, precision={plan.precision}{operation}: {failure}",
                 "another `planner.pin.attention` or `planner.pin.loss` may be traceable",
             ) from failure
+
+
+def _kernels(subject: TraceSubject, plan: Plan) -> Iterator[AbstractContextManager[None]]:
+    """Stand-ins for kernels of optional packages, for those that the plan asks for."""
+    on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
+    if on_gpu and plan.attention is Attention.FLASH_ATTENTION_2:
+        yield cuda_twin.flash_attention_2()
+    if plan.loss is Loss.LIGER:  # importing it takes a second that few jobs need to wait
+        yield importlib.import_module("launcher.planner.liger_twin").gpu_kernels(subject.hardware)
+
+
+def _answers(
+    subject: TraceSubject, plan: Plan, tape: Tape, on_gpu: bool
+) -> Iterator[AbstractContextManager[None]]:
+    """Stand-ins for what asks tensors for their numbers."""
+    yield replaced(masking_utils, "is_tracing", lambda tensor=None: False)
+    yield replaced(masking_utils, "fast_all", lambda mask: not _pads(tape, mask))
+    yield replaced(trainer_pt_utils, "nested_numpify", _zeros_like)
+    if subject.job.evaluation.keep_logits:
+        yield all_batches(tape, window_of(subject.job, plan), on_gpu=on_gpu)
 
 
 def _pads(tape: Tape, mask: torch.Tensor) -> bool:

@@ -22,7 +22,21 @@ from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
 from launcher.planner.stream import Stream
 from launcher.planner.tracer import Subject, SubjectFacts
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "numpy",
+    "liger_kernel",
+    "galore_torch",
+    "apollo_torch",
+)
+WORKLOAD = ("workload.py", "merge.py", "trainers.py", "optimizers.py")
+"""Files of what is traced."""
 STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
 
 
@@ -40,7 +54,7 @@ def library_versions() -> dict[str, str]:
 def source_digest(package: Path) -> str:
     """Digest of the tracer's own source: another tracer, another trace."""
     digest = hashlib.sha256()
-    files = [package / "workload.py", package / "merge.py", *sorted((package / "planner").glob("*.py"))]
+    files = [*(package / name for name in WORKLOAD), *sorted((package / "planner").glob("*.py"))]
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

@@ -96,12 +96,35 @@ def _expand_masks(
     return integers, kept
 
 
+def equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors are equal: they differ, and what follows from that is done."""
+    return False
+
+
+def svd(matrix: torch.Tensor, full_matrices: bool = False, *options: object, **named: object) -> Any:
+    """A reduced singular value decomposition: left vectors, values, right vectors; made in a copy of the matrix.
+
+    `cloneBatchedColumnMajor` in aten/native/BatchLinearAlgebraKernel.cpp (CPU) and in
+    aten/native/cuda/linalg/BatchLinearAlgebraLib.cpp, `svd_cusolver`. What cuSOLVER asks for besides is left out.
+    """
+    if full_matrices:
+        return NotImplemented
+    rows, columns = matrix.shape
+    rank = min(rows, columns)
+    output = matrix.new_empty(rows, rank), matrix.new_empty(rank), matrix.new_empty(rank, columns)
+    copy = torch.empty_like(matrix)
+    del copy
+    return output
+
+
 def twins() -> Mapping[Any, Callable[..., Any]]:
     """The stand-ins, by operation."""
     return {
         aten.nonzero.default: nonzero,
         aten.index.Tensor: index,
         aten.masked_select.default: masked_select,
+        aten.equal.default: equal,
+        aten._linalg_svd.default: svd,
         aten.index_put.default: index_put,
         aten.index_put_.default: index_put_in_place,
         aten._index_put_impl_.default: index_put_in_place,

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ class DetectedDevice:
     """The maker's name."""
     memory_bytes: int
     """What the driver reports as usable."""
+
+
+def is_installed(module: str) -> bool:
+    """Whether a Python module can be imported here; asked without importing it."""
+    return find_spec(module) is not None
 
 
 def detect_cuda() -> tuple[DetectedDevice, ...]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from launcher import workload
 from launcher.memory import Category
+from launcher.optimizers import optimizer_tensors
 
 MASTER_WEIGHTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 """Where DeepSpeed's optimizers of stages 1 and 2, and of stage 3, hold the weights that they update."""
@@ -61,7 +62,7 @@ def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     moved = [getattr(state, "SCB", None) for state in states_8bit]
     scales += [scale for scale in moved if isinstance(scale, torch.Tensor)]
     states = optimizer.state.values() if optimizer is not None else ()
-    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    tensors = [tensor for state in states for tensor in optimizer_tensors(state)]
     return {
         Category.PARAMETERS: live_tensor_bytes(weights + scales),
         Category.BUFFERS: live_tensor_bytes(model.buffers()),

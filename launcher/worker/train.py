@@ -150,6 +150,7 @@ def train(
         ingredients.eval_dataset,
         ingredients.tokenizer,
         callbacks,
+        job.evaluation,
     )
     built.append(trainer)
     prepare_trainer(trainer, plan, enter)

@@ -1,0 +1,103 @@
+"""What a knob asks of the device, the packages and the other knobs; a job that can't have it is refused with the reason.
+
+Read off the libraries (transformers 5.24, trl 1.16, liger-kernel 0.8.5). What engines can't do is in engine_limits.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import JobSpec, Loss, Method
+from launcher.optimisation import LOW_RANK_OPTIMIZERS
+
+PACKAGE = "memory-first-launcher"
+"""This project's own name for pip."""
+Limit = tuple[bool, str, str]
+"""Whether it is found, what is wrong, and what to do about it."""
+
+
+def knob_limits(
+    job: JobSpec, hardware: HardwareSpec, is_installed: Callable[[str], bool]
+) -> tuple[tuple[str, str], ...]:
+    """What is wrong with the knobs of a job, each with a hint; empty when nothing is.
+
+    Args:
+        job: The job.
+        hardware: Where it is to run, resolved.
+        is_installed: Whether a Python module can be imported on this machine.
+    """
+    found = [
+        *_loss_limits(job, hardware),
+        *_evaluation_limits(job, hardware),
+        *_optimizer_limits(job),
+        *_missing_packages(job, is_installed),
+    ]
+    return tuple((what, hint) for is_found, what, hint in found if is_found)
+
+
+def _loss_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
+    asked = job.planner.pin.loss is Loss.LIGER
+    return [
+        (
+            asked and hardware.kind is DeviceKind.CPU,
+            "planner.pin.loss=liger: Liger's loss is a Triton kernel, and Triton has no CPU",
+            "planner.pin.loss=chunked, which keeps no whole logits either",
+        ),
+    ]
+
+
+def _evaluation_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
+    evaluation = job.evaluation
+    steps = evaluation.accumulation_steps
+    return [
+        (
+            steps is not None and not evaluation.keep_logits,
+            f"evaluation.accumulation_steps={steps} moves kept logits, and evaluation.keep_logits is false",
+            "evaluation.keep_logits=true, or leave evaluation.accumulation_steps unset",
+        ),
+        (
+            steps is not None and hardware.kind is DeviceKind.CPU,
+            f"evaluation.accumulation_steps={steps}: a CPU has no other memory to move logits to",
+            "leave evaluation.accumulation_steps unset, or evaluation.num_examples lower",
+        ),
+    ]
+
+
+def _optimizer_limits(job: JobSpec) -> list[Limit]:
+    name = job.training.optimizer
+    projects = name in LOW_RANK_OPTIMIZERS
+    methods = (job.planner.pin.method,) if job.planner.pin.method else job.planner.choices.method
+    adapted = [method.value for method in methods or (job.method.name,) if method is not Method.FULL]
+    return [
+        (
+            projects and bool(adapted),
+            f"training.optimizer={name.value} projects the gradients of whole matrices; method {', '.join(adapted)} "
+            "trains adapters, which have a low rank already",
+            "method=full, or training.optimizer=adamw_torch_fused",
+        ),
+        (
+            projects and job.training.save_steps is not None,
+            f"training.save_steps={job.training.save_steps} with training.optimizer={name.value}: its state holds "
+            "projector objects, and torch.load reads no objects from a checkpoint, so it could not be resumed",
+            "leave training.save_steps unset; the trained model is saved all the same",
+        ),
+    ]
+
+
+def _missing_packages(job: JobSpec, is_installed: Callable[[str], bool]) -> list[Limit]:
+    optimizer = job.training.optimizer
+    named = f"training.optimizer={optimizer.value}"
+    wanted = {
+        "liger_kernel": ("planner.pin.loss=liger", job.planner.pin.loss is Loss.LIGER, "liger"),
+        "galore_torch": (named, optimizer.value.startswith("galore_"), "galore"),
+        "apollo_torch": (named, optimizer.value.startswith("apollo_"), "apollo"),
+    }
+    return [
+        (
+            asked and not is_installed(module),
+            f"{key} needs the package {module}, which is not installed",
+            f"pip install '{PACKAGE}[{extra}]', from this folder: pip install -e '.[{extra}]'",
+        )
+        for module, (key, asked, extra) in wanted.items()
+    ]

@@ -1,0 +1,118 @@
+"""The optimisation, and what is looked at meanwhile: evaluation and generation. Part of the schema in job.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from annotated_types import Ge, Gt
+
+
+class Precision(StrEnum):
+    """Which bytes weights and computations have."""
+
+    BF16 = "bf16"
+    BF16_MIXED = "bf16_mixed"
+    FP16_MIXED = "fp16_mixed"
+    FP32 = "fp32"
+
+
+class Optimizer(StrEnum):
+    """Optimizer, by its transformers name."""
+
+    ADAMW_TORCH_FUSED = "adamw_torch_fused"
+    ADAMW_TORCH = "adamw_torch"
+    ADAMW_8BIT = "adamw_8bit"
+    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
+    LION_32BIT = "lion_32bit"
+    LION_8BIT = "lion_8bit"
+    PAGED_LION_32BIT = "paged_lion_32bit"
+    PAGED_LION_8BIT = "paged_lion_8bit"
+    ADAFACTOR = "adafactor"
+    SGD = "sgd"
+    GALORE_ADAMW = "galore_adamw"
+    GALORE_ADAFACTOR = "galore_adafactor"
+    APOLLO_ADAMW = "apollo_adamw"
+
+
+LOW_RANK_OPTIMIZERS = (Optimizer.GALORE_ADAMW, Optimizer.GALORE_ADAFACTOR, Optimizer.APOLLO_ADAMW)
+"""Optimizers whose states belong to projected gradients."""
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """The optimisation: everything that changes the result belongs here."""
+
+    global_batch_size: Annotated[int, Ge(1)] = 16
+    """Sequences per optimizer step, over all devices; the planner splits it, never changes it."""
+    max_steps: Annotated[int, Ge(1)] | None = None
+    """Optimizer steps; unset: `num_epochs` decides."""
+    num_epochs: Annotated[float, Gt(0)] = 1.0
+    """Passes over the data, when `max_steps` is unset."""
+    save_steps: Annotated[int, Ge(1)] | None = None
+    """A checkpoint every so many optimizer steps; unset: only at the end."""
+    save_total_limit: Annotated[int, Ge(1)] | None = None
+    """Checkpoints kept, the newest; unset: all."""
+    learning_rate: Annotated[float, Gt(0)] | None = None
+    """Peak learning rate; unset: 2e-4 with adapters, 2e-5 for full fine-tuning."""
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Optimizer steps over which the learning rate rises."""
+    schedule: str = "cosine"
+    """Learning-rate schedule, by its transformers name."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
+    """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
+    """Optimizer, by its transformers name."""
+    optimizer_rank: Annotated[int, Ge(1)] = 128
+    """Rank of the projected gradients; GaLore and APOLLO only."""
+    optimizer_target_modules: str | tuple[str, ...] = "all-linear"
+    """Modules whose gradients are projected, `all-linear` or names; GaLore and APOLLO only."""
+    precision: Precision = Precision.BF16
+    """`bf16`: weights and computation; `*_mixed`: fp32 weights under autocast; `fp32`."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of data order, adapters and dropout."""
+    logging_steps: Annotated[int, Ge(1)] = 1
+    """Metrics every so many optimizer steps."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where the Trainer reports metrics besides metrics.jsonl; `[]` turns it off."""
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """Loss on held-out examples; its batch has a peak of its own."""
+
+    enabled: bool = False
+    """Hold examples out and evaluate on them."""
+    path: str = ""
+    """Held-out examples, as `data.path`; empty: the last `num_examples` of the training data."""
+    num_examples: Annotated[int, Ge(1)] = 64
+    """Examples evaluated on."""
+    batch_size: Annotated[int, Ge(1)] | None = None
+    """Sequences per evaluation batch; unset: the micro batch of training."""
+    steps: Annotated[int, Ge(1)] | None = None
+    """Evaluate every so many optimizer steps; unset: once at the end of each epoch."""
+    keep_logits: bool = False
+    """Keep the logits of all held-out examples, as transformers does for a `compute_metrics`; here for the share of
+    tokens that are predicted right. Takes examples x length x vocabulary on the device, twice while they are joined."""
+    accumulation_steps: Annotated[int, Ge(1)] | None = None
+    """Move kept logits to host memory every so many batches; unset: all of them at the end."""
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """Text generated while training, to look at; its cache of keys and values has a peak of its own."""
+
+    enabled: bool = False
+    """Generate after each evaluation, and at the end of training."""
+    num_prompts: Annotated[int, Ge(1)] = 4
+    """Prompts: the beginnings of held-out examples (of training examples, when none are held out)."""
+    batch_size: Annotated[int, Ge(1)] = 4
+    """Prompts per batch."""
+    prompt_length: Annotated[int, Ge(2)] = 256
+    """Tokens per prompt at most; of longer ones the last tokens are kept."""
+    max_new_tokens: Annotated[int, Ge(2)] = 128
+    """Tokens generated per prompt at most."""

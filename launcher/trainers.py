@@ -1,0 +1,103 @@
+"""The trainer classes: TRL's, and what another loss changes in it. Traced AND run, like the rest of the workload."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction, Trainer
+from trl import SFTTrainer
+
+from launcher.errors import ConfigError
+from launcher.job import Loss
+from launcher.plan import Plan
+
+LIGER_PARTS = (
+    "rope",
+    "rms_norm",
+    "layer_norm",
+    "swiglu",
+    "geglu",
+    "relu_squared",
+    "cross_entropy",
+)
+"""What liger-kernel 0.8.5 would replace besides the loss (transformers/monkey_patch.py). The loss is the loss alone: TRL
+1.16 calls the layers' kernels deprecated, and they would be replaced for every model of the process."""
+
+
+class PlainLossTrainer(SFTTrainer):
+    """TRL's trainer with the model's own loss: all logits at once, as transformers' Trainer computes it."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.compute_loss`."""
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
+class LigerLossTrainer(PlainLossTrainer):
+    """TRL's trainer with Liger's fused linear cross-entropy, put in place by transformers' `use_liger_kernel`.
+
+    TRL turns that one kernel off, because it takes the place of the forward pass that TRL's own loss patches; the loss
+    here is the model's, and doesn't call TRL's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.args.liger_kernel_config = {
+            "fused_linear_cross_entropy": True,
+            **dict.fromkeys(LIGER_PARTS, False),
+        }
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any) -> Any:
+        """See `transformers.Trainer.prediction_step`: it asks Liger for a loss without logits, and TRL's does not."""
+        step = Trainer.prediction_step if prediction_loss_only else SFTTrainer.prediction_step
+        return step(self, model, inputs, prediction_loss_only, *args)
+
+
+def token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of tokens that are predicted right, over all held-out examples.
+
+    Args:
+        prediction: Logits, shape (rows, length, vocabulary), and labels, shape (rows, length), -100 where none counts.
+    """
+    labels = np.asarray(prediction.label_ids)[:, 1:]
+    guesses = np.asarray(prediction.predictions)[:, :-1].argmax(axis=-1)
+    counted = labels != -100
+    return {"accuracy_of_kept_logits": float((guesses == labels)[counted].mean())}
+
+
+def trainer_class(plan: Plan) -> type[SFTTrainer]:
+    """The trainer of a plan's loss."""
+    classes = {Loss.PLAIN: PlainLossTrainer, Loss.LIGER: LigerLossTrainer}
+    return classes.get(plan.loss, SFTTrainer)
+
+
+def require_liger_loss(model: Any) -> None:
+    """Makes sure that Liger's loss does what was asked; where it can't, transformers trains on without a word.
+
+    Args:
+        model: A model of transformers, with or without adapters.
+
+    Raises:
+        ConfigError: When Liger has no fused loss for the model, or would leave an adapter out.
+    """
+    model_type = model.config.model_type
+    patches = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    known = {
+        name
+        for name, function in patches.MODEL_TYPE_TO_APPLY_LIGER_FN.items()
+        if "fused_linear_cross_entropy" in inspect.signature(function).parameters
+    }
+    if model_type not in known:
+        raise ConfigError(
+            f"planner.pin.loss=liger: liger-kernel has no fused loss for {model_type}; it has one for "
+            f"{', '.join(sorted(known))}",
+            "planner.pin.loss=chunked, which keeps no whole logits either",
+        )
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise ConfigError(
+            "planner.pin.loss=liger: the head has an adapter (method.target_modules), and Liger reads the head's own "
+            "weight only",
+            "planner.pin.loss=chunked, or no adapter on the head",
+        )
