@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.errors import ConfigError
-from launcher.job import Action, JobSpec
+from launcher.job import Action, DataFormat, JobSpec, Loss, Task
 
 NOT_BUILT: Mapping[str, str] = {
     "launch": "rehearsal and replanning are not built yet; this version launches once",
@@ -131,7 +131,7 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
     except ValidationError as failure:
         mistakes += [_explain(error) for error in failure.errors()]
     else:
-        mistakes += _missing_values(job)
+        mistakes += [*_missing_values(job), *_task_mistakes(job)]
     if mistakes:
         raise _all_of(list(dict.fromkeys(mistakes)))
     return job
@@ -140,6 +140,25 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
 def _missing_values(job: JobSpec) -> Iterator[str]:
     if job.action is Action.RUN and not job.resume and not job.data.path:
         yield "`data.path` is empty: a run needs examples, `data.path=<file, folder or hub id>`"
+
+
+def _task_mistakes(job: JobSpec) -> Iterator[str]:
+    """Options that the job's task does not have."""
+    task, labeled = job.model.task, job.data.format is DataFormat.LABELED
+    classifies = task is Task.SEQUENCE_CLASSIFICATION
+    if labeled != classifies and (labeled or job.data.format is not DataFormat.AUTO):
+        yield (
+            f"`data.format={job.data.format}` with `model.task={task}`: `labeled` belongs to "
+            f"`{Task.SEQUENCE_CLASSIFICATION}` and to nothing else; leave `data.format=auto`"
+        )
+    if task is Task.CAUSAL_LM:
+        return
+    if job.data.packing:
+        yield f"`data.packing=true` with `model.task={task}`: its examples can't be joined; `data.packing=false`"
+    if job.generation.enabled:
+        yield f"`generation.enabled=true` with `model.task={task}`: only `{Task.CAUSAL_LM}` generates here"
+    if classifies and job.planner.pin.loss is Loss.CHUNKED:
+        yield f"`planner.pin.loss=chunked` with `model.task={task}`: a classifier has no tiles; leave it unset"
 
 
 def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

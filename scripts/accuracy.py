@@ -107,6 +107,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
+CLASSIFICATION = "sequence_classification"
 EAGER_ONLY = ("gpt_oss",)
 """Architectures for which transformers has no sdpa (attention sinks)."""
 
@@ -132,6 +133,8 @@ class AccuracyJob:
     """Tokens generated per prompt at the end; 0: none."""
     options: tuple[tuple[str, Any], ...] = ()
     """Further keys of the method."""
+    task: str = "causal_lm"
+    """What the model is trained to do."""
 
     @property
     def name(self) -> str:
@@ -142,6 +145,7 @@ class AccuracyJob:
                 (self.loss, "chunked"),
                 (self.optimizer, "adamw_torch_fused"),
                 (self.attention, "sdpa"),
+                (self.task, "causal_lm"),
             )
             if word != usual
         ]
@@ -230,15 +234,22 @@ JOBS = (
     AccuracyJob("gpt_oss", "full", "none", 2, 192, attention="eager"),
     AccuracyJob("deepseek", "full", "none", 2, 192),
     AccuracyJob("deepseek", "qlora", "full", 2, 192),
+    # tasks
+    AccuracyJob(
+        "llama", "lora", "none", 4, 256, loss="plain", packing=False, evaluation=True, task=CLASSIFICATION
+    ),
+    AccuracyJob(
+        "qwen2", "full", "full", 2, 320, 2, loss="plain", packing=False, evaluation=True, task=CLASSIFICATION
+    ),
 )
 NUM_CI_JOBS = 12
+NUM_LABELS = 5
 
 
 def run_job(job: AccuracyJob) -> dict[str, Any]:
     """Traces and trains one job in this process; returns predicted and measured bytes per phase."""
     import torch  # noqa: PLC0415  # only the child process needs the heavy libraries
     from datasets import Dataset  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     from launcher import workload  # noqa: PLC0415
     from launcher.hardware import DeviceKind, HardwareSpec  # noqa: PLC0415
@@ -256,6 +267,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         Optimizer,
         Precision,
         StoredDtype,
+        Task,
         TrainingSpec,
     )
     from launcher.plan import Plan  # noqa: PLC0415
@@ -272,6 +284,8 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         model=ModelSpec(
             architecture=ARCHITECTURES[job.architecture],
             stored_dtype=StoredDtype.BF16 if weight_dtype is torch.bfloat16 else StoredDtype.FP32,
+            task=Task(job.task),
+            num_labels=NUM_LABELS,
         ),
         method=TypeAdapter(MethodSpec).validate_python(dict(job.options)),
         data=DataSpec(packing=job.packing),
@@ -305,7 +319,8 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "weights")
-        AutoModelForCausalLM.from_config(config, dtype=weight_dtype).save_pretrained(weights)
+        auto_class = workload.AUTO_CLASSES[spec.model.task]
+        auto_class.from_config(config, dtype=weight_dtype).save_pretrained(weights)
 
         def load() -> torch.nn.Module:
             return workload.build_model(workload.model_config(weights, spec.model), plan, weights, spec)
@@ -346,12 +361,17 @@ def _prompts(job: AccuracyJob) -> tuple[Batch, ...]:
     return ((torch.randint(2, ARCHITECTURES[job.architecture]["vocab_size"], shape), mask),)
 
 
-def _rows(job: AccuracyJob, count: int) -> list[dict[str, list[int]]]:
+def _rows(job: AccuracyJob, count: int) -> list[dict[str, Any]]:
     """Random rows; without packing every other one is shorter, so that each batch has padding."""
     rng = random.Random(0)
     vocabulary = ARCHITECTURES[job.architecture]["vocab_size"]
     lengths = [job.length if job.packing or index % 2 == 0 else job.length // 2 for index in range(count)]
-    return [{"input_ids": [rng.randrange(2, vocabulary) for _ in range(length)]} for length in lengths]
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [rng.randrange(2, vocabulary) for _ in range(length)]} for length in lengths
+    ]
+    if job.task == CLASSIFICATION:
+        rows = [{**row, "label": number % NUM_LABELS} for number, row in enumerate(rows)]
+    return rows
 
 
 class JobFailed(Exception):

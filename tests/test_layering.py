@@ -24,6 +24,7 @@ NOUNS = {
     "hardware",
     "job",
     "memory",
+    "model",
     "plan",
     "run_paths",
     "run_record",
@@ -45,6 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS: dict[str, set[str]] = {
     "torch": {
         "workload",
+        "callbacks",
+        "classification",
         "merge",
         "planner.tape",
         "planner.trace",
@@ -65,7 +68,7 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "merge"}
+WORKLOAD = {"workload", "callbacks", "classification", "merge"}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

@@ -237,9 +237,15 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
     """Reduces job and plan to what a trace depends on; everything else takes its default."""
     defaults = MethodSpec()
     reduced = JobSpec(
-        model=ModelSpec(architecture=job.model.architecture, trust_remote_code=job.model.trust_remote_code),
+        model=ModelSpec(
+            architecture=job.model.architecture,
+            trust_remote_code=job.model.trust_remote_code,
+            task=job.model.task,
+            num_labels=job.model.num_labels,
+            freeze_vision=job.model.freeze_vision,
+        ),
         method=replace(job.method, name=defaults.name, rank=defaults.rank, alpha=defaults.alpha),
-        data=DataSpec(packing=job.data.packing),
+        data=DataSpec(packing=job.data.packing, images_per_example=job.data.images_per_example),
         training=TrainingSpec(
             max_grad_norm=1.0 if job.training.max_grad_norm > 0 else 0.0,
             weight_decay=job.training.weight_decay,

@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl import SFTTrainer
 
 from launcher import workload
-from launcher.job import AdapterDtype, JobSpec, Method
+from launcher.callbacks import PhaseCallback
+from launcher.job import AdapterDtype, JobSpec, Method, Task
 from launcher.memory import Category, Phase
 from launcher.merge import drop_optimizer
 from launcher.plan import Plan
@@ -81,8 +81,10 @@ class Rehearsal:
         )
         return {
             "arguments": arguments,
-            "train_dataset": _blank_rows(rows, plan.max_length),
-            "eval_dataset": _blank_rows(held_out, plan.max_length) if evaluation.enabled else None,
+            "train_dataset": _blank_rows(rows, plan.max_length, self.job.model.task),
+            "eval_dataset": _blank_rows(held_out, plan.max_length, self.job.model.task)
+            if evaluation.enabled
+            else None,
             "tokenizer": blank_tokenizer(),
         }
 
@@ -100,7 +102,7 @@ class Rehearsal:
         self.tape.mark(weight_tensors(self.model), Category.PARAMETERS)
         self.tape.mark(self.model.buffers(), Category.BUFFERS)
         trainer = workload.build_trainer(
-            self.model, self.plan, callbacks=[workload.PhaseCallback(self._enter)], **inputs
+            self.model, self.job, self.plan, callbacks=[PhaseCallback(self._enter)], **inputs
         )
         trainer.remove_callback(PrinterCallback)  # prints metrics, and there are none
         self._trainer = trainer
@@ -139,7 +141,7 @@ class Rehearsal:
         self.tape.mark(staged, Category.PARAMETERS)
         return staged
 
-    def _save_and_read(self, trainer: SFTTrainer) -> dict[str, int]:
+    def _save_and_read(self, trainer: Trainer) -> dict[str, int]:
         """Saves, reads a checkpoint again, and merges, as far as the job does; returns the sizes of the folders.
 
         Reading comes last but one, because what is read was saved before; the optimizer starts without states there.
@@ -189,7 +191,7 @@ class Rehearsal:
         gradient = [] if tensor.grad is None else [tensor.grad]
         return [*with_scales([tensor]), *gradient, *_state_tensors(self._trainer, tensor)]
 
-    def _listen(self, trainer: SFTTrainer) -> None:
+    def _listen(self, trainer: Trainer) -> None:
         base: Any = self.model
         if hasattr(base, "get_base_model"):
             base = base.get_base_model()
@@ -237,15 +239,18 @@ class Rehearsal:
             self.tape.region = Region.BACKWARD
 
 
-def _state_tensors(trainer: SFTTrainer, parameter: torch.Tensor | None = None) -> list[torch.Tensor]:
+def _state_tensors(trainer: Trainer, parameter: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Optimizer state, of one parameter or of all."""
     states = trainer.optimizer.state if trainer.optimizer is not None else {}
     chosen = states.values() if parameter is None else [states.get(parameter, {})]
     return [value for state in chosen for value in state.values() if isinstance(value, torch.Tensor)]
 
 
-def _blank_rows(count: int, length: int) -> Dataset:
-    return Dataset.from_dict({"input_ids": [[0] * length] * count})
+def _blank_rows(count: int, length: int, task: Task) -> Dataset:
+    columns: dict[str, list[Any]] = {"input_ids": [[0] * length] * count}
+    if task is Task.SEQUENCE_CLASSIFICATION:
+        columns["label"] = [0] * count
+    return Dataset.from_dict(columns)
 
 
 def blank_tokenizer() -> PreTrainedTokenizerFast:

@@ -22,7 +22,7 @@ import trl.trainer.utils as trl_utils
 from datasets import disable_progress_bars
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from launcher import workload
 from launcher.errors import UnsupportedByPlanner
@@ -223,7 +223,8 @@ def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) 
             return workload.attach_adapters(model, subject.job, plan)
     except (ValueError, ImportError) as failure:
         raise UnsupportedByPlanner(
-            f"transformers can't build {config.model_type} with attention={plan.attention}: {failure}",
+            f"transformers can't build {config.model_type} with model.task={subject.job.model.task}, "
+            f"attention={plan.attention}: {failure}",
             "another `planner.pin.attention` may be supported",
         ) from failure
 
@@ -262,7 +263,7 @@ def facts(subject: Subject) -> SubjectFacts:
     """What the libraries say about a subject before anything is traced."""
     opened = open_subject(subject)
     text = opened.config.get_text_config()
-    model_class = AutoModelForCausalLM._model_mapping.get(type(opened.config), None)
+    model_class = workload.AUTO_CLASSES[subject.job.model.task]._model_mapping.get(type(opened.config), None)
     supports_sdpa = bool(getattr(model_class, "_supports_sdpa", True))
     if not supports_sdpa:  # its lines are asked for before the planner knows
         opened = replace(opened, plan=replace(opened.plan, attention=Attention.EAGER))

@@ -23,6 +23,8 @@ from launcher.planner.stream import Stream
 from launcher.planner.tracer import Subject, SubjectFacts
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "numpy")
+WORKLOAD = ("workload", "callbacks", "classification", "merge")
+"""Modules outside of the planner that are traced."""
 STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
 
 
@@ -40,7 +42,8 @@ def library_versions() -> dict[str, str]:
 def source_digest(package: Path) -> str:
     """Digest of the tracer's own source: another tracer, another trace."""
     digest = hashlib.sha256()
-    files = [package / "workload.py", package / "merge.py", *sorted((package / "planner").glob("*.py"))]
+    workload = [package / f"{name}.py" for name in WORKLOAD]
+    files = [*workload, *sorted((package / "planner").glob("*.py"))]
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

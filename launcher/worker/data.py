@@ -82,7 +82,7 @@ def load_examples(data: DataSpec) -> Dataset:
 
     Returns:
         A data set with the columns `messages` (a list of `role` and `content`), or `prompt` and `completion`
-        (both text, or both such lists), or `text`; at least one row.
+        (both text, or both such lists), or `text`, or `text` and `label`; at least one row.
 
     Raises:
         ConfigError: The path is empty, or names no built-in data set.
@@ -173,9 +173,8 @@ def _normalised(rows: Iterator[SourceRow], layout: Layout) -> Iterator[dict[str,
 def _features(example: Mapping[str, Any]) -> Features:
     """Arrow types of a normalised example: text, or a list of role and content."""
     turns = [{"role": Value("string"), "content": Value("string")}]
-    return Features(
-        {name: turns if isinstance(value, list) else Value("string") for name, value in example.items()}
-    )
+    kinds = {list: turns, int: Value("int64"), str: Value("string")}
+    return Features({name: kinds[type(value)] for name, value in example.items()})
 
 
 # ------------------------------------------------------------------------------------ checking and laying out
@@ -213,6 +212,17 @@ def _from_prompt_completion(row: SourceRow) -> dict[str, Any]:
     return {field: _text(value, row.where, field) for field, value in pair.items()}
 
 
+def _from_labeled(row: SourceRow) -> dict[str, Any]:
+    """{text, label} as it is; the label is a whole number from 0."""
+    label = _required(row, "label")
+    if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+        raise DataError(
+            f"{row.where}: `label` must be a whole number from 0, found {kind_of(label)} ({label!r})",
+            hint="number the labels 0, 1, .. and set model.num_labels",
+        )
+    return {"text": _text(_required(row, "text"), row.where, "text"), "label": label}
+
+
 def _from_text(row: SourceRow) -> dict[str, Any]:
     """{text} as it is."""
     return {"text": _text(_required(row, "text"), row.where, "text")}
@@ -236,9 +246,13 @@ LAYOUTS: Final = (
 )
 
 
+LABELED: Final = Layout(DataFormat.LABELED, ("text", "label"), "text, label", _from_labeled)
+"""The layout of classification: never recognised by its keys, for other texts may have labels too."""
+
+
 def _layout_named(name: DataFormat) -> Layout:
     """The layout that a job names."""
-    return next(layout for layout in LAYOUTS if layout.name is name)
+    return next(layout for layout in (*LAYOUTS, LABELED) if layout.name is name)
 
 
 def _recognised(row: SourceRow) -> Layout:

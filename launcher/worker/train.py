@@ -27,12 +27,13 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     set_seed,
 )
-from trl import SFTTrainer
 
 from launcher import workload
+from launcher.callbacks import GenerationCallback, PhaseCallback
 from launcher.documents import read_document, write_document
 from launcher.errors import DataError, LauncherError
 from launcher.hardware import DeviceKind
@@ -52,6 +53,7 @@ from launcher.worker.engine import (
     rank,
     world_size,
 )
+from launcher.worker.labels import data_of_task, require_labels
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
@@ -115,14 +117,14 @@ def train(
     progress: Progress,
     report: Callable[[str], None],
     resume: bool = False,
-) -> tuple[SFTTrainer, MemoryMeasurement]:
+) -> tuple[Trainer, MemoryMeasurement]:
     """Loads, trains, and measures. The only training in this project; the tracer runs the same workload."""
     # the arguments come first: with them accelerate connects the processes, and transformers learns to shard weights
     changes = {**ingredients.changes, **engine_arguments(plan)}
     arguments = workload.training_arguments(job, plan, ingredients.output_dir, changes)
     connect(plan)
     set_seed(job.training.seed)  # the adapters are the same on every process, and on any number of them
-    built: list[SFTTrainer] = []
+    built: list[Trainer] = []
     meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter(lambda: native_bucket_bytes(built))
     with meter.measure_load():
         model = ingredients.load()
@@ -136,13 +138,14 @@ def train(
 
     callbacks: list[TrainerCallback] = [
         ProgressCallback(progress, plan, ingredients.metrics, report),
-        workload.PhaseCallback(enter),
+        PhaseCallback(enter),
     ]
     if ingredients.prompts:
         write = _generation_writer(ingredients, report)
-        callbacks.append(workload.GenerationCallback(enter, ingredients.prompts, job.generation, write))
+        callbacks.append(GenerationCallback(enter, ingredients.prompts, job.generation, write))
     trainer = workload.build_trainer(
         model,
+        job,
         plan,
         arguments,
         ingredients.train_dataset,
@@ -198,7 +201,7 @@ def _generation_writer(
     return write
 
 
-def _watch_shapes(trainer: SFTTrainer, progress: Progress, num_batches: int) -> None:
+def _watch_shapes(trainer: Trainer, progress: Progress, num_batches: int) -> None:
     collate = trainer.data_collator
     remaining = [num_batches]
 
@@ -226,7 +229,9 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
             f"the model at `{source}` can't be read: {failure}",
             "check `model.path`; a hub id needs the network (and, for gated models, an accepted licence)",
         ) from failure
-    train_rows, eval_rows = split_examples(load_examples(job.data), job.data, job.evaluation)
+    data = data_of_task(job.data, job.model)
+    train_rows, eval_rows = split_examples(load_examples(data), data, job.evaluation)
+    require_labels(job.model, train_rows, eval_rows)
     require_chat_template(tokenizer, train_rows)
 
     def load() -> nn.Module:
