@@ -144,20 +144,20 @@ def _missing_values(job: JobSpec) -> Iterator[str]:
 
 def _task_mistakes(job: JobSpec) -> Iterator[str]:
     """Options that the job's task does not have."""
-    task, labeled = job.model.task, job.data.format is DataFormat.LABELED
-    classifies = task is Task.SEQUENCE_CLASSIFICATION
-    if labeled != classifies and (labeled or job.data.format is not DataFormat.AUTO):
-        yield (
-            f"`data.format={job.data.format}` with `model.task={task}`: `labeled` belongs to "
-            f"`{Task.SEQUENCE_CLASSIFICATION}` and to nothing else; leave `data.format=auto`"
-        )
+    task, layout = job.model.task, job.data.format
+    own = {
+        Task.SEQUENCE_CLASSIFICATION: DataFormat.LABELED,
+        Task.IMAGE_TEXT_TO_TEXT: DataFormat.IMAGES,
+    }
+    if layout not in (DataFormat.AUTO, own.get(task)) and (task in own or layout in own.values()):
+        yield f"`data.format={layout}` with `model.task={task}`: not its layout; leave `data.format=auto`"
     if task is Task.CAUSAL_LM:
         return
     if job.data.packing:
         yield f"`data.packing=true` with `model.task={task}`: its examples can't be joined; `data.packing=false`"
     if job.generation.enabled:
         yield f"`generation.enabled=true` with `model.task={task}`: only `{Task.CAUSAL_LM}` generates here"
-    if classifies and job.planner.pin.loss is Loss.CHUNKED:
+    if task is Task.SEQUENCE_CLASSIFICATION and job.planner.pin.loss is Loss.CHUNKED:
         yield f"`planner.pin.loss=chunked` with `model.task={task}`: a classifier has no tiles; leave it unset"
 
 

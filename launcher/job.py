@@ -118,6 +118,7 @@ class DataFormat(StrEnum):
     PROMPT_COMPLETION = "prompt_completion"
     TEXT = "text"
     LABELED = "labeled"
+    IMAGES = "images"
 
 
 class Objective(StrEnum):
@@ -182,7 +183,7 @@ class DataSpec:
     path: str = ""
     """JSON or JSONL file, a folder of them, a hub dataset id, or `builtin:python_docs`."""
     format: DataFormat = DataFormat.AUTO
-    """Layout of an example; `auto` recognises it by its keys (`labeled`: text and label, by the task)."""
+    """Layout of an example; `auto` recognises it by its keys, or takes that of `model.task` (`labeled`, `images`)."""
     split: str = "train"
     """Split of a hub dataset."""
     max_length: Annotated[int, Ge(8)] = 2048

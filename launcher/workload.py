@@ -23,12 +23,14 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Trainer,
     TrainerCallback,
 )
 from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 
+from launcher import vision
 from launcher.classification import build_classifier_trainer
 from launcher.job import (
     AdapterDtype,
@@ -147,8 +149,11 @@ def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
     Quantised models are prepared first, when the job asks for it: what is not quantised becomes fp32.
     """
     if plan.method is Method.FULL:
+        if job.model.freeze_vision:
+            vision.freeze_tower(model)
         return model
     method = job.method
+    tower = vision.tower_pattern(model) if job.model.freeze_vision else None
     for module in model.modules():
         # on CPUs with avx512_bf16 bitsandbytes repacks 4-bit weights in evaluation, and training can't read them then
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -161,6 +166,7 @@ def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
         lora_alpha=method.alpha or 2 * plan.rank,
         lora_dropout=method.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=tower,
         modules_to_save=list(method.modules_to_save) or None,
         use_dora=method.use_dora,
         use_rslora=method.use_rslora,
@@ -227,10 +233,14 @@ def build_trainer(
     arguments: SFTConfig,
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     callbacks: Sequence[TrainerCallback],
+    blank_images: vision.BlankImages | None = None,
 ) -> Trainer:
-    """Builds the trainer whose `train()` is both traced and run."""
+    """Builds the trainer whose `train()` is both traced and run.
+
+    `blank_images` collates rows that have no images in them, for a model that sees; None: TRL's own collators do.
+    """
     if plan.activation_checkpointing is Checkpointing.SELECTIVE:
         # TRL wraps the model that it is given, and PEFT hands the call on to its base model
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -239,6 +249,7 @@ def build_trainer(
         # resumed adapters keep the dtype that they were trained in; by default PEFT turns them to fp32
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # type: ignore[method-assign]
     if job.model.task is Task.SEQUENCE_CLASSIFICATION:
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a processor belongs to models that see
         return build_classifier_trainer(
             model, arguments, plan.max_length, train_dataset, eval_dataset, tokenizer, callbacks
         )
@@ -248,6 +259,7 @@ def build_trainer(
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        data_collator=blank_images,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )

@@ -3,9 +3,9 @@
 Each job runs in a process of its own: the same workload is traced on fake tensors and trained on real ones, and
 the measurement comes from the profiler's allocator events, never from the tracer.
 
-    python scripts/accuracy.py                     all jobs; prints the table
-    python scripts/accuracy.py --write             also writes docs/accuracy/<date>-cpu.json and docs/accuracy.md
-    python scripts/accuracy.py --subset 4          the first four jobs
+    python -m scripts.accuracy                     all jobs; prints the table
+    python -m scripts.accuracy --write             also writes docs/accuracy/<date>-cpu.json and docs/accuracy.md
+    python -m scripts.accuracy --subset 4          the first four jobs
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
+
+from scripts import small_vision
 
 if TYPE_CHECKING:
     from launcher.worker.prompts import Batch
@@ -108,6 +110,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 CLASSIFICATION = "sequence_classification"
+VISION = "image_text_to_text"
+IMAGES = 2
+"""Images of an example."""
+ARCHITECTURES |= {"gemma3": small_vision.GEMMA3, "llava": small_vision.LLAVA}
 EAGER_ONLY = ("gpt_oss",)
 """Architectures for which transformers has no sdpa (attention sinks)."""
 
@@ -235,6 +241,11 @@ JOBS = (
     AccuracyJob("deepseek", "full", "none", 2, 192),
     AccuracyJob("deepseek", "qlora", "full", 2, 192),
     # tasks
+    AccuracyJob("gemma3", "lora", "none", 2, 320, packing=False, evaluation=True, task=VISION),
+    AccuracyJob("gemma3", "lora", "full", 2, 320, 2, packing=False, task=VISION),
+    AccuracyJob("gemma3", "full", "none", 3, 160, packing=False, loss="plain", task=VISION),
+    AccuracyJob("llava", "lora", "none", 2, 320, packing=False, task=VISION),
+    AccuracyJob("gemma3", "lora", "none", 2, 320),
     AccuracyJob(
         "llama", "lora", "none", 4, 256, loss="plain", packing=False, evaluation=True, task=CLASSIFICATION
     ),
@@ -273,7 +284,6 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
     from launcher.plan import Plan  # noqa: PLC0415
     from launcher.planner import trace  # noqa: PLC0415
     from launcher.planner.forecast import read_estimate  # noqa: PLC0415
-    from launcher.planner.rehearsal import blank_tokenizer  # noqa: PLC0415
     from launcher.worker.progress import Progress  # noqa: PLC0415
     from launcher.worker.train import Ingredients, train  # noqa: PLC0415
 
@@ -288,7 +298,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
             num_labels=NUM_LABELS,
         ),
         method=TypeAdapter(MethodSpec).validate_python(dict(job.options)),
-        data=DataSpec(packing=job.packing),
+        data=DataSpec(packing=job.packing, images_per_example=IMAGES),
         training=TrainingSpec(max_steps=3, save_steps=2 if job.save else None, report_to=()),
         evaluation=EvaluationSpec(enabled=job.evaluation, steps=2, num_examples=2 * job.micro_batch_size),
         generation=GenerationSpec(
@@ -330,7 +340,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
             adapt=lambda model: workload.attach_adapters(model, spec, plan),
             train_dataset=Dataset.from_list(_rows(job, 3 * job.micro_batch_size * job.accumulation)),
             eval_dataset=Dataset.from_list(_rows(job, 2 * job.micro_batch_size)) if job.evaluation else None,
-            tokenizer=blank_tokenizer(),
+            tokenizer=_processing(job),
             changes={
                 "use_cpu": True,
                 "save_strategy": "steps" if job.save else "no",
@@ -351,6 +361,13 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
     }
 
 
+def _processing(job: AccuracyJob) -> Any:
+    """A tokenizer for rows of token ids, or a processor for images."""
+    from launcher.planner.rehearsal import blank_tokenizer  # noqa: PLC0415
+
+    return small_vision.small_processor(job.architecture) if job.task == VISION else blank_tokenizer()
+
+
 def _prompts(job: AccuracyJob) -> tuple[Batch, ...]:
     """One batch of random prompts, one of them shorter than the others."""
     import torch  # noqa: PLC0415  # only the child process needs the heavy libraries
@@ -363,8 +380,11 @@ def _prompts(job: AccuracyJob) -> tuple[Batch, ...]:
 
 def _rows(job: AccuracyJob, count: int) -> list[dict[str, Any]]:
     """Random rows; without packing every other one is shorter, so that each batch has padding."""
+    if job.task == VISION:
+        return small_vision.rows_with_images(count, job.length, IMAGES)
     rng = random.Random(0)
-    vocabulary = ARCHITECTURES[job.architecture]["vocab_size"]
+    facts = ARCHITECTURES[job.architecture]
+    vocabulary = facts.get("text_config", facts)["vocab_size"]
     lengths = [job.length if job.packing or index % 2 == 0 else job.length // 2 for index in range(count)]
     rows: list[dict[str, Any]] = [
         {"input_ids": [rng.randrange(2, vocabulary) for _ in range(length)]} for length in lengths
@@ -381,8 +401,8 @@ class JobFailed(Exception):
 def measure(job: AccuracyJob) -> dict[str, Any]:
     """Runs one job in a process of its own."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, __file__, "--job", str(JOBS.index(job))]
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-m", "scripts.accuracy", "--job", str(JOBS.index(job))]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     if child.returncode:
         raise JobFailed(f"{job.name} failed:\n{child.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
@@ -463,7 +483,7 @@ def write_report(results: list[dict[str, Any]]) -> None:
     page = [
         "# Accuracy",
         "",
-        "Generated by `python scripts/accuracy.py --write`; the data lie in docs/accuracy/. Signed errors,",
+        "Generated by `python -m scripts.accuracy --write`; the data lie in docs/accuracy/. Signed errors,",
         "under-predictions first. Measured: allocator-level peak of real training on CPU, from the profiler's",
         "memory events. Predicted: the skyline of a trace at another, prime-numbered shape, extended over depth.",
         "The error is that of the highest peak over all phases. `load` depends on how far the threads that read",

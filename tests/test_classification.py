@@ -38,7 +38,7 @@ from launcher.run_paths import RunPaths
 from launcher.run_record import Status
 from launcher.worker import train
 from launcher.worker.data import load_examples
-from launcher.worker.labels import data_of_task, require_labels
+from launcher.worker.tasks import data_of_task, fitted
 from launcher.workload import model_config
 from tests.tiny_job import tiny_order, write_tiny_model
 
@@ -122,7 +122,7 @@ def test_rows_are_text_and_label(tmp_path: Path) -> None:
     assert data.format is DataFormat.LABELED
     rows = load_examples(data)
     assert rows.to_list() == [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
-    require_labels(CLASSIFIER, rows, None)
+    assert fitted(rows, JobSpec(model=CLASSIFIER), data.path) is rows
 
 
 @pytest.mark.parametrize("label", ["good", -1, True, 0.5, None])
@@ -135,7 +135,7 @@ def test_labels_are_whole_numbers(label: object, tmp_path: Path) -> None:
 def test_labels_are_those_of_the_model(tmp_path: Path) -> None:
     rows = load_examples(write_rows(tmp_path, {"text": "odd", "label": LABELS}))
     with pytest.raises(DataError, match=rf"model\.num_labels={LABELS + 1}"):
-        require_labels(CLASSIFIER, rows)
+        fitted(rows, JobSpec(model=CLASSIFIER), "")
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ DOORS: dict[str, set[str]] = {
         "callbacks",
         "classification",
         "merge",
+        "vision",
         "planner.tape",
         "planner.trace",
         "planner.fast_fake",
@@ -68,7 +69,7 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "callbacks", "classification", "merge"}
+WORKLOAD = {"workload", "callbacks", "classification", "merge", "vision"}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

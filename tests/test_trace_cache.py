@@ -166,7 +166,7 @@ def test_key_changes_with_the_tracers_source(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_source_digest_sees_every_file_of_the_tracer(tmp_path: Path) -> None:
     (tmp_path / "planner").mkdir()
-    traced = ("workload", "callbacks", "classification", "merge", "planner/tape", "planner/trace")
+    traced = ("workload", "callbacks", "classification", "merge", "vision", "planner/tape", "planner/trace")
     names = [f"{name}.py" for name in traced]
     for name in (*names, "cli.py"):
         (tmp_path / name).write_text("a = 1\n")

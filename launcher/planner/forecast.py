@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Checkpointing,
@@ -201,6 +202,11 @@ class Forecaster:
         facts = self._facts_of(subject)
         batch, length = plan.micro_batch_size, plan.max_length
         accumulation = min(plan.gradient_accumulation_steps, 2)
+        if length < facts.lines.shortest:
+            raise UnsupportedByPlanner(
+                f"data.max_length={length}: the images of an example take {facts.lines.shortest - 1} tokens",
+                f"data.max_length of {facts.lines.shortest} or more, or fewer data.images_per_example",
+            )
         domain = domain_of(batch, length, facts.lines)
         shape = None if exact else symbolic_shape(domain, facts.lines)
         if shape is None:

@@ -30,6 +30,8 @@ class Lines:
     """Lengths at which other code begins to run, ascending."""
     dimensions: tuple[int, ...]
     """The model's own dimensions, which no symbol may divide."""
+    shortest: int = 2
+    """Tokens that a sequence has at least: its images, and one more."""
 
 
 def domain_of(batch: int, length: int, lines: Lines) -> Domain:
@@ -41,7 +43,7 @@ def domain_of(batch: int, length: int, lines: Lines) -> Domain:
     regime = Domain(
         batch_min=1 if batch == 1 else 2,
         batch_max=1 if batch == 1 else None,
-        length_min=below[-1] if below else 2,
+        length_min=max(lines.shortest, *below[-1:]) if below else lines.shortest,
         length_max=above[0] - 1 if above else None,
         tokens_min=tile + 1 if tile is not None and over else 1,
         tokens_max=tile if not over else None,

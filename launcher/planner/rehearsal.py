@@ -35,6 +35,7 @@ from launcher.planner.polynomial import Exponents
 from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
 from launcher.planner.skyline import Profile
 from launcher.planner.tape import OFF_DEVICE, Region, Tape
+from launcher.vision import BlankImages, image_shape
 
 STEPS = 2
 """Optimizer steps traced: the optimizer's state is born in the first, the peak is often in the second."""
@@ -57,7 +58,10 @@ class Rehearsal:
     def inputs(self, folder: Path) -> dict[str, Any]:
         """Everything of the trainer that holds no tensors of the model; built outside the fake mode."""
         plan, evaluation = self.plan, self.job.evaluation
-        rows = plan.micro_batch_size * plan.gradient_accumulation_steps * STEPS
+        # accelerate's loader fetches one batch ahead, in every step but the last of an epoch; only on a CPU is that
+        # the device's memory (DataLoaderShard moves a batch when its turn comes; accelerate 1.15, data_loader.py)
+        ahead = 0 if self.on_gpu else 1
+        rows = plan.micro_batch_size * (plan.gradient_accumulation_steps * STEPS + ahead)
         held_out = workload.evaluation_batch_size(self.job, plan) * EVALUATION_BATCHES
         arguments = workload.training_arguments(
             self.job,
@@ -86,7 +90,14 @@ class Rehearsal:
             if evaluation.enabled
             else None,
             "tokenizer": blank_tokenizer(),
+            "blank_images": self._blank_images(),
         }
+
+    def _blank_images(self) -> BlankImages | None:
+        if self.job.model.task is not Task.IMAGE_TEXT_TO_TEXT:
+            return None
+        config: Any = self.model.config
+        return BlankImages(image_shape(config), self.job.data.images_per_example)
 
     def run(self, inputs: dict[str, Any]) -> Profile:
         """Builds the trainer around fake tensors, trains, and sums up the tape."""

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,9 +26,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from launcher import workload
-from launcher.errors import UnsupportedByPlanner
+from launcher.errors import LauncherError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, JobSpec, Loss
+from launcher.job import Attention, JobSpec, Loss, Task
 from launcher.plan import Plan
 from launcher.planner import cuda_twin, worst_case
 from launcher.planner.attribution import Attribution
@@ -42,6 +43,7 @@ from launcher.planner.rehearsal import Rehearsal
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
+from launcher.vision import image_shape
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ def regime_lines(subject: TraceSubject) -> Lines:
     if own_batch and tile:
         lengths.add(tile // own_batch + 2)
     dimensions = {*config_dimensions(subject.config.to_dict()), subject.plan.rank, own_batch or 1}
+    shortest = 2
+    if subject.job.model.task is Task.IMAGE_TEXT_TO_TEXT:
+        image, count = image_shape(subject.config), subject.job.data.images_per_example
+        dimensions |= {image.tokens, count}
+        shortest = image.tokens * count + 1
     vocabulary_tile = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     dimensions |= {vocabulary_tile, text.vocab_size % vocabulary_tile, trl_chunked.TOKEN_CHUNK_SIZE}
     dimensions |= _parameter_dimensions(subject)
@@ -87,7 +94,7 @@ def regime_lines(subject: TraceSubject) -> Lines:
             generation.batch_size,
             *(size + i for size in generation_lengths(generation) for i in (0, 1)),
         }
-    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)))
+    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)), shortest)
 
 
 def _parameter_dimensions(subject: TraceSubject) -> set[int]:
@@ -194,13 +201,31 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
         stack.enter_context(tape)
         try:
             return rehearsal.run(trainer_inputs)
-        except (RuntimeError, NotImplementedError, TypeError) as failure:
-            operation = f" at {tape.failed}" if tape.failed else ""
-            raise UnsupportedByPlanner(
-                f"the tracer can't follow {config.model_type} with attention={plan.attention}, "
-                f"loss={plan.loss}, precision={plan.precision}{operation}: {failure}",
-                "another `planner.pin.attention` or `planner.pin.loss` may be traceable",
-            ) from failure
+        except LauncherError:
+            raise
+        except Exception as failure:  # whatever a library objects to, it ends in no number and no traceback
+            raise _refusal(config.model_type, plan, tape.failed, failure) from failure
+
+
+def _refusal(model_type: str, plan: Plan, operation: str, failure: Exception) -> UnsupportedByPlanner:
+    return UnsupportedByPlanner(
+        f"the tracer can't follow {model_type} with method.name={plan.method}, attention={plan.attention}, "
+        f"loss={plan.loss}, precision={plan.precision} at {operation or _place(failure)}: {_words(failure)}",
+        "another `planner.pin.attention` or `planner.pin.loss` may be traceable; with adapters, "
+        "`method.target_modules` that names plain projections only",
+    )
+
+
+def _place(failure: BaseException) -> str:
+    """Where a library's code failed, `modeling_mixtral.py:509 (forward)`."""
+    frame = traceback.extract_tb(failure.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})"
+
+
+def _words(failure: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
 
 
 def _pads(tape: Tape, mask: torch.Tensor) -> bool:
@@ -221,11 +246,13 @@ def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) 
             if quantization is not None:
                 model = quantized_layers().convert_to_shell(model, quantization)
             return workload.attach_adapters(model, subject.job, plan)
-    except (ValueError, ImportError) as failure:
+    except LauncherError:
+        raise
+    except Exception as failure:  # as in `record`
         raise UnsupportedByPlanner(
             f"transformers can't build {config.model_type} with model.task={subject.job.model.task}, "
-            f"attention={plan.attention}: {failure}",
-            "another `planner.pin.attention` may be supported",
+            f"method.name={plan.method}, attention={plan.attention} at {_place(failure)}: {_words(failure)}",
+            "another `planner.pin.attention` may be supported; with adapters, other `method.target_modules`",
         ) from failure
 
 
@@ -255,7 +282,14 @@ def _quiet() -> Iterator[None]:
 
 def open_subject(subject: Subject) -> TraceSubject:
     """Builds the transformers config of a subject described in plain data."""
-    config = workload.model_config("", subject.job.model)
+    try:
+        config = workload.model_config("", subject.job.model)
+    except Exception as failure:  # a config class checks its facts in ways of its own
+        model_type = subject.job.model.architecture.get("model_type")
+        raise UnsupportedByPlanner(
+            f"transformers can't read the config of {model_type} at {_place(failure)}: {_words(failure)}",
+            "the installed transformers may be too old for the model, or its config.json has facts that clash",
+        ) from failure
     return TraceSubject(subject.job, subject.plan, subject.hardware, config)
 
 

@@ -23,7 +23,7 @@ from launcher.planner.stream import Stream
 from launcher.planner.tracer import Subject, SubjectFacts
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "numpy")
-WORKLOAD = ("workload", "callbacks", "classification", "merge")
+WORKLOAD = ("workload", "callbacks", "classification", "merge", "vision")
 """Modules outside of the planner that are traced."""
 STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
 

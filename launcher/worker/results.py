@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from launcher.memory import Phase
 from launcher.merge import drop_optimizer, merge_adapters
@@ -17,7 +17,7 @@ TENSOR_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 def save_results(
     trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     model: Path | None,
     merged: Path | None,
     enter: Callable[[Phase], None],

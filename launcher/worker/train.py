@@ -25,8 +25,10 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -37,7 +39,7 @@ from launcher.callbacks import GenerationCallback, PhaseCallback
 from launcher.documents import read_document, write_document
 from launcher.errors import DataError, LauncherError
 from launcher.hardware import DeviceKind
-from launcher.job import JobSpec
+from launcher.job import JobSpec, Task
 from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
 from launcher.run_paths import RunPaths
@@ -53,7 +55,6 @@ from launcher.worker.engine import (
     rank,
     world_size,
 )
-from launcher.worker.labels import data_of_task, require_labels
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
@@ -65,6 +66,7 @@ from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
+from launcher.worker.tasks import check_images, data_of_task, fitted
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -88,8 +90,8 @@ class Ingredients:
     """Training rows."""
     eval_dataset: Dataset | None
     """Held-out rows."""
-    tokenizer: PreTrainedTokenizerBase
-    """Tokenizer of the model."""
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
+    """Tokenizer of the model; of one that sees images its processor."""
     changes: Mapping[str, Any]
     """Changes to the trainer's arguments."""
     output_dir: Path
@@ -155,7 +157,8 @@ def train(
     )
     built.append(trainer)
     prepare_trainer(trainer, plan, enter)
-    _watch_shapes(trainer, progress, METERED_STEPS * plan.gradient_accumulation_steps)
+    check_images(trainer, job)
+    _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
     if resume:
         enter(Phase.RESUME)
     trainer.train(resume_from_checkpoint=resume or None)
@@ -201,12 +204,13 @@ def _generation_writer(
     return write
 
 
-def _watch_shapes(trainer: Trainer, progress: Progress, num_batches: int) -> None:
+def _watch_batches(trainer: Trainer, progress: Progress, meter: Meter, num_batches: int) -> None:
     collate = trainer.data_collator
     remaining = [num_batches]
 
     def collate_and_note(examples: list[Any]) -> Any:
         batch = collate(examples)
+        meter.receive(value for value in batch.values() if isinstance(value, torch.Tensor))
         if remaining[0] > 0:
             remaining[0] -= 1
             progress.shapes.add(StepShape(*batch["input_ids"].shape))
@@ -222,7 +226,9 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     if order.converted:
         source = str(convert_gguf(Path(source), Path(order.converted)))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=job.model.revision)
+        sees = job.model.task is Task.IMAGE_TEXT_TO_TEXT
+        processing_class = AutoProcessor if sees else AutoTokenizer
+        tokenizer = processing_class.from_pretrained(source, revision=job.model.revision)
         config = workload.model_config(source, job.model)
     except (OSError, ValueError) as failure:
         raise DataError(
@@ -231,7 +237,8 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         ) from failure
     data = data_of_task(job.data, job.model)
     train_rows, eval_rows = split_examples(load_examples(data), data, job.evaluation)
-    require_labels(job.model, train_rows, eval_rows)
+    train_rows = fitted(train_rows, job, data.path)
+    eval_rows = fitted(eval_rows, job, job.evaluation.path or data.path)
     require_chat_template(tokenizer, train_rows)
 
     def load() -> nn.Module:
