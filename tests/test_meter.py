@@ -9,6 +9,7 @@ import gc
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -93,6 +94,26 @@ def test_a_late_first_evaluation_is_still_measured() -> None:
     del evaluated
     meter.enter(Phase.TRAIN_STEP, METERED_STEPS + 2)
     assert peaks_of(meter)[Phase.EVALUATION] - base == pytest.approx(7 * MIB, abs=SLACK_BYTES)
+
+
+def test_arrays_of_numpy_count_from_their_batch_until_they_are_dropped() -> None:
+    base = other_tensors_bytes()
+    meter = CpuMeter()
+    meter.enter(Phase.TRAIN_STEP, 0)
+    batch = {
+        "pixels": torch.from_numpy(np.ones(6 * MIB, dtype=np.uint8)),
+        "ids": torch.ones(MIB, dtype=torch.uint8),
+    }
+    batch["half"] = batch["pixels"][: 3 * MIB]  # one storage counts once
+    meter.receive(batch.values())
+    meter.receive(batch.values())
+    batch.clear()
+    meter.enter(Phase.OPTIMIZER_STEP, 0)
+    late = torch.ones(2 * MIB, dtype=torch.uint8)
+    del late
+    peaks = peaks_of(meter)
+    assert peaks[Phase.TRAIN_STEP] - base == pytest.approx(7 * MIB, abs=SLACK_BYTES)
+    assert peaks[Phase.OPTIMIZER_STEP] - base == pytest.approx(2 * MIB, abs=SLACK_BYTES)
 
 
 def test_loading_counts_the_transient_above_what_stays() -> None:

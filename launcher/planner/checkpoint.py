@@ -23,7 +23,7 @@ import torch
 import transformers.modeling_utils as transformers_modeling
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
-from trl import SFTTrainer
+from transformers import Trainer
 
 from launcher.memory import Category
 from launcher.merge import merge_adapters
@@ -213,12 +213,12 @@ def _storage_identity(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
     return tensor.device, storage._cdata, storage.nbytes()
 
 
-def rehearse_checkpoint(trainer: SFTTrainer) -> None:
+def rehearse_checkpoint(trainer: Trainer) -> None:
     """Saves a checkpoint, as the training loop does, below the trainer's own output folder."""
-    trainer._save_checkpoint(trainer.model, trial=None)  # type: ignore[no-untyped-call]
+    trainer._save_checkpoint(trainer.model, trial=None)  # type: ignore[arg-type]  # it was built with a model
 
 
-def rehearse_resume(trainer: SFTTrainer) -> None:
+def rehearse_resume(trainer: Trainer) -> None:
     """Reads the checkpoint that was saved last, as `train(resume_from_checkpoint=...)` does before its first step.
 
     The optimizer has no states then; afterwards it has those of the checkpoint.
@@ -228,11 +228,11 @@ def rehearse_resume(trainer: SFTTrainer) -> None:
     trainer._load_optimizer_and_scheduler(str(folder))
 
 
-def checkpoint_folder(trainer: SFTTrainer) -> Path:
+def checkpoint_folder(trainer: Trainer) -> Path:
     """Where a checkpoint of the trainer's current step is."""
     return Path(str(trainer.args.output_dir)) / f"checkpoint-{trainer.state.global_step}"
 
 
-def rehearse_merge(trainer: SFTTrainer, folder: Path) -> None:
+def rehearse_merge(trainer: Trainer, folder: Path) -> None:
     """Merges the adapters and saves the merged model."""
     merge_adapters(trainer.model).save_pretrained(str(folder))

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Checkpointing,
@@ -201,6 +202,11 @@ class Forecaster:
         facts = self._facts_of(subject)
         batch, length = plan.micro_batch_size, plan.max_length
         accumulation = min(plan.gradient_accumulation_steps, 2)
+        if length < facts.lines.shortest:
+            raise UnsupportedByPlanner(
+                f"data.max_length={length}: the images of an example take {facts.lines.shortest - 1} tokens",
+                f"data.max_length of {facts.lines.shortest} or more, or fewer data.images_per_example",
+            )
         domain = domain_of(batch, length, facts.lines)
         shape = None if exact else symbolic_shape(domain, facts.lines)
         if shape is None:
@@ -237,9 +243,15 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
     """Reduces job and plan to what a trace depends on; everything else takes its default."""
     defaults = MethodSpec()
     reduced = JobSpec(
-        model=ModelSpec(architecture=job.model.architecture, trust_remote_code=job.model.trust_remote_code),
+        model=ModelSpec(
+            architecture=job.model.architecture,
+            trust_remote_code=job.model.trust_remote_code,
+            task=job.model.task,
+            num_labels=job.model.num_labels,
+            freeze_vision=job.model.freeze_vision,
+        ),
         method=replace(job.method, name=defaults.name, rank=defaults.rank, alpha=defaults.alpha),
-        data=DataSpec(packing=job.data.packing),
+        data=DataSpec(packing=job.data.packing, images_per_example=job.data.images_per_example),
         training=TrainingSpec(
             max_grad_norm=1.0 if job.training.max_grad_norm > 0 else 0.0,
             weight_decay=job.training.weight_decay,

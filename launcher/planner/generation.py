@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from launcher import workload
+from launcher.callbacks import generate
 from launcher.job import GenerationSpec
 
 
@@ -33,7 +33,7 @@ def rehearse_generation(model: Any, generation: GenerationSpec, *, on_gpu: bool)
     batch = min(generation.batch_size, generation.num_prompts)
     prompt, cached = generation_lengths(generation)
     ids = torch.ones((batch, prompt), dtype=torch.int64)
-    answer = workload.generate(
+    answer = generate(
         model, ids, torch.ones_like(ids), generation.max_new_tokens, return_dict_in_generate=True
     )
     cache = answer.past_key_values
@@ -41,7 +41,7 @@ def rehearse_generation(model: Any, generation: GenerationSpec, *, on_gpu: bool)
     lengthen(cache, cached)
     ids = torch.ones((batch, cached + 1), dtype=torch.int64)
     with _experts_of_single_tokens(model) if on_gpu else nullcontext():
-        workload.generate(model, ids, torch.ones_like(ids), 2, past_key_values=cache)
+        generate(model, ids, torch.ones_like(ids), 2, past_key_values=cache)
 
 
 @contextmanager

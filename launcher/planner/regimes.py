@@ -35,6 +35,8 @@ class Lines:
     """Liger's loss: tokens per token of a tile, before that is rounded up to a power of two; None without such tiles."""
     has_symbols: bool = True
     """Whether traces with symbols answer: the rows that an evaluation keeps are no polynomial of the batch."""
+    shortest: int = 2
+    """Tokens that a sequence has at least: its images, and one more."""
 
 
 def domain_of(batch: int, length: int, lines: Lines) -> Domain:
@@ -46,7 +48,7 @@ def domain_of(batch: int, length: int, lines: Lines) -> Domain:
     regime = Domain(
         batch_min=1 if batch == 1 else 2,
         batch_max=1 if batch == 1 else None,
-        length_min=below[-1] if below else 2,
+        length_min=max(lines.shortest, *below[-1:]) if below else lines.shortest,
         length_max=above[0] - 1 if above else None,
         tokens_min=tile + 1 if tile is not None and over else 1,
         tokens_max=tile if not over else None,

@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl import SFTTrainer
 
 from launcher import workload
-from launcher.job import AdapterDtype, JobSpec, Method
+from launcher.callbacks import PhaseCallback
+from launcher.job import AdapterDtype, JobSpec, Method, Task
 from launcher.memory import Category, Phase
 from launcher.merge import drop_optimizer
 from launcher.optimizers import optimizer_tensors
@@ -37,6 +37,7 @@ from launcher.planner.polynomial import Exponents
 from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
 from launcher.planner.skyline import Profile
 from launcher.planner.tape import OFF_DEVICE, Region, Tape
+from launcher.vision import BlankImages, image_shape
 
 STEPS = 2
 """Optimizer steps traced: the optimizer's state is born in the first, the peak is often in the second."""
@@ -59,7 +60,10 @@ class Rehearsal:
     def inputs(self, folder: Path) -> dict[str, Any]:
         """Everything of the trainer that holds no tensors of the model; built outside the fake mode."""
         plan, evaluation = self.plan, self.job.evaluation
-        rows = plan.micro_batch_size * plan.gradient_accumulation_steps * STEPS
+        # accelerate's loader fetches one batch ahead, in every step but the last of an epoch; only on a CPU is that
+        # the device's memory (DataLoaderShard moves a batch when its turn comes; accelerate 1.15, data_loader.py)
+        ahead = 0 if self.on_gpu else 1
+        rows = plan.micro_batch_size * (plan.gradient_accumulation_steps * STEPS + ahead)
         window = window_of(self.job, plan)
         batches = window.traced_batches if evaluation.keep_logits else EVALUATION_BATCHES
         held_out = workload.evaluation_batch_size(self.job, plan) * batches
@@ -86,10 +90,19 @@ class Rehearsal:
         )
         return {
             "arguments": arguments,
-            "train_dataset": _blank_rows(rows, plan.max_length),
-            "eval_dataset": _blank_rows(held_out, plan.max_length) if evaluation.enabled else None,
+            "train_dataset": _blank_rows(rows, plan.max_length, self.job.model.task),
+            "eval_dataset": _blank_rows(held_out, plan.max_length, self.job.model.task)
+            if evaluation.enabled
+            else None,
             "tokenizer": blank_tokenizer(),
+            "blank_images": self._blank_images(),
         }
+
+    def _blank_images(self) -> BlankImages | None:
+        if self.job.model.task is not Task.IMAGE_TEXT_TO_TEXT:
+            return None
+        config: Any = self.model.config
+        return BlankImages(image_shape(config), self.job.data.images_per_example)
 
     def run(self, inputs: dict[str, Any]) -> Profile:
         """Builds the trainer around fake tensors, trains, and sums up the tape."""
@@ -105,11 +118,7 @@ class Rehearsal:
         self.tape.mark(weight_tensors(self.model), Category.PARAMETERS)
         self.tape.mark(self.model.buffers(), Category.BUFFERS)
         trainer = workload.build_trainer(
-            self.model,
-            self.plan,
-            callbacks=[workload.PhaseCallback(self._enter)],
-            evaluation=self.job.evaluation,
-            **inputs,
+            self.model, self.job, self.plan, callbacks=[PhaseCallback(self._enter)], **inputs
         )
         if trainer.compute_metrics is not None:  # numpy's, of numbers that there are none of
             trainer.compute_metrics = lambda prediction: {}
@@ -150,7 +159,7 @@ class Rehearsal:
         self.tape.mark(staged, Category.PARAMETERS)
         return staged
 
-    def _save_and_read(self, trainer: SFTTrainer) -> dict[str, int]:
+    def _save_and_read(self, trainer: Trainer) -> dict[str, int]:
         """Saves, reads a checkpoint again, and merges, as far as the job does; returns the sizes of the folders.
 
         Reading comes last but one, because what is read was saved before; the optimizer starts without states there.
@@ -200,7 +209,7 @@ class Rehearsal:
         gradient = [] if tensor.grad is None else [tensor.grad]
         return [*with_scales([tensor]), *gradient, *_state_tensors(self._trainer, tensor)]
 
-    def _listen(self, trainer: SFTTrainer) -> None:
+    def _listen(self, trainer: Trainer) -> None:
         base: Any = self.model
         if hasattr(base, "get_base_model"):
             base = base.get_base_model()
@@ -248,15 +257,18 @@ class Rehearsal:
             self.tape.region = Region.BACKWARD
 
 
-def _state_tensors(trainer: SFTTrainer, parameter: torch.Tensor | None = None) -> list[torch.Tensor]:
+def _state_tensors(trainer: Trainer, parameter: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Optimizer state, of one parameter or of all."""
     states = trainer.optimizer.state if trainer.optimizer is not None else {}
     chosen = states.values() if parameter is None else [states.get(parameter, {})]
     return [tensor for state in chosen for tensor in optimizer_tensors(state)]
 
 
-def _blank_rows(count: int, length: int) -> Dataset:
-    return Dataset.from_dict({"input_ids": [[0] * length] * count})
+def _blank_rows(count: int, length: int, task: Task) -> Dataset:
+    columns: dict[str, list[Any]] = {"input_ids": [[0] * length] * count}
+    if task is Task.SEQUENCE_CLASSIFICATION:
+        columns["label"] = [0] * count
+    return Dataset.from_dict(columns)
 
 
 def blank_tokenizer() -> PreTrainedTokenizerFast:

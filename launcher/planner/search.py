@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind
-from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Objective
+from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Objective, Task
 from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, PlanChoice, Rejection
 from launcher.planner.forecast import Forecaster
@@ -43,6 +43,8 @@ def semantic_plans(job: JobSpec) -> Iterator[Plan]:
     methods = (pin.method,) if pin.method else choices.method or (job.method.name,)
     lengths = (pin.max_length,) if pin.max_length else choices.max_length or (job.data.max_length,)
     ranks = (pin.rank,) if pin.rank else choices.rank or (job.method.rank,)
+    # a classifier has a few scores per text, and nothing to cut into tiles
+    loss = Loss.PLAIN if job.model.task is Task.SEQUENCE_CLASSIFICATION else pin.loss or Loss.CHUNKED
     if pin.rank and set(methods) == {Method.FULL}:
         raise ConfigError(
             f"planner.pin.rank={pin.rank} is a LoRA rank, and the job's only method is {Method.FULL.value}",
@@ -59,7 +61,7 @@ def semantic_plans(job: JobSpec) -> Iterator[Plan]:
                     gradient_accumulation_steps=job.training.global_batch_size,
                     activation_checkpointing=pin.activation_checkpointing or Checkpointing.NONE,
                     attention=pin.attention or Attention.SDPA,
-                    loss=pin.loss or Loss.CHUNKED,
+                    loss=loss,
                     optimizer=job.training.optimizer,
                     precision=job.training.precision,
                 )

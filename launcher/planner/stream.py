@@ -225,6 +225,7 @@ def _last_inputs_of_steps(stream: Stream) -> list[tuple[int, NDArray[np.int64]]]
     """For every optimizer step where the last blocks of the inputs that it fetched last are born, and the blocks.
 
     The inputs of a step are released together; those of one micro batch are born without anything in between.
+    A batch that the loader fetched ahead, and no step took, is alone.
     """
     events, blocks = stream.events, np.abs(stream.events) - 1
     training = stream.phases == PHASES.index(Phase.TRAIN_STEP)
@@ -233,8 +234,9 @@ def _last_inputs_of_steps(stream: Stream) -> list[tuple[int, NDArray[np.int64]]]
     released = np.zeros(len(stream.sizes_bytes), dtype=np.int64)
     released[blocks[events < 0]] = births_before[events < 0]
     places = np.flatnonzero(is_input & training & (events > 0))
-    last: dict[int, tuple[int, NDArray[np.int64]]] = {}
+    fetched: dict[int, list[NDArray[np.int64]]] = {}
     for batch in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
         if len(batch):
-            last[int(released[blocks[batch[0]]])] = int(batch[-1]), events[batch]
-    return list(last.values())
+            fetched.setdefault(int(released[blocks[batch[0]]]), []).append(batch)
+    whole = max(map(len, fetched.values()), default=0)
+    return [(int(step[-1][-1]), events[step[-1]]) for step in fetched.values() if len(step) == whole]

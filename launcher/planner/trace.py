@@ -7,6 +7,7 @@ import gc
 import importlib
 import logging
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,12 +24,12 @@ import trl.trainer.utils as trl_utils
 from datasets import disable_progress_bars
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from launcher import workload
-from launcher.errors import UnsupportedByPlanner
+from launcher.errors import LauncherError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, JobSpec, Loss
+from launcher.job import Attention, JobSpec, Loss, Task
 from launcher.plan import Plan
 from launcher.planner import cuda_twin, worst_case
 from launcher.planner.attribution import Attribution
@@ -44,6 +45,7 @@ from launcher.planner.rehearsal import Rehearsal
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
+from launcher.vision import image_shape
 
 LONGEST = 1 << 20
 """No sequence is longer, in tokens: as far as the lines of Liger's loss are listed."""
@@ -87,6 +89,11 @@ def regime_lines(subject: TraceSubject) -> Lines:
         tiles = (2**power for power in range(LONGEST.bit_length()))
         lengths |= {size for tile in tiles if 1 < (size := doubling * tile // own_batch + 1) <= LONGEST}
     dimensions = {*config_dimensions(subject.config.to_dict()), subject.plan.rank, own_batch or 1}
+    shortest = 2
+    if subject.job.model.task is Task.IMAGE_TEXT_TO_TEXT:
+        image, count = image_shape(subject.config), subject.job.data.images_per_example
+        dimensions |= {image.tokens, count}
+        shortest = image.tokens * count + 1
     vocabulary_tile = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     dimensions |= {vocabulary_tile, text.vocab_size % vocabulary_tile, trl_chunked.TOKEN_CHUNK_SIZE}
     dimensions |= _parameter_dimensions(subject)
@@ -97,7 +104,14 @@ def regime_lines(subject: TraceSubject) -> Lines:
             *(size + i for size in generation_lengths(generation) for i in (0, 1)),
         }
     keeps = subject.job.evaluation.enabled and subject.job.evaluation.keep_logits
-    return Lines(tile, tuple(sorted(lengths)), tuple(sorted(dimensions)), doubling, has_symbols=not keeps)
+    return Lines(
+        tile,
+        tuple(sorted(lengths)),
+        tuple(sorted(dimensions)),
+        doubling,
+        has_symbols=not keeps,
+        shortest=shortest,
+    )
 
 
 def _liger_tokens_per_tile(subject: TraceSubject) -> int | None:
@@ -216,13 +230,31 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
         stack.enter_context(tape)
         try:
             return rehearsal.run(trainer_inputs)
-        except (RuntimeError, NotImplementedError, TypeError) as failure:
-            operation = f" at {tape.failed}" if tape.failed else ""
-            raise UnsupportedByPlanner(
-                f"the tracer can't follow {config.model_type} with attention={plan.attention}, "
-                f"loss={plan.loss}, precision={plan.precision}{operation}: {failure}",
-                "another `planner.pin.attention` or `planner.pin.loss` may be traceable",
-            ) from failure
+        except LauncherError:
+            raise
+        except Exception as failure:  # whatever a library objects to, it ends in no number and no traceback
+            raise _refusal(config.model_type, plan, tape.failed, failure) from failure
+
+
+def _refusal(model_type: str, plan: Plan, operation: str, failure: Exception) -> UnsupportedByPlanner:
+    return UnsupportedByPlanner(
+        f"the tracer can't follow {model_type} with method.name={plan.method}, attention={plan.attention}, "
+        f"loss={plan.loss}, precision={plan.precision} at {operation or _place(failure)}: {_words(failure)}",
+        "another `planner.pin.attention` or `planner.pin.loss` may be traceable; with adapters, "
+        "`method.target_modules` that names plain projections only",
+    )
+
+
+def _place(failure: BaseException) -> str:
+    """Where a library's code failed, `modeling_mixtral.py:509 (forward)`."""
+    frame = traceback.extract_tb(failure.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})"
+
+
+def _words(failure: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
 
 
 def _kernels(subject: TraceSubject, plan: Plan) -> Iterator[AbstractContextManager[None]]:
@@ -263,10 +295,13 @@ def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) 
             if quantization is not None:
                 model = quantized_layers().convert_to_shell(model, quantization)
             return workload.attach_adapters(model, subject.job, plan)
-    except (ValueError, ImportError) as failure:
+    except LauncherError:
+        raise
+    except Exception as failure:  # as in `record`
         raise UnsupportedByPlanner(
-            f"transformers can't build {config.model_type} with attention={plan.attention}: {failure}",
-            "another `planner.pin.attention` may be supported",
+            f"transformers can't build {config.model_type} with model.task={subject.job.model.task}, "
+            f"method.name={plan.method}, attention={plan.attention} at {_place(failure)}: {_words(failure)}",
+            "another `planner.pin.attention` may be supported; with adapters, other `method.target_modules`",
         ) from failure
 
 
@@ -296,7 +331,14 @@ def _quiet() -> Iterator[None]:
 
 def open_subject(subject: Subject) -> TraceSubject:
     """Builds the transformers config of a subject described in plain data."""
-    config = workload.model_config("", subject.job.model)
+    try:
+        config = workload.model_config("", subject.job.model)
+    except Exception as failure:  # a config class checks its facts in ways of its own
+        model_type = subject.job.model.architecture.get("model_type")
+        raise UnsupportedByPlanner(
+            f"transformers can't read the config of {model_type} at {_place(failure)}: {_words(failure)}",
+            "the installed transformers may be too old for the model, or its config.json has facts that clash",
+        ) from failure
     return TraceSubject(subject.job, subject.plan, subject.hardware, config)
 
 
@@ -304,7 +346,7 @@ def facts(subject: Subject) -> SubjectFacts:
     """What the libraries say about a subject before anything is traced."""
     opened = open_subject(subject)
     text = opened.config.get_text_config()
-    model_class = AutoModelForCausalLM._model_mapping.get(type(opened.config), None)
+    model_class = workload.AUTO_CLASSES[subject.job.model.task]._model_mapping.get(type(opened.config), None)
     supports_sdpa = bool(getattr(model_class, "_supports_sdpa", True))
     if not supports_sdpa:  # its lines are asked for before the planner knows
         opened = replace(opened, plan=replace(opened.plan, attention=Attention.EAGER))

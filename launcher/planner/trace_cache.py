@@ -35,8 +35,16 @@ LIBRARIES = (
     "galore_torch",
     "apollo_torch",
 )
-WORKLOAD = ("workload.py", "merge.py", "trainers.py", "optimizers.py")
-"""Files of what is traced."""
+WORKLOAD = (
+    "workload.py",
+    "callbacks.py",
+    "classification.py",
+    "merge.py",
+    "optimizers.py",
+    "trainers.py",
+    "vision.py",
+)
+"""Files outside of the planner that are traced."""
 STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
 
 

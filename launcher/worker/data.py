@@ -52,6 +52,8 @@ class Layout:
     """Its keys, for error messages."""
     normalise: Callable[[SourceRow], dict[str, Any]]
     """Checks a row and lays it out for training; DataError names row and field."""
+    more: tuple[str, ...] = ()
+    """Fields beyond text that it has."""
 
 
 class HasChatTemplate(Protocol):
@@ -82,7 +84,8 @@ def load_examples(data: DataSpec) -> Dataset:
 
     Returns:
         A data set with the columns `messages` (a list of `role` and `content`), or `prompt` and `completion`
-        (both text, or both such lists), or `text`; at least one row.
+        (both text, or both such lists), or `text`, or `text` and `label`, or `messages` and `images`
+        (names of files); at least one row.
 
     Raises:
         ConfigError: The path is empty, or names no built-in data set.
@@ -159,7 +162,7 @@ def _normalised(rows: Iterator[SourceRow], layout: Layout) -> Iterator[dict[str,
     """Normalises each row; DataError when text and message lists alternate, which no column can hold."""
     kinds: dict[str, str] = {}
     for row in rows:
-        _require_text_only(row.fields, row.where)
+        _require_text_only({k: v for k, v in row.fields.items() if k not in layout.more}, row.where)
         example = layout.normalise(row)
         for field, value in example.items():
             if kinds.setdefault(field, kind_of(value)) != kind_of(value):
@@ -173,9 +176,9 @@ def _normalised(rows: Iterator[SourceRow], layout: Layout) -> Iterator[dict[str,
 def _features(example: Mapping[str, Any]) -> Features:
     """Arrow types of a normalised example: text, or a list of role and content."""
     turns = [{"role": Value("string"), "content": Value("string")}]
-    return Features(
-        {name: turns if isinstance(value, list) else Value("string") for name, value in example.items()}
-    )
+    kinds = {list: turns, int: Value("int64"), str: Value("string")}
+    features = {name: kinds[type(value)] for name, value in example.items()}
+    return Features({**features, "images": [Value("string")]} if "images" in features else features)
 
 
 # ------------------------------------------------------------------------------------ checking and laying out
@@ -213,6 +216,26 @@ def _from_prompt_completion(row: SourceRow) -> dict[str, Any]:
     return {field: _text(value, row.where, field) for field, value in pair.items()}
 
 
+def _from_labeled(row: SourceRow) -> dict[str, Any]:
+    """{text, label} as it is; the label is a whole number from 0."""
+    label = _required(row, "label")
+    if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+        raise DataError(
+            f"{row.where}: `label` must be a whole number from 0, found {kind_of(label)} ({label!r})",
+            hint="number the labels 0, 1, .. and set model.num_labels",
+        )
+    return {"text": _text(_required(row, "text"), row.where, "text"), "label": label}
+
+
+def _from_images(row: SourceRow) -> dict[str, Any]:
+    """{images, messages}: image files, and a conversation about them; TRL puts them before the first question."""
+    images = _required(row, "images")
+    if not isinstance(images, list) or not images:
+        raise DataError(f"{row.where}: `images` must be a list of image files, found {kind_of(images)}")
+    files = [_text(image, row.where, f"images[{index}]") for index, image in enumerate(images)]
+    return {**_from_messages(row), "images": files}
+
+
 def _from_text(row: SourceRow) -> dict[str, Any]:
     """{text} as it is."""
     return {"text": _text(_required(row, "text"), row.where, "text")}
@@ -236,9 +259,16 @@ LAYOUTS: Final = (
 )
 
 
+LAYOUTS_OF_TASKS: Final = (
+    Layout(DataFormat.LABELED, ("text", "label"), "text, label", _from_labeled),
+    Layout(DataFormat.IMAGES, ("images", "messages"), "images, messages", _from_images, ("images",)),
+)
+"""Layouts that a task asks for: never recognised by their keys, for other texts may have labels or pictures too."""
+
+
 def _layout_named(name: DataFormat) -> Layout:
     """The layout that a job names."""
-    return next(layout for layout in LAYOUTS if layout.name is name)
+    return next(layout for layout in (*LAYOUTS, *LAYOUTS_OF_TASKS) if layout.name is name)
 
 
 def _recognised(row: SourceRow) -> Layout:

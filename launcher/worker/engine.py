@@ -17,8 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launcher.errors import LaunchError
 from launcher.hardware import DeviceKind
@@ -150,7 +149,7 @@ def all_stop_now(plan: Plan, steps: int, is_asked: bool) -> bool:
     return False
 
 
-def prepare_trainer(trainer: SFTTrainer, plan: Plan, enter: Callable[[Phase], None]) -> None:
+def prepare_trainer(trainer: Trainer, plan: Plan, enter: Callable[[Phase], None]) -> None:
     """Settings that the trainer's arguments have no name for, and a look at the model once it is wrapped.
 
     Args:
@@ -170,7 +169,7 @@ class EngineCallback(TrainerCallback):
     accelerate calls DeepSpeed's step at the end of the backward pass, before the trainer speaks of it.
     """
 
-    def __init__(self, trainer: SFTTrainer, plan: Plan, enter: Callable[[Phase], None]) -> None:
+    def __init__(self, trainer: Trainer, plan: Plan, enter: Callable[[Phase], None]) -> None:
         self._trainer = trainer
         self._plan = plan
         self._enter = enter
@@ -192,7 +191,7 @@ class EngineCallback(TrainerCallback):
         deepspeed_engine.step = announced
 
 
-def require_engine(trainer: SFTTrainer, plan: Plan) -> None:
+def require_engine(trainer: Trainer, plan: Plan) -> None:
     """Checks, as training begins, that the model is held as the plan says.
 
     Raises:
@@ -220,7 +219,7 @@ def require_engine(trainer: SFTTrainer, plan: Plan) -> None:
         raise LaunchError(f"the plan is {plan.engine.value}, ZeRO stage {plan.zero_stage}, but {problem}")
 
 
-def gather_when_saving(trainer: SFTTrainer, plan: Plan) -> None:
+def gather_when_saving(trainer: Trainer, plan: Plan) -> None:
     """Lets FSDP2 save whole weights: its checkpoints hold each rank's part, and of those transformers saves no model."""
     if plan.engine is Engine.FSDP2:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -28,6 +28,8 @@ METERED_STEPS = 2
 """Optimizer steps under the CPU meter: the profiler is too dear for a whole run."""
 PHASE_MARK = "launcher.phase:"
 RELEASE_MARK = "launcher.release:"
+RECEIVE_MARK = "launcher.receive:"
+MARKS = (PHASE_MARK, RECEIVE_MARK, RELEASE_MARK)
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -44,6 +46,9 @@ class Meter(Protocol):
 
     def enter(self, phase: Phase, steps: int) -> None:
         """The training loop enters a phase after so many finished optimizer steps."""
+
+    def receive(self, batch: Iterable[torch.Tensor]) -> None:
+        """The loader hands over a batch, part of which torch's allocator may not have made."""
 
     def finish(self) -> tuple[MeasuredPhase, ...]:
         """Stops measuring and returns the peak of every phase that was seen."""
@@ -109,6 +114,28 @@ class MappedWeights:
         return self._opened < 0
 
 
+class ForeignTensors:
+    """Tells when tensors whose memory is not of torch's allocator come and go: images are NumPy's arrays.
+
+    torch doesn't resize such storages (`torch.from_numpy`, shared memory), and by that they are known.
+    """
+
+    def __init__(self) -> None:
+        self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def receive(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Marks the bytes of those among tensors that are foreign, now and when they are dropped."""
+        self._watchers = {key: watcher for key, watcher in self._watchers.items() if watcher() is not None}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.resizable() or id(storage) in self._watchers or tensor.device.type != "cpu":
+                continue
+            num_bytes = storage.nbytes()
+            self._watchers[id(storage)] = weakref.ref(storage, partial(_mark_release, num_bytes))
+            with record_function(f"{RECEIVE_MARK}{num_bytes}"):
+                pass
+
+
 def _mark_release(num_bytes: int, reference: object) -> None:
     with record_function(f"{RELEASE_MARK}{num_bytes}"):
         pass
@@ -128,6 +155,7 @@ class CpuMeter:
         self._peaks: dict[Phase, int] = {}
         self._profiler: Any = None
         self._mapped = MappedWeights(())
+        self._foreign = ForeignTensors()
         self._base_bytes = 0
         self._first_phase = Phase.LOAD
         self._seen: set[Phase] = set()
@@ -166,6 +194,10 @@ class CpuMeter:
                 pass
             self._seen.add(phase)
 
+    def receive(self, batch: Iterable[torch.Tensor]) -> None:
+        """See `Meter`."""
+        self._foreign.receive(batch)
+
     def finish(self) -> tuple[MeasuredPhase, ...]:
         """See `Meter`."""
         if self._profiler is not None:
@@ -198,7 +230,7 @@ class CpuMeter:
             (
                 (event.start_ns(), event.name(), event.nbytes())
                 for event in events
-                if event.name() == "[memory]" or event.name().startswith((PHASE_MARK, RELEASE_MARK))
+                if event.name() == "[memory]" or event.name().startswith(MARKS)
             ),
             key=lambda item: item[0],
         )
@@ -207,8 +239,9 @@ class CpuMeter:
             if name == "[memory]":
                 total += 0 if self._mapped.ends_file(num_bytes) else num_bytes
                 sums.append((phase, total))
-            elif name.startswith(RELEASE_MARK):
-                total -= int(name.removeprefix(RELEASE_MARK))
+            elif name.startswith((RECEIVE_MARK, RELEASE_MARK)):
+                sign = 1 if name.startswith(RECEIVE_MARK) else -1
+                total += sign * int(name.partition(":")[2])
                 sums.append((phase, total))
             else:
                 phase = Phase(name.removeprefix(PHASE_MARK))
@@ -254,6 +287,9 @@ class CudaMeter:
         """See `Meter`; every step is measured."""
         self._fold()
         self._phase = phase
+
+    def receive(self, batch: Iterable[torch.Tensor]) -> None:
+        """See `Meter`; what reaches the device is in its counters."""
 
     def finish(self) -> tuple[MeasuredPhase, ...]:
         """See `Meter`."""

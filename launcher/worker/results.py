@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from launcher.memory import Phase
 from launcher.merge import drop_optimizer, merge_adapters
@@ -17,8 +16,8 @@ TENSOR_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def save_results(
-    trainer: SFTTrainer,
-    tokenizer: PreTrainedTokenizerBase,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     model: Path | None,
     merged: Path | None,
     enter: Callable[[Phase], None],

@@ -25,18 +25,21 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
     TrainerCallback,
     set_seed,
 )
-from trl import SFTTrainer
 
 from launcher import workload
+from launcher.callbacks import GenerationCallback, PhaseCallback
 from launcher.documents import read_document, write_document
 from launcher.errors import DataError, LauncherError
 from launcher.hardware import DeviceKind
-from launcher.job import JobSpec
+from launcher.job import JobSpec, Task
 from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
 from launcher.run_paths import RunPaths
@@ -64,6 +67,7 @@ from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.signals import heed_parent_alone
+from launcher.worker.tasks import check_images, data_of_task, fitted
 from launcher.worker.weights import convert_gguf
 
 EXIT_CODES = {
@@ -87,8 +91,8 @@ class Ingredients:
     """Training rows."""
     eval_dataset: Dataset | None
     """Held-out rows."""
-    tokenizer: PreTrainedTokenizerBase
-    """Tokenizer of the model."""
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
+    """Tokenizer of the model; of one that sees images its processor."""
     changes: Mapping[str, Any]
     """Changes to the trainer's arguments."""
     output_dir: Path
@@ -116,14 +120,14 @@ def train(
     progress: Progress,
     report: Callable[[str], None],
     resume: bool = False,
-) -> tuple[SFTTrainer, MemoryMeasurement]:
+) -> tuple[Trainer, MemoryMeasurement]:
     """Loads, trains, and measures. The only training in this project; the tracer runs the same workload."""
     # the arguments come first: with them accelerate connects the processes, and transformers learns to shard weights
     changes = {**ingredients.changes, **engine_arguments(plan)}
     arguments = workload.training_arguments(job, plan, ingredients.output_dir, changes)
     connect(plan)
     set_seed(job.training.seed)  # the adapters are the same on every process, and on any number of them
-    built: list[SFTTrainer] = []
+    built: list[Trainer] = []
     meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter(lambda: native_bucket_bytes(built))
     with meter.measure_load():
         model = ingredients.load()
@@ -137,24 +141,25 @@ def train(
 
     callbacks: list[TrainerCallback] = [
         ProgressCallback(progress, plan, ingredients.metrics, report),
-        workload.PhaseCallback(enter),
+        PhaseCallback(enter),
     ]
     if ingredients.prompts:
         write = _generation_writer(ingredients, report)
-        callbacks.append(workload.GenerationCallback(enter, ingredients.prompts, job.generation, write))
+        callbacks.append(GenerationCallback(enter, ingredients.prompts, job.generation, write))
     trainer = workload.build_trainer(
         model,
+        job,
         plan,
         arguments,
         ingredients.train_dataset,
         ingredients.eval_dataset,
         ingredients.tokenizer,
         callbacks,
-        job.evaluation,
     )
     built.append(trainer)
     prepare_trainer(trainer, plan, enter)
-    _watch_shapes(trainer, progress, METERED_STEPS * plan.gradient_accumulation_steps)
+    check_images(trainer, job)
+    _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
     if resume:
         enter(Phase.RESUME)
     trainer.train(resume_from_checkpoint=resume or None)
@@ -200,12 +205,13 @@ def _generation_writer(
     return write
 
 
-def _watch_shapes(trainer: SFTTrainer, progress: Progress, num_batches: int) -> None:
+def _watch_batches(trainer: Trainer, progress: Progress, meter: Meter, num_batches: int) -> None:
     collate = trainer.data_collator
     remaining = [num_batches]
 
     def collate_and_note(examples: list[Any]) -> Any:
         batch = collate(examples)
+        meter.receive(value for value in batch.values() if isinstance(value, torch.Tensor))
         if remaining[0] > 0:
             remaining[0] -= 1
             progress.shapes.add(StepShape(*batch["input_ids"].shape))
@@ -221,14 +227,19 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     if order.converted:
         source = str(convert_gguf(Path(source), Path(order.converted)))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=job.model.revision)
+        sees = job.model.task is Task.IMAGE_TEXT_TO_TEXT
+        processing_class = AutoProcessor if sees else AutoTokenizer
+        tokenizer = processing_class.from_pretrained(source, revision=job.model.revision)
         config = workload.model_config(source, job.model)
     except (OSError, ValueError) as failure:
         raise DataError(
             f"the model at `{source}` can't be read: {failure}",
             "check `model.path`; a hub id needs the network (and, for gated models, an accepted licence)",
         ) from failure
-    train_rows, eval_rows = split_examples(load_examples(job.data), job.data, job.evaluation)
+    data = data_of_task(job.data, job.model)
+    train_rows, eval_rows = split_examples(load_examples(data), data, job.evaluation)
+    train_rows = fitted(train_rows, job, data.path)
+    eval_rows = fitted(eval_rows, job, job.evaluation.path or data.path)
     require_chat_template(tokenizer, train_rows)
 
     def load() -> nn.Module:

@@ -1,0 +1,93 @@
+"""Sequence classification: the trainer whose `train()` is both traced and run when a text is to get a label.
+
+transformers' Trainer, because TRL's SFTTrainer is made for causal language models. What TRL does for its own tasks
+is done here in the libraries' usual way: texts become tokens, batches are padded, PEFT trains the new head whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+
+def build_classifier_trainer(
+    model: nn.Module,
+    arguments: TrainingArguments,
+    max_length: int,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    """Builds the trainer of a model with a classification head.
+
+    Args:
+        model: From `AutoModelForSequenceClassification`, with or without adapters.
+        arguments: The trainer's arguments.
+        max_length: Tokens to which a text is cut.
+        train_dataset: Rows with `text` and `label`, or with `input_ids` and `label`.
+        eval_dataset: The same, held out; None when evaluation is off.
+        tokenizer: Its padding token becomes the model's: the head looks for the last token that is none.
+        callbacks: What listens to the loop.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config: Any = model.config
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return Trainer(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=_tokenized(train_dataset, tokenizer, max_length),
+        eval_dataset=None if eval_dataset is None else _tokenized(eval_dataset, tokenizer, max_length),
+        processing_class=tokenizer,
+        compute_loss_func=mean_loss,
+        compute_metrics=accuracy if eval_dataset is not None else None,
+        callbacks=list(callbacks),
+    )
+
+
+def mean_loss(
+    outputs: Mapping[str, torch.Tensor], labels: torch.Tensor, num_items_in_batch: Any = None
+) -> torch.Tensor:
+    """Cross entropy over the examples of an optimizer step.
+
+    Models differ in whether their own loss heeds gradient accumulation, and the trainer believes that all do.
+
+    Args:
+        outputs: Of the model; `logits` has shape (batch, labels).
+        labels: Shape (batch,).
+        num_items_in_batch: Examples of all micro batches of the step; None: of this one.
+    """
+    total = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of held-out examples whose label has the highest score."""
+    chosen = np.argmax(prediction.predictions, axis=-1)
+    return {"accuracy": float(np.mean(chosen == prediction.label_ids))}
+
+
+def _tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    if "text" not in rows.column_names:
+        return rows
+
+    def tokenize(batch: Mapping[str, list[str]]) -> Mapping[str, Any]:
+        tokens: Mapping[str, Any] = tokenizer(batch["text"], truncation=True, max_length=max_length)
+        return tokens
+
+    return rows.map(tokenize, batched=True, remove_columns=["text"])

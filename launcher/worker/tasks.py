@@ -1,0 +1,87 @@
+"""Examples of the tasks that are no plain language modelling: their layout, and whether they fit the model."""
+
+# mypy: disable-error-code="import-untyped"
+# datasets has no type information
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, List
+from transformers import Trainer
+
+from launcher.errors import DataError
+from launcher.job import DataFormat, DataSpec, JobSpec, ModelSpec, Task
+from launcher.vision import image_shape, require_shape
+
+FORMATS = {
+    Task.SEQUENCE_CLASSIFICATION: DataFormat.LABELED,
+    Task.IMAGE_TEXT_TO_TEXT: DataFormat.IMAGES,
+}
+"""The one layout of a task; a task that is not here has several, recognised by their keys."""
+
+
+def data_of_task(data: DataSpec, model: ModelSpec) -> DataSpec:
+    """The data of a job, with the layout that its task asks for."""
+    return replace(data, format=FORMATS.get(model.task, data.format))
+
+
+def fitted(rows: Dataset | None, job: JobSpec, path: str) -> Dataset | None:
+    """The examples, checked against the model; image files are found, and read when their row is used.
+
+    Args:
+        rows: What `load_examples` gave.
+        job: The job.
+        path: Where the rows came from; image files are named relative to its folder.
+
+    Raises:
+        DataError: When an example has a label that the model does not have, or other images than planned.
+    """
+    if rows is None or job.model.task is Task.CAUSAL_LM:
+        return rows
+    if job.model.task is Task.IMAGE_TEXT_TO_TEXT:
+        return _with_images(rows, job.data.images_per_example, Path(path).expanduser())
+    highest = max(rows["label"])
+    if highest >= job.model.num_labels:
+        raise DataError(
+            f"the examples have label {highest}; model.num_labels={job.model.num_labels} has 0 to "
+            f"{job.model.num_labels - 1}",
+            f"model.num_labels={highest + 1}",
+        )
+    return rows
+
+
+def check_images(trainer: Trainer, job: JobSpec) -> None:
+    """Lets the trainer's collator check that every batch has the pixels that the plan was made for."""
+    if job.model.task is not Task.IMAGE_TEXT_TO_TEXT:
+        return
+    collate = trainer.data_collator
+    model: Any = trainer.model
+    shape = image_shape(model.config)
+
+    def collate_and_check(examples: list[Any]) -> Any:
+        batch = collate(examples)
+        require_shape(batch, shape, job.data.images_per_example)
+        return batch
+
+    trainer.data_collator = collate_and_check
+
+
+def _with_images(rows: Dataset, images_per_example: int, path: Path) -> Dataset:
+    folder = path if path.is_dir() else path.parent
+    files = [[str(folder / name) for name in names] for names in rows["images"]]
+    for number, names in enumerate(files, 1):
+        if len(names) != images_per_example:
+            raise DataError(
+                f"example {number} has {len(names)} images; data.images_per_example={images_per_example}",
+                "give every example as many, and set data.images_per_example to it",
+            )
+        missing = [name for name in names if not Path(name).is_file()]
+        if missing:
+            raise DataError(
+                f"example {number}: there is no image file {missing[0]}",
+                "`images` lists image files, relative to the folder of the examples",
+            )
+    return rows.remove_columns("images").add_column("images", files).cast_column("images", List(Image()))
