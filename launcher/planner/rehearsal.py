@@ -57,8 +57,8 @@ class Rehearsal:
     def inputs(self, folder: Path) -> dict[str, Any]:
         """Everything of the trainer that holds no tensors of the model; built outside the fake mode."""
         plan, evaluation = self.plan, self.job.evaluation
-        rows = plan.micro_batch_size * plan.gradient_accumulation_steps * STEPS
-        held_out = workload.evaluation_batch_size(self.job, plan) * EVALUATION_BATCHES
+        rows = plan.global_batch_size * STEPS
+        held_out = workload.evaluation_batch_size(self.job, plan) * EVALUATION_BATCHES * plan.world_size
         arguments = workload.training_arguments(
             self.job,
             plan,

@@ -113,6 +113,11 @@ class Tape(TorchDispatchMode):
             return args[0].fake_device  # by far the most frequent call, and no operation at all
         if func is aten._local_scalar_dense.default:
             return self._answer(args[0])
+        device = kwargs.get("device")
+        if device is not None and device.type == "cpu" and device.index is not None:
+            kwargs["device"] = torch.device("cpu")
+        if func.namespace == "c10d":
+            return func(*args, **kwargs)
         try:
             output = self._run(func, args, kwargs)
         except Exception:

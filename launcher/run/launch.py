@@ -11,12 +11,12 @@ from typing import Any
 
 from launcher.cluster import DEFAULT_PORT, Cluster, Node
 from launcher.documents import write_document, write_text
+from launcher.engine_config import deepspeed_text
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, LaunchError
 from launcher.job import Engine
 from launcher.plan import Plan
 from launcher.run.endings import read_outcome
-from launcher.run.engine_config import deepspeed_text
 from launcher.run.node import main_address, run_node
 from launcher.run.render import (
     accelerate_config,
