@@ -75,7 +75,9 @@ def accelerate_settings(hardware: HardwareSpec, plan: Plan, deepspeed_file: str)
         "use_cpu": hardware.kind is DeviceKind.CPU,
     }
     if plan.engine is Engine.DEEPSPEED:
-        del config["mixed_precision"]  # accelerate refuses one beside DeepSpeed's file, and takes `no` without
+        del config[
+            "mixed_precision"
+        ]  # accelerate refuses one beside DeepSpeed's file, and takes `no` without
         config["deepspeed_config"] = {
             "deepspeed_config_file": deepspeed_file,
             "deepspeed_multinode_launcher": "standard",

@@ -7,7 +7,7 @@ sharded. So as training begins every rank looks at what really became of its mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -26,6 +26,9 @@ from launcher.memory import Phase
 from launcher.plan import Plan
 
 MIB = 1 << 20
+MASTER_WEIGHTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+"""Where DeepSpeed's optimizers of stages 1 and 2, and of stage 3, hold the weights that they update
+(deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py)."""
 
 
 def engine_arguments(plan: Plan) -> dict[str, Any]:
@@ -125,10 +128,41 @@ class EngineCallback(TrainerCallback):
         step = deepspeed_engine.step
 
         def announced(*args: Any, **kwargs: Any) -> Any:
-            self._enter(Phase.OPTIMIZER_STEP)
+            if deepspeed_engine.is_gradient_accumulation_boundary():  # it is called after every micro batch
+                self._enter(Phase.OPTIMIZER_STEP)
             return step(*args, **kwargs)
 
         deepspeed_engine.step = announced
+
+
+def gather_when_saving(trainer: SFTTrainer, plan: Plan) -> None:
+    """Lets FSDP2 save whole weights: its checkpoints hold each rank's part, and of those transformers saves no model."""
+    if plan.engine is Engine.FSDP2:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def local_tensors(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What this rank holds of each tensor; of a parameter that DeepSpeed sharded its part, and what is gathered now."""
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            yield tensor._local_tensor
+            continue
+        yield tensor
+        part = getattr(tensor, "ds_tensor", None)
+        if isinstance(part, torch.Tensor):
+            yield part
+
+
+def master_weights(optimizer: Any) -> list[torch.Tensor]:
+    """The weights that DeepSpeed's optimizer updates, beside those that the model computes with."""
+    inner = getattr(optimizer, "optimizer", None)
+    return [weight for name in MASTER_WEIGHTS for weight in getattr(inner, name, [])]
+
+
+def averaged_gradients(optimizer: Any) -> list[torch.Tensor]:
+    """The gradients of this rank's part, averaged over all ranks, as DeepSpeed's optimizer holds them."""
+    averaged = getattr(getattr(optimizer, "optimizer", None), "averaged_gradients", {})
+    return [gradient for group in averaged.values() for gradient in group or [] if gradient is not None]
 
 
 def require_engine(trainer: SFTTrainer, plan: Plan) -> None:

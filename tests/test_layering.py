@@ -19,6 +19,7 @@ PACKAGE = ROOT / "launcher"
 NOUNS = {
     "cluster",
     "documents",
+    "engine_config",
     "engine_limits",
     "errors",
     "hardware",
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS: dict[str, set[str]] = {
     "torch": {
         "workload",
+        "engines",
         "merge",
         "planner.tape",
         "planner.trace",
@@ -53,6 +55,7 @@ DOORS: dict[str, set[str]] = {
         "planner.attribution",
         "planner.checkpoint",
         "planner.cuda_twin",
+        "planner.fake_world",
         "planner.generation",
         "planner.materialize",
         "planner.quantized",
@@ -65,7 +68,7 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "merge"}
+WORKLOAD = {"workload", "engines", "merge"}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

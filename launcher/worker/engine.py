@@ -6,7 +6,6 @@ import os
 from contextlib import suppress
 
 from torch import distributed
-from trl import SFTTrainer
 
 from launcher.errors import LaunchError
 from launcher.job import Engine
@@ -73,17 +72,9 @@ def all_stop_now(plan: Plan, steps: int, is_asked: bool) -> bool:
     return False
 
 
-def gather_when_saving(trainer: SFTTrainer, plan: Plan) -> None:
-    """Lets FSDP2 save whole weights: its checkpoints hold each rank's part, and of those transformers saves no model."""
-    if plan.engine is Engine.FSDP2:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-
-
 def leave_together() -> None:
     """Waits for the other ranks, so that torchrun ends none that has not said how it ended."""
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         with suppress(RuntimeError):  # a rank that is gone already has failed, and will be named
             distributed.barrier()
             distributed.destroy_process_group()
-
-

@@ -34,7 +34,7 @@ from trl import SFTTrainer
 
 from launcher import workload
 from launcher.documents import read_document, write_document
-from launcher.engines import engine, engine_arguments, prepare_trainer
+from launcher.engines import engine, engine_arguments, gather_when_saving, prepare_trainer
 from launcher.errors import DataError, LauncherError
 from launcher.hardware import DeviceKind
 from launcher.job import JobSpec
@@ -45,7 +45,6 @@ from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 from launcher.worker.data import load_examples, require_chat_template, split_examples
 from launcher.worker.engine import (
     connect,
-    gather_when_saving,
     leave_together,
     rank,
     world_size,
