@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import deepspeed_config as deepspeed_se
 
 def answer() -> None:
     """No overflow, a valid norm, and the same answer from every rank (deepspeed 0.19.8, runtime/zero)."""
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the process group that is there
     deepspeed.ops.__compatible_ops__ = {}  # an operation for inference that would be compiled
     for module, optimizer in (
         (stage_1_and_2, stage_1_and_2.DeepSpeedZeroOptimizer),
