@@ -20,6 +20,7 @@ NOUNS = {
     "cluster",
     "cluster_limits",
     "documents",
+    "engine_config",
     "engine_limits",
     "errors",
     "hardware",
@@ -52,6 +53,7 @@ DOORS: dict[str, set[str]] = {
         "workload",
         "callbacks",
         "classification",
+        "engines",
         "merge",
         "trainers",
         "optimizers",
@@ -63,6 +65,9 @@ DOORS: dict[str, set[str]] = {
         "planner.attribution",
         "planner.checkpoint",
         "planner.cuda_twin",
+        "planner.fake_deepspeed",
+        "planner.fake_world",
+        "planner.replica",
         "planner.generation",
         "planner.kept_logits",
         "planner.liger_twin",
@@ -77,7 +82,7 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "callbacks", "classification", "merge", "optimizers", "trainers", "vision"}
+WORKLOAD = {"workload", "callbacks", "classification", "engines", "merge", "optimizers", "trainers", "vision"}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

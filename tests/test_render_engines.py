@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from launcher.cluster import Node
+from launcher.engine_config import deepspeed_config, deepspeed_text
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec, Method, ModelSpec, OffloadDevice, Precision, TrainingSpec
 from launcher.plan import Buckets, Plan
 from launcher.run import render
-from launcher.run.engine_config import deepspeed_config, deepspeed_text
 from launcher.run_paths import RunPaths
 from tests.test_render import CPU, CUDA, ONE, RUN, assert_golden
 

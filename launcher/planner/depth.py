@@ -129,7 +129,7 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
     """
     exponents = tuple(sorted(set(shallow.exponents) | set(deep.exponents)))
     low, high = _spread(shallow, exponents), _spread(deep, exponents)
-    left, right = _signatures(shallow.instants), _signatures(deep.instants)
+    left, right = _signatures(shallow.instants, deep.instants)
     live = low + steps * (high[match(left, right)] - low)
     resident = {
         category: _extend_polynomial(size, deep.resident[category], steps)
@@ -147,8 +147,18 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
     )
 
 
-def _signatures(instants: Sequence[Instant]) -> list[int]:
-    return [hash((instant.signature, instant.phase)) for instant in instants]
+def _signatures(*traces: Sequence[Instant]) -> list[list[int]]:
+    """What happens at each instant, for each of several traces.
+
+    A size that one trace has and another has not grows with depth (what engines gather over all layers), and does not
+    tell instants apart.
+    """
+    sizes = [{size for instant in instants for size in instant.sizes} for instants in traces]
+    common = frozenset.intersection(*map(frozenset, sizes))
+    return [
+        [hash((instant.signature, instant.phase, instant.sizes & common)) for instant in instants]
+        for instants in traces
+    ]
 
 
 def match(short: Sequence[int], long: Sequence[int]) -> list[int]:

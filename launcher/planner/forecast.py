@@ -13,6 +13,7 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Checkpointing,
     DataSpec,
+    Engine,
     EvaluationSpec,
     JobSpec,
     Method,
@@ -216,8 +217,10 @@ class Forecaster:
         return _Question(subject, facts, domain, shape, accumulation, self._cache.key(subject, what))
 
     def _facts_of(self, subject: Subject) -> SubjectFacts:
-        # checkpointing moves no line; one answer serves every mode
-        subject = replace(subject, plan=replace(subject.plan, activation_checkpointing=Checkpointing.NONE))
+        # neither checkpointing nor an engine moves a line; one answer serves every mode
+        subject = replace(
+            subject, plan=alone(replace(subject.plan, activation_checkpointing=Checkpointing.NONE))
+        )
         key = self._cache.key(subject, {"facts": True})
         facts = self._facts.get(key) or self._cache.facts(key)
         if facts is None:
@@ -225,6 +228,21 @@ class Forecaster:
             self._cache.keep_facts(key, facts)
         self._facts[key] = facts
         return facts
+
+
+def alone(plan: Plan) -> Plan:
+    """The plan on one device, without an engine."""
+    return replace(
+        plan,
+        engine=Engine.NONE,
+        num_devices=1,
+        num_nodes=1,
+        zero_stage=0,
+        offload_optimizer=False,
+        offload_parameters=False,
+        shard_within_node=False,
+        buckets=None,
+    )
 
 
 def _check_against(skyline: Skyline, stream: Stream, question: _Question) -> None:
@@ -348,8 +366,9 @@ def _with_stored_copy(
     """
     held, stored = weight_bytes(plan, job)
     same_dtype = held == stored and job.model.stored_dtype is not StoredDtype.FP16
-    if same_dtype or job.hardware.kind is not DeviceKind.CPU or plan.method is Method.QLORA:
-        return peak  # quantised weights are read one by one
+    in_parts = plan.engine is Engine.DEEPSPEED and plan.zero_stage == 3
+    if same_dtype or in_parts or job.hardware.kind is not DeviceKind.CPU or plan.method is Method.QLORA:
+        return peak  # quantised weights, and those that are split as they come, are read one by one
     adapters = 0 if plan.method is Method.FULL else resident[Category.GRADIENTS]
     weights = resident[Category.PARAMETERS] - adapters
     copy = weights // held * stored

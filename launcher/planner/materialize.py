@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,12 +32,20 @@ def with_scales(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     return parameters + [scale for parameter in parameters for scale in workload.scales_of(parameter)]
 
 
-def materialize(model: nn.Module, *, adapters_as_base: bool, prepared: bool, on_gpu: bool) -> None:
+def materialize(
+    model: nn.Module,
+    *,
+    adapters_as_base: bool,
+    prepared: bool,
+    on_gpu: bool,
+    shard: Callable[[nn.Parameter], None] | None = None,
+) -> None:
     """Puts fake tensors on the fake device in place of parameters and buffers; shared ones stay shared.
 
     In the order in which weights are loaded: the base model's by name, adapters afterwards. On the meta device PEFT
     leaves adapters in fp32; `adapters_as_base` gives them the dtype of the base model, as it does elsewhere.
-    `prepared` for k-bit training, the base model is there in its own dtype before it is turned to fp32.
+    `prepared` for k-bit training, the base model is there in its own dtype before it is turned to fp32. `shard` takes
+    each weight of the base model as it comes, and leaves a rank's part of it.
     """
     fakes: dict[int, nn.Parameter] = {}
     modules = dict(model.named_modules())
@@ -73,6 +82,8 @@ def materialize(model: nn.Module, *, adapters_as_base: bool, prepared: bool, on_
                 to_cast += [fake] if is_cast else []
             fakes[id(parameter)] = fake
             del waiting
+            if shard is not None and not _is_adapter(full):
+                shard(fake)
         module._parameters[name] = fakes[id(parameter)]
     _cast_prepared(to_cast)
     for module in modules.values():

@@ -56,7 +56,7 @@ def build_profile(
         if event.birth:
             births.append(event)
             if following is None or following.instant != event.instant or not following.birth:
-                instants.append(Instant(_signature(births, small_bytes), event.phase))
+                instants.append(_instant(births, small_bytes))
                 snapshots.append(live.copy())
                 births = []
     return Profile(tuple(instants), tuple(exponents), np.stack(snapshots), resident, batch_inputs, stream)
@@ -114,8 +114,8 @@ def _category(block: Block) -> Category:
     return Category.LOGITS_AND_LOSS if block.region is Region.HEAD else Category.TEMPORARIES
 
 
-def _signature(births: Sequence[Event], small_bytes: int) -> tuple[object, ...]:
+def _instant(births: Sequence[Event], small_bytes: int) -> Instant:
     first = births[0]
     blocks = [event.block for event in births]
     sizes = frozenset(tuple(sorted(block.size.items())) for block in blocks if block.num_bytes > small_bytes)
-    return (first.block.operation, first.phase, first.block.region, sizes)
+    return Instant((first.block.operation, first.block.region), first.phase, sizes)

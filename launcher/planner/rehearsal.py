@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,21 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from launcher import workload
 from launcher.callbacks import PhaseCallback
-from launcher.job import AdapterDtype, JobSpec, Method, Task
+from launcher.engines import (
+    averaged_gradients,
+    engine_arguments,
+    gather_when_saving,
+    local_tensors,
+    master_weights,
+    prepare_trainer,
+)
+from launcher.job import AdapterDtype, Engine, JobSpec, Method, Task
 from launcher.memory import Category, Phase
 from launcher.merge import drop_optimizer
 from launcher.optimizers import optimizer_tensors
@@ -36,12 +46,14 @@ from launcher.planner.materialize import initialize_dora, materialize, weight_te
 from launcher.planner.polynomial import Exponents
 from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
 from launcher.planner.skyline import Profile
-from launcher.planner.tape import OFF_DEVICE, Region, Tape
+from launcher.planner.tape import OFF_DEVICE, Block, Region, Tape
 from launcher.vision import BlankImages, image_shape
 
 STEPS = 2
 """Optimizer steps traced: the optimizer's state is born in the first, the peak is often in the second."""
 EVALUATION_BATCHES = 2
+FAKE_DEEPSPEED = "launcher.planner.fake_deepspeed"
+"""Importing it takes two seconds that jobs without DeepSpeed need not wait."""
 
 
 @dataclass
@@ -54,8 +66,12 @@ class Rehearsal:
     plan: Plan
     on_gpu: bool
     attribution: Attribution | None = None
+    part_share: float = 1.0
+    """How large a rank's parts are, of what they are in the traced world."""
     batch_inputs: Mapping[Exponents, int] | None = None
-    gradients: Mapping[Exponents, int] | None = None
+
+    def __post_init__(self) -> None:
+        self._gradient_blocks: list[Block] = []
 
     def inputs(self, folder: Path) -> dict[str, Any]:
         """Everything of the trainer that holds no tensors of the model; built outside the fake mode."""
@@ -63,10 +79,10 @@ class Rehearsal:
         # accelerate's loader fetches one batch ahead, in every step but the last of an epoch; only on a CPU is that
         # the device's memory (DataLoaderShard moves a batch when its turn comes; accelerate 1.15, data_loader.py)
         ahead = 0 if self.on_gpu else 1
-        rows = plan.micro_batch_size * (plan.gradient_accumulation_steps * STEPS + ahead)
+        rows = plan.global_batch_size * STEPS + plan.micro_batch_size * plan.world_size * ahead
         window = window_of(self.job, plan)
         batches = window.traced_batches if evaluation.keep_logits else EVALUATION_BATCHES
-        held_out = workload.evaluation_batch_size(self.job, plan) * batches
+        held_out = workload.evaluation_batch_size(self.job, plan) * batches * plan.world_size
         arguments = workload.training_arguments(
             self.job,
             plan,
@@ -86,6 +102,7 @@ class Rehearsal:
                     "_mixed"
                 ),  # fp16 has the same sizes, and no CPU autocast
                 "fp16": False,
+                **engine_arguments(plan),
             },
         )
         return {
@@ -113,6 +130,7 @@ class Rehearsal:
             adapters_as_base=adapters_as_base and self.plan.method is Method.LORA,
             prepared=self.job.method.kbit_preparation and self.plan.method is Method.QLORA,
             on_gpu=self.on_gpu,
+            shard=self._sharder(),
         )
         initialize_dora(self.model)
         self.tape.mark(weight_tensors(self.model), Category.PARAMETERS)
@@ -124,25 +142,27 @@ class Rehearsal:
             trainer.compute_metrics = lambda prediction: {}
         trainer.remove_callback(PrinterCallback)  # prints metrics, and there are none
         self._trainer = trainer
+        prepare_trainer(trainer, self.plan, self._enter)
         del staged  # the trainer has moved the model to the device
         weights = weight_tensors(self.model)  # the trainer has cast the adapters of quantised models
         self.tape.mark(weights, Category.PARAMETERS)
-        parameters = self.tape.size_of(weights)
-        del weights  # merging drops some
-        buffers = self.tape.size_of(self.model.buffers())
+        del weights  # engines put others in their place
         self._assign_modules()
         self._listen(trainer)
         trainer.train()
-        states = self.tape.size_of(_state_tensors(trainer))
+        parameters = self.tape.size_of(weight_tensors(self.model))  # now, because merging drops some
+        buffers = self.tape.size_of(self.model.buffers())
+        states = self.tape.size_of(self._optimizer_tensors())
         if self.job.generation.enabled:
             self._enter(Phase.GENERATION)
             self.tape.padded = True  # prompts differ in length
             rehearse_generation(self.model, self.job.generation, on_gpu=self.on_gpu)
         disk_bytes = self._save_and_read(trainer)
+        self.tape.shrink_parts(self.part_share)
         resident = {
             Category.PARAMETERS: sum_blocks(parameters),
             Category.BUFFERS: sum_blocks(buffers),
-            Category.GRADIENTS: self.gradients or {},
+            Category.GRADIENTS: sum_blocks(self._gradient_blocks),
             Category.OPTIMIZER_STATE: sum_blocks(states),
         }
         stream = build_stream(self.tape.events) if self.attribution is not None else None
@@ -169,8 +189,9 @@ class Rehearsal:
         folders = {MODEL: model_folder}
         with files.in_place():
             self._enter(Phase.SAVE)
+            gather_when_saving(trainer, self.plan)
             trainer.save_model(str(model_folder))
-            if self.job.training.save_steps is not None:
+            if self.job.training.save_steps is not None and self.plan.engine is Engine.NONE:
                 folders[CHECKPOINT] = checkpoint_folder(trainer)
                 rehearse_checkpoint(trainer)
                 drop_optimizer(trainer)
@@ -186,12 +207,18 @@ class Rehearsal:
 
     def _enter(self, phase: Phase) -> None:
         if phase is Phase.OPTIMIZER_STEP:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            parts = averaged_gradients(self._trainer.optimizer)
+            gradients = [*parts, *(p.grad for p in self.model.parameters() if p.grad is not None)]
             self.tape.mark(gradients, Category.GRADIENTS)
-            self.gradients = sum_blocks(self.tape.size_of(gradients))
+            if self.plan.zero_stage >= 2 or parts:
+                self.tape.mark_parts(parts if self.plan.engine is Engine.DEEPSPEED else gradients)
+            if gradients:  # the trainer speaks of the step once more when DeepSpeed has made it
+                self._gradient_blocks = self.tape.size_of(gradients)
             self._assign_modules()
-        if self.tape.phase is Phase.OPTIMIZER_STEP:
-            self.tape.mark(_state_tensors(self._trainer), Category.OPTIMIZER_STATE)
+        if self.tape.phase is Phase.OPTIMIZER_STEP or self.tape.phase is Phase.LOAD:
+            self.tape.mark(self._optimizer_tensors(), Category.OPTIMIZER_STATE)
+            if self.plan.engine is not Engine.NONE:
+                self._mark_weights()
             self._assign_modules()
         self.tape.phase = phase
         self.tape.region = Region.OUTSIDE
@@ -199,6 +226,29 @@ class Rehearsal:
         self._instant = torch.empty(1)
         if self.on_gpu:
             self._host_instant = torch.empty(1, device=OFF_DEVICE)
+
+    def _sharder(self) -> Callable[[nn.Parameter], None] | None:
+        """What splits weights while they are loaded; None where they are loaded whole.
+
+        Quantised ones are: transformers refuses both together.
+        """
+        plan = self.plan
+        if plan.engine is not Engine.DEEPSPEED or plan.zero_stage < 3 or plan.method is Method.QLORA:
+            return None
+        sharder: Callable[[nn.Parameter], None] = importlib.import_module(FAKE_DEEPSPEED).sharder()
+        return sharder
+
+    def _optimizer_tensors(self) -> list[torch.Tensor]:
+        return [*_state_tensors(self._trainer), *master_weights(self._trainer.optimizer)]
+
+    def _mark_weights(self) -> None:
+        """Engines hold the weights in places of their own, and parts of what all ranks share."""
+        weights = weight_tensors(self.model)
+        self.tape.mark(weights, Category.PARAMETERS)
+        if self.plan.zero_stage == 3:
+            self.tape.mark_parts(part for weight in weights for part in _parts_of(weight))
+        if self.plan.zero_stage:
+            self.tape.mark_parts(self._optimizer_tensors())
 
     def _assign_modules(self) -> None:
         if self.attribution is not None:
@@ -255,6 +305,12 @@ class Rehearsal:
         if self.tape.region is Region.RECOMPUTE:
             self.tape.settle(Region.RECOMPUTE, Category.ACTIVATIONS)
             self.tape.region = Region.BACKWARD
+
+
+def _parts_of(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The part of a sharded weight that a rank holds; nothing of a weight that every rank holds whole."""
+    held = list(local_tensors([weight]))
+    return held if isinstance(weight, DTensor) else held[1:]
 
 
 def _state_tensors(trainer: Trainer, parameter: torch.Tensor | None = None) -> list[torch.Tensor]:

@@ -58,6 +58,8 @@ class Instant:
     """What happened, for matching instants of traces of different depth."""
     phase: Phase
     """Phase of the moment."""
+    sizes: frozenset[object] = frozenset()
+    """Sizes of the blocks that were born, but for small ones."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from launcher.engines import local_tensors
 from launcher.memory import Category, Phase
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
@@ -26,6 +28,10 @@ from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
 aten = torch.ops.aten
 OFF_DEVICE = torch.device("meta")
 """Where a trace puts tensors that live in host memory while the job runs on a GPU: a list of their own."""
+
+
+PART_PHASES = (Phase.LOAD, Phase.OPTIMIZER_STEP, Phase.SAVE)
+"""Phases in which what is as large as a rank's part is one, or a copy of one."""
 
 
 class Region(StrEnum):
@@ -53,6 +59,8 @@ class Block:
     """Path of the module that it was made for; empty when there is none, or nobody asked."""
     on_host: bool = False
     """Whether it is in host memory while the job runs on a GPU."""
+    is_part: bool = False
+    """Whether it is a rank's part of something that all ranks share: the more ranks, the smaller."""
 
 
 @dataclass(slots=True)
@@ -111,6 +119,13 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device  # by far the most frequent call, and no operation at all
+        if types and any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # asks again with the tensors that this rank holds
+        if func.namespace == "c10d":
+            return func(*args, **kwargs)  # collectives write into what is there
+        device = kwargs.get("device")
+        if device is not None and device.type == "cpu" and device.index is not None:
+            kwargs["device"] = torch.device("cpu")  # DeepSpeed numbers its devices
         if func is aten._local_scalar_dense.default:
             return self._answer(args[0])
         try:
@@ -191,21 +206,44 @@ class Tape(TorchDispatchMode):
 
     def mark(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
         """Says what the storages of these tensors are for; the first word counts."""
-        for tensor in tensors:
+        for tensor in local_tensors(tensors):
             block = self._live.get(tensor.untyped_storage()._cdata)
             if block is not None and block.category is None:
                 block.category = category
 
+    def mark_parts(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Says that the storages of these tensors are a rank's part of what all ranks share."""
+        for tensor in local_tensors(tensors):
+            block = self._live.get(tensor.untyped_storage()._cdata)
+            if block is not None:
+                block.is_part = True
+
+    def shrink_parts(self, share: float) -> None:
+        """Makes the parts of this rank smaller, once all is recorded: as they are among more ranks.
+
+        Those are the ones that were marked, and what the engine and the optimizer made in their size.
+        """
+        if share == 1.0:
+            return
+        blocks = {id(event.block): event.block for event in (*self.events, *self.host_events)}.values()
+        sizes = {
+            block.num_bytes * 2**power for block in blocks if block.is_part for power in (-2, -1, 0, 1, 2)
+        }
+        for block in blocks:
+            if block.is_part or (block.phase in PART_PHASES and block.num_bytes in sizes):
+                block.num_bytes = round(block.num_bytes * share)
+                block.size = {key: round(value * share) for key, value in block.size.items()}
+
     def assign(self, tensors: Iterable[torch.Tensor], module: str) -> None:
         """Says which module the storages of these tensors belong to; the first word counts."""
-        for tensor in tensors:
+        for tensor in local_tensors(tensors):
             block = self._live.get(tensor.untyped_storage()._cdata)
             if block is not None and not block.module:
                 block.module = module
 
     def size_of(self, tensors: Iterable[torch.Tensor]) -> list[Block]:
         """The distinct live blocks on the device behind these tensors."""
-        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+        keys = {tensor.untyped_storage()._cdata for tensor in local_tensors(tensors)}
         return [self._live[key] for key in keys if key in self._live and not self._live[key].on_host]
 
     def settle(self, born_in: Region, category: Category) -> None:

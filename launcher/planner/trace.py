@@ -10,8 +10,10 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +29,12 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from launcher import workload
+from launcher.engines import engine
 from launcher.errors import LauncherError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, JobSpec, Loss, Task
+from launcher.job import Attention, Engine, JobSpec, Loss, Precision, Task
 from launcher.plan import Plan
-from launcher.planner import cuda_twin, worst_case
+from launcher.planner import cuda_twin, fake_world, worst_case
 from launcher.planner.attribution import Attribution
 from launcher.planner.cuda_twin import replaced
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
@@ -45,10 +48,13 @@ from launcher.planner.rehearsal import Rehearsal
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
+from launcher.planner.worlds import part_share, traced_world
 from launcher.vision import image_shape
 
 LONGEST = 1 << 20
 """No sequence is longer, in tokens: as far as the lines of Liger's loss are listed."""
+TRACED_RANK = 0
+"""The rank that saves, and whose parts are never smaller than another's."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ def _trace(subject: TraceSubject, shape: TracedShape, domain: Domain, accumulati
 
 
 def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: int) -> Profile:
-    """Runs the training loop once on fake tensors.
+    """Runs the training loop once on fake tensors; with an engine in a process of its own, which the engine changes.
 
     Args:
         subject: What is traced.
@@ -190,12 +196,21 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     Raises:
         UnsupportedByPlanner: When the tracer can't follow an operation.
     """
+    if subject.plan.engine is Engine.NONE:
+        return _record(subject, shape, depth, accumulation)
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(_record, subject, shape, depth, accumulation).result()
+
+
+def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: int) -> Profile:
     plan = replace(
-        subject.plan,
+        traced_world(subject.plan),
         micro_batch_size=shape.batch,
         max_length=shape.length,
         gradient_accumulation_steps=min(accumulation, 2),
     )
+    if plan.engine is not Engine.NONE and plan.precision is Precision.FP16_MIXED:
+        plan = replace(plan, precision=Precision.BF16_MIXED)  # the same sizes, and no loss scale to look at
     config = copy.deepcopy(subject.config)
     truncate(config.get_text_config(), depth)
     fake = FastFakeTensorMode()
@@ -211,6 +226,10 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     tape = Tape(shape, twins=twins, padded=subject.padded and shape.batch > 1, fake=fake)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if plan.engine is not Engine.NONE:
+            fake_world.join(subject.job, plan, TRACED_RANK, folder)
+            stack.enter_context(engine(plan, DeviceKind.CPU))
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
         for stand_in in _kernels(subject, plan):
@@ -223,8 +242,7 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
             stack.enter_context(stand_in)
         if on_gpu:
             stack.enter_context(cuda_twin.branches(subject.hardware))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rehearsal = Rehearsal(tape, model, subject.job, plan, on_gpu, attribution)
+        rehearsal = Rehearsal(tape, model, subject.job, plan, on_gpu, attribution, part_share(subject.plan))
         trainer_inputs = rehearsal.inputs(folder)
         stack.enter_context(fake)
         stack.enter_context(tape)

@@ -11,11 +11,11 @@ from typing import Any
 
 from launcher.cluster import DEFAULT_PORT, Cluster, Node
 from launcher.documents import write_document, write_text
+from launcher.engine_config import deepspeed_text
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, LauncherError, LaunchError
 from launcher.job import Engine
 from launcher.run.endings import read_outcome
-from launcher.run.engine_config import deepspeed_text
 from launcher.run.node import clear_leftovers, main_address, note_failure, run_node
 from launcher.run.render import (
     accelerate_config,

@@ -8,15 +8,15 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
 from launcher.cluster import Node
+from launcher.engine_config import accelerate_settings
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine
 from launcher.plan import Plan
-from launcher.run.engine_config import fsdp_config, mesh_config
 from launcher.run_paths import RunPaths
 
 WORKER_MODULE: Final = "launcher.worker.train"
@@ -41,48 +41,9 @@ CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 """Quota and period of the control group (version 2), in microseconds; a quota of `max` is none."""
 
 
-DISTRIBUTED_TYPES: Final[Mapping[Engine, str]] = {
-    Engine.NONE: "NO",
-    Engine.DDP: "MULTI_GPU",  # on a CPU too: MULTI_CPU starts one process, without a word (accelerate 1.15)
-    Engine.DEEPSPEED: "DEEPSPEED",
-    Engine.FSDP2: "FSDP",
-}
-"""What accelerate calls the engines."""
-
-
 def accelerate_config(hardware: HardwareSpec, plan: Plan, paths: RunPaths) -> str:
-    """Configuration file of `accelerate launch`; the same for every node.
-
-    `mixed_precision` is the text `no` (a bare one would be read as false): accelerate passes it on in
-    `ACCELERATE_MIXED_PRECISION`, which transformers' TrainingArguments read first and then overrule with
-    `bf16` or `fp16` (training_args.py, 5.17 to 5.23). Any other value would stand where both are off.
-    `gpu_ids` is `all` so that accelerate leaves CUDA_VISIBLE_DEVICES as `worker_environment` sets it.
-    """
-    config: dict[str, Any] = {
-        "compute_environment": "LOCAL_MACHINE",
-        "debug": False,
-        "distributed_type": DISTRIBUTED_TYPES[plan.engine],
-        "gpu_ids": "all",
-        "machine_rank": 0,
-        "main_training_function": "main",
-        "mixed_precision": "no",
-        "num_machines": plan.num_nodes,
-        "num_processes": plan.world_size,
-        "use_cpu": hardware.kind is DeviceKind.CPU,
-    }
-    if plan.engine is Engine.DEEPSPEED:
-        del config[
-            "mixed_precision"
-        ]  # accelerate refuses one beside DeepSpeed's own file, and takes `no` without
-        config["deepspeed_config"] = {
-            "deepspeed_config_file": str(paths.deepspeed_config),
-            "deepspeed_multinode_launcher": "standard",
-            "zero3_init_flag": plan.zero_stage == 3,
-        }
-    elif plan.engine is Engine.FSDP2:
-        config["fsdp_config"] = fsdp_config(plan)
-        if plan.shard_within_node and plan.num_nodes > 1:
-            config["parallelism_config"] = mesh_config(plan)
+    """Configuration file of `accelerate launch`; the same for every node."""
+    config = accelerate_settings(hardware, plan, str(paths.deepspeed_config))
     devices = "one process on one device" if plan.world_size == 1 else f"{plan.world_size} processes"
     if plan.num_nodes > 1:
         devices += f" on {plan.num_nodes} nodes"

@@ -1,27 +1,22 @@
 """Weighs what outlives a step on the live objects: parameters, buffers, gradients and optimizer state of one rank.
 
-A storage counts once and whole, whoever looks into it. Engines hold a rank's part in their own places, and those are
-read here: DTensor's local tensor (FSDP2), DeepSpeed's `ds_tensor`, flat master weights and averaged gradients
-(deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py).
+A storage counts once and whole, whoever looks into it. Where engines hold a rank's part says launcher/engines.py.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from launcher import workload
+from launcher.engines import averaged_gradients, local_tensors, master_weights
 from launcher.memory import Category
 from launcher.optimizers import optimizer_tensors
-
-MASTER_WEIGHTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
-"""Where DeepSpeed's optimizers of stages 1 and 2, and of stage 3, hold the weights that they update."""
 
 
 def live_tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -32,18 +27,6 @@ def live_tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
-
-
-def local_tensors(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """What this rank holds of each tensor; of a parameter that DeepSpeed sharded its part, and what is gathered now."""
-    for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            yield tensor._local_tensor
-            continue
-        yield tensor
-        part = getattr(tensor, "ds_tensor", None)
-        if isinstance(part, torch.Tensor):
-            yield part
 
 
 def all_live_tensors() -> list[torch.Tensor]:
@@ -66,21 +49,15 @@ def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     return {
         Category.PARAMETERS: live_tensor_bytes(weights + scales),
         Category.BUFFERS: live_tensor_bytes(model.buffers()),
-        Category.OPTIMIZER_STATE: live_tensor_bytes([*tensors, *_master_weights(optimizer)]),
+        Category.OPTIMIZER_STATE: live_tensor_bytes([*tensors, *master_weights(optimizer)]),
     }
-
-
-def _master_weights(optimizer: Any) -> list[torch.Tensor]:
-    """The weights that DeepSpeed's optimizer updates, beside those that the model computes with."""
-    inner = getattr(optimizer, "optimizer", None)
-    return [weight for name in MASTER_WEIGHTS for weight in getattr(inner, name, [])]
 
 
 def weigh_gradients(model: nn.Module, optimizer: Any = None) -> int:
     """Bytes of the gradients that are alive now; with DeepSpeed those of this rank's part, averaged over all ranks."""
-    averaged = getattr(getattr(optimizer, "optimizer", None), "averaged_gradients", {})
-    parts = [gradient for group in averaged.values() for gradient in group or [] if gradient is not None]
-    return live_tensor_bytes([*parts, *(p.grad for p in model.parameters() if p.grad is not None)])
+    return live_tensor_bytes(
+        [*averaged_gradients(optimizer), *(p.grad for p in model.parameters() if p.grad is not None)]
+    )
 
 
 def native_bucket_bytes(trainers: Sequence[Any]) -> int:

@@ -37,6 +37,7 @@ from transformers import (
 from launcher import workload
 from launcher.callbacks import GenerationCallback, PhaseCallback
 from launcher.documents import read_document, write_document
+from launcher.engines import engine, engine_arguments, gather_when_saving, prepare_trainer
 from launcher.errors import DataError, LauncherError
 from launcher.hardware import DeviceKind
 from launcher.job import JobSpec, Task
@@ -47,11 +48,7 @@ from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 from launcher.worker.data import load_examples, require_chat_template, split_examples
 from launcher.worker.engine import (
     connect,
-    engine,
-    engine_arguments,
-    gather_when_saving,
     leave_together,
-    prepare_trainer,
     rank,
     world_size,
 )

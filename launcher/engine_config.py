@@ -1,4 +1,6 @@
-"""What DeepSpeed and FSDP2 are told: explicit numbers, read by accelerate from files in the run directory.
+"""What accelerate, DeepSpeed and FSDP2 are told: explicit numbers, read from files in the run directory.
+
+The tracer reads the same files before it traces a plan for several devices.
 
 Nothing is left to `auto`: transformers would put its own bucket sizes there, which depend on the model's width and
 not on the memory that is left (transformers 5.24, integrations/deepspeed.py, `trainer_config_finalize`).
@@ -11,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import JobSpec, Method, OffloadDevice, Precision
+from launcher.job import Engine, JobSpec, Method, OffloadDevice, Precision
 from launcher.plan import Buckets, Plan
 
 NO_PROGRESS_LINES: Final = 1_000_000_000
@@ -41,6 +43,51 @@ LOSS_SCALING: Final[Mapping[str, Any]] = {
     "min_loss_scale": 1,
 }
 """Dynamic loss scale of fp16, as torch's GradScaler begins (65,536)."""
+
+
+DISTRIBUTED_TYPES: Final[Mapping[Engine, str]] = {
+    Engine.NONE: "NO",
+    Engine.DDP: "MULTI_GPU",  # on a CPU too: MULTI_CPU starts one process, without a word (accelerate 1.15)
+    Engine.DEEPSPEED: "DEEPSPEED",
+    Engine.FSDP2: "FSDP",
+}
+"""What accelerate calls the engines."""
+
+
+def accelerate_settings(hardware: HardwareSpec, plan: Plan, deepspeed_file: str) -> dict[str, Any]:
+    """Configuration of `accelerate launch`, by accelerate's names.
+
+    `mixed_precision` is the text `no` (a bare one would be read as false): accelerate passes it on in
+    `ACCELERATE_MIXED_PRECISION`, which transformers' TrainingArguments read first and then overrule with
+    `bf16` or `fp16` (training_args.py, 5.17 to 5.24). Any other value would stand where both are off.
+    `gpu_ids` is `all` so that accelerate leaves CUDA_VISIBLE_DEVICES as the worker's environment has it.
+    """
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": DISTRIBUTED_TYPES[plan.engine],
+        "gpu_ids": "all",
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": "no",
+        "num_machines": plan.num_nodes,
+        "num_processes": plan.world_size,
+        "use_cpu": hardware.kind is DeviceKind.CPU,
+    }
+    if plan.engine is Engine.DEEPSPEED:
+        del config[
+            "mixed_precision"
+        ]  # accelerate refuses one beside DeepSpeed's file, and takes `no` without
+        config["deepspeed_config"] = {
+            "deepspeed_config_file": deepspeed_file,
+            "deepspeed_multinode_launcher": "standard",
+            "zero3_init_flag": plan.zero_stage == 3,
+        }
+    elif plan.engine is Engine.FSDP2:
+        config["fsdp_config"] = fsdp_config(plan)
+        if plan.shard_within_node and plan.num_nodes > 1:
+            config["parallelism_config"] = mesh_config(plan)
+    return config
 
 
 def deepspeed_text(job: JobSpec, plan: Plan) -> str:

@@ -1,0 +1,136 @@
+"""How several devices train together: the engines and stages that a search weighs, and the sizes of their buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.engine_limits import engine_limits
+from launcher.errors import ConfigError
+from launcher.job import Engine, JobSpec
+from launcher.plan import Buckets, Plan
+
+FUSED_ELEMENTS = 50_000_000
+"""Trained elements up to which one bucket holds all gradients: 100 MB of bf16."""
+PERSISTENT_ROWS = 10
+"""Parameters up to so many rows of the hidden size (norms, biases) are held whole under ZeRO 3: gathering them costs
+more time than they take room (DeepSpeed's default is 1e5 elements, about 24 rows of 4,096)."""
+LIVE_BUCKETS = 4
+"""Gathered parameters that may wait for their next use, in buckets."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What is sharded over the devices, and by which engine."""
+
+    engine: Engine
+    zero_stage: int
+
+    def applied_to(self, plan: Plan, job: JobSpec) -> Plan:
+        """The plan, trained so on all devices of the job's hardware."""
+        hardware = job.hardware
+        arranged = replace(
+            plan,
+            engine=self.engine,
+            zero_stage=self.zero_stage,
+            num_devices=hardware.num_devices,
+            num_nodes=hardware.num_nodes,
+        )
+        if self.engine is Engine.NONE:
+            return arranged
+        return replace(arranged, buckets=default_buckets(job.model.architecture, arranged))
+
+    def words(self) -> str:
+        """What people call it."""
+        if self.engine is Engine.DEEPSPEED:
+            return f"ZeRO stage {self.zero_stage}"
+        return {Engine.NONE: "one device", Engine.DDP: "DDP", Engine.FSDP2: "FSDP2"}[self.engine]
+
+
+ALONE = Arrangement(Engine.NONE, 0)
+TOGETHER = (
+    Arrangement(Engine.DDP, 0),
+    Arrangement(Engine.DEEPSPEED, 1),
+    Arrangement(Engine.DEEPSPEED, 2),
+    Arrangement(Engine.DEEPSPEED, 3),
+    Arrangement(Engine.FSDP2, 3),
+)
+"""From nothing sharded to everything: each holds less than those before it, and exchanges no less."""
+
+
+def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...], dict[Arrangement, str]]:
+    """The arrangements that a job can choose from, simplest first; and those that can't carry it out, with the reason.
+
+    FSDP2 shards what ZeRO 3 shards, and comes where ZeRO 3 can't, or where it is pinned.
+
+    Args:
+        job: The job.
+        semantic: What is trained; of it the method counts.
+
+    Raises:
+        ConfigError: When the pinned values leave nothing.
+    """
+    pin = job.planner.pin
+    if job.hardware.world_size == 1:
+        candidates: tuple[Arrangement, ...] = (ALONE,)
+    else:
+        candidates = TOGETHER
+    matching = [
+        item
+        for item in candidates
+        if pin.engine in (None, item.engine) and pin.zero_stage in (None, item.zero_stage)
+    ]
+    if not matching:
+        legal = ", ".join(f"{item.engine.value} with zero_stage {item.zero_stage}" for item in candidates)
+        raise ConfigError(
+            f"planner.pin.engine={pin.engine.value if pin.engine else 'any'} with planner.pin.zero_stage="
+            f"{'any' if pin.zero_stage is None else pin.zero_stage} is nothing that "
+            f"{job.hardware.world_size} devices can do",
+            f"legal are {legal}",
+        )
+    refused: dict[Arrangement, str] = {}
+    possible: list[Arrangement] = []
+    for item in matching:
+        limits = engine_limits(job, item.applied_to(semantic, job))
+        if limits:
+            refused[item] = "; ".join(limits)
+        elif item.engine is not Engine.FSDP2 or pin.engine is Engine.FSDP2 or not _has_stage_three(possible):
+            possible.append(item)
+    return tuple(possible), refused
+
+
+def _has_stage_three(items: list[Arrangement]) -> bool:
+    return any(item.zero_stage == 3 for item in items)
+
+
+def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
+    """Bucket sizes of a plan: all that is trained, where that is little; else the largest parameter of a layer.
+
+    DeepSpeed's default of 5e8 elements is 1 GB that is there whatever the model's size. Gradients come parameter by
+    parameter, so a bucket as large as the largest one is sent as soon as that one is there, layer after layer alike.
+
+    Args:
+        architecture: The model's config.
+        plan: The plan; its method and rank count.
+    """
+    text = architecture.get("text_config") or architecture
+    hidden = int(text["hidden_size"])
+    inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
+    experts = int(text.get("num_local_experts") or text.get("num_experts") or 1)
+    expert_inner = int(text.get("moe_intermediate_size") or inner)
+    largest = max(hidden * inner, 2 * hidden * expert_inner * experts if experts > 1 else 0)
+    reduced = largest
+    if plan.rank:
+        # all linear layers of a decoder layer have about seven pairs of adapters
+        trained = 7 * plan.rank * (hidden + inner) * int(text["num_hidden_layers"])
+        reduced = FUSED_ELEMENTS if trained <= FUSED_ELEMENTS else 7 * plan.rank * (hidden + inner)
+    reduced += reduced % 2  # DeepSpeed wants an even number
+    return Buckets(
+        reduce_bucket_elements=reduced,
+        allgather_bucket_elements=reduced,
+        prefetch_bucket_elements=largest,
+        persistence_threshold_elements=PERSISTENT_ROWS * hidden,
+        max_live_elements=LIVE_BUCKETS * largest,
+        max_reuse_distance_elements=LIVE_BUCKETS * largest,
+    )

@@ -1,0 +1,117 @@
+"""DeepSpeed under the tape: what it asks of other ranks and of numbers, answered where there are neither.
+
+Read off deepspeed 0.19.8, runtime/zero. Its stages 1 and 2 do some things for the rank's own part of the parameters
+only, wherever that part begins; a trace of few layers, whose parts are other ones, does them for all. So what it says
+is true for every depth, and at most a bucket too high.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import deepspeed.ops
+import torch
+from deepspeed.runtime.zero import (
+    parameter_offload,
+    partition_parameters,
+    partitioned_param_coordinator,
+    stage3,
+    stage_1_and_2,
+    utils,
+)
+from transformers.integrations.deepspeed import deepspeed_config as deepspeed_settings
+
+
+def answer() -> None:
+    """No overflow, a valid norm, and the same answer from every rank (deepspeed 0.19.8, runtime/zero)."""
+    deepspeed.init_distributed(
+        auto_mpi_discovery=False, verbose=False
+    )  # takes the process group that is there
+    deepspeed.ops.__compatible_ops__ = {}  # an operation for inference that would be compiled
+    for module, optimizer in (
+        (stage_1_and_2, stage_1_and_2.DeepSpeedZeroOptimizer),
+        (stage3, stage3.DeepSpeedZeroOptimizer_Stage3),
+    ):
+        optimizer._has_inf_or_nan = staticmethod(lambda tensor, j=None: False)
+        optimizer.has_overflow = lambda self, partition_gradients=True: False
+        _replace(module, "is_invalid_grad_norm", lambda norm: False)
+    flat = stage_1_and_2.DeepSpeedZeroOptimizer
+    flat.allreduce_and_scatter = _copy_whole_bucket
+    flat.reduce_ipg_grads = _with_room_for_its_part(flat.reduce_ipg_grads)
+    copy_gradient = flat.copy_grads_in_partition
+    flat.copy_grads_in_partition = lambda self, param, group_idx=None: (
+        copy_gradient(self, param, group_idx) if self.cpu_offload else _point_into_part(self, param)
+    )
+    flat.get_grad_norm_direct = _norm_of_one_gradient
+    for module in (utils, partitioned_param_coordinator, partition_parameters, parameter_offload, stage3):
+        _replace(module, "assert_ints_same_as_other_ranks", lambda *values: None)
+        _replace(module, "assert_lst_len_same_as_other_ranks", lambda *values: None)
+        _replace(module, "get_lst_from_rank0", lambda values: values)
+
+
+def _copy_whole_bucket(
+    optimizer: Any, bucket: Any, communication_data_type: torch.dtype, **options: Any
+) -> None:
+    """ZeRO 1 and 2 copy the gradients of a bucket side by side before they reduce them (`allreduce_bucket`).
+
+    All but those of a single rank, which need no copy. Which buckets these are hangs on where the parts of ranks meet;
+    a trace of few layers takes all for copied, and so is true for every depth, and at most a bucket too high.
+    """
+    gradients = [item[1] for item in bucket]
+    gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
+
+
+def _with_room_for_its_part(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradients of a rank's part (`grads_in_partition`) are there from the first bucket on.
+
+    DeepSpeed makes room when the first of its own parameters comes, which one rank does sooner than another. The room
+    is for whole parameters, also where only an end of one belongs to the part: a bucket, which holds the largest
+    parameter of a layer, is the most that this can add.
+    """
+
+    @wraps(reduce)
+    def with_room(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if optimizer.grads_in_partition is None and not optimizer.cpu_offload:
+            elements = sum(int(size) for size in optimizer.partition_size)
+            largest = max(weight.numel() for group in optimizer.bit16_groups for weight in group)
+            elements = max(elements + min(optimizer.reduce_bucket_size, largest), largest)
+            optimizer.grads_in_partition = torch.empty(elements, dtype=optimizer.dtype)
+        return reduce(optimizer, *args, **kwargs)
+
+    return with_room
+
+
+def _point_into_part(optimizer: Any, parameter: torch.Tensor) -> None:
+    """A reduced gradient of this rank's part moves into the room for them."""
+    gradient = optimizer.get_gradient_for_reduction(parameter)
+    gradient.data = optimizer.grads_in_partition.narrow(0, 0, parameter.numel()).view(parameter.shape)
+
+
+def _norm_of_one_gradient(
+    optimizer: Any, gradients: Any, parameters: Any, norm_type: float = 2
+) -> torch.Tensor:
+    """Norms are computed gradient by gradient, each turned to fp32: the largest one stands for all."""
+    del gradients
+    largest = max(weight.numel() for group in optimizer.bit16_groups for weight in group)
+    torch.empty(min(largest, max(int(size) for size in optimizer.partition_size)), dtype=torch.float32)
+    return torch.ones((), dtype=torch.float32)
+
+
+def _replace(module: Any, name: str, function: Callable[..., Any]) -> None:
+    if hasattr(module, name):
+        setattr(module, name, function)
+
+
+def sharder() -> Callable[[torch.nn.Parameter], None]:
+    """Splits one weight over the ranks as soon as it is there, as loading does under ZeRO 3 (`zero.Init`)."""
+    settings = deepspeed_settings()
+    init = partition_parameters.Init(config_dict_or_path=settings, enabled=True)
+
+    def shard(weight: torch.nn.Parameter) -> None:
+        if weight.is_floating_point():
+            weight.data = weight.data.to(init.dtype)
+        init._convert_to_zero_parameters([weight])
+
+    return shard

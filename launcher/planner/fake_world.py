@@ -1,0 +1,111 @@
+"""A world of ranks that isn't there: the real engines (DeepSpeed, FSDP2) run under the tape as one rank of many.
+
+The process group is torch's own stand-in for tests, whose collectives return at once. Engines look at values now and
+then, to agree with other ranks or to find overflows; fake tensors have none, so those questions are answered here.
+Everything else is the engines' own code, configured by the files that a run is configured by.
+
+It changes this process for good (environment, process group, patched functions): call it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import parallelism_config
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard import _fsdp_init as fsdp_init
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+from launcher.engine_config import accelerate_settings, deepspeed_config
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Engine, JobSpec
+from launcher.plan import Plan
+from launcher.planner.replica import Replica
+
+
+def join(job: JobSpec, plan: Plan, rank: int, folder: Path) -> None:
+    """Makes this process one rank of the plan's world.
+
+    Args:
+        job: The job.
+        plan: The plan, for several devices.
+        rank: Which rank.
+        folder: For the engines' configuration files.
+    """
+    os.environ.update(_environment(job, plan, folder))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank % plan.num_devices),
+        WORLD_SIZE=str(plan.world_size),
+        LOCAL_WORLD_SIZE=str(plan.num_devices),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    distributed.init_process_group("fake", rank=rank, world_size=plan.world_size, store=FakeStore())
+    if plan.engine is Engine.DEEPSPEED:
+        importlib.import_module("launcher.planner.fake_deepspeed").answer()
+    elif plan.engine is Engine.FSDP2:
+        FakeTensor.data_ptr = _stand_in_address  # type: ignore[method-assign, assignment]  # accelerate knows weights by it
+        _real_numbers_for_meshes()
+    elif plan.engine is Engine.DDP:
+        nn.parallel.DistributedDataParallel = Replica  # type: ignore[misc, assignment]  # in this process only
+
+
+def _environment(job: JobSpec, plan: Plan, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` tells its workers, by its own parser; the device of a trace is the CPU."""
+    deepspeed_file, config_file = folder / "deepspeed.json", folder / "accelerate.yaml"
+    on_cpu = HardwareSpec(name="cpu", kind=DeviceKind.CPU, nvme_path=job.hardware.nvme_path)
+    config_file.write_text(yaml.safe_dump(accelerate_settings(on_cpu, plan, str(deepspeed_file))))
+    deepspeed_file.write_text(json.dumps(deepspeed_config(job, plan)) if plan.buckets else "{}")
+    parser: Any = launch.launch_command_parser()
+    arguments, defaults, _ = launch._validate_launch_command(
+        parser.parse_args(["--config_file", str(config_file), "worker.py"])
+    )
+    if plan.engine is Engine.DEEPSPEED:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+        return {**environment, "DS_ACCELERATOR": "cpu"}
+    return {**prepare_multi_gpu_env(arguments), "ACCELERATE_USE_CPU": "true"}
+
+
+def _stand_in_address(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
+
+
+def _replace(module: Any, name: str, function: Callable[..., Any]) -> None:
+    if hasattr(module, name):
+        setattr(module, name, function)
+
+
+def _real_numbers_for_meshes() -> None:
+    """Device meshes compute with the numbers of ranks, which have to be real ones."""
+    original = device_mesh.init_device_mesh
+    for module in (device_mesh, fsdp_init, distributed, parallelism_config):
+        if getattr(module, "init_device_mesh", None) is original:
+            _replace(module, "init_device_mesh", _outside_of_modes(original))
+    for name in ("_compute_coordinate_on_dim", "__getitem__"):
+        setattr(DeviceMesh, name, _outside_of_modes(getattr(DeviceMesh, name)))
+
+
+def _outside_of_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return outside

@@ -1,0 +1,247 @@
+"""Predicted and measured peak of every rank: real DeepSpeed, FSDP2 and DDP jobs on CPU, over gloo.
+
+Each job is planned by hand, predicted by the planner's own forecaster, run by `accelerate launch`, and measured by the
+allocator of every rank. Writes docs/accuracy/<date>-ranks.json and the table of docs/accuracy_ranks.md.
+
+    python -m scripts.accuracy_ranks [--only TEXT] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from launcher.documents import read_document, write_text
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import (
+    Attention,
+    Checkpointing,
+    DataFormat,
+    DataSpec,
+    Engine,
+    JobSpec,
+    Loss,
+    Method,
+    MethodSpec,
+    ModelSpec,
+    Optimizer,
+    Precision,
+    StoredDtype,
+    TrainingSpec,
+)
+from launcher.memory import MemoryEstimate, MemoryMeasurement, Phase
+from launcher.plan import Plan
+from launcher.planner.arrangements import default_buckets
+from launcher.planner.forecast import Forecaster
+from launcher.planner.trace_cache import TraceCache, library_versions
+from launcher.planner.tracer import Tracer
+from launcher.run.endings import raise_for_outcome
+from launcher.run.launch import launch_worker, prepare_run
+from launcher.run_paths import RunPaths
+from launcher.run_record import WorkerOrder
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+STEPS = 3
+PHASES = (Phase.LOAD, Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP, Phase.SAVE)
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """One job on several processes."""
+
+    name: str
+    plan: Plan
+
+
+def jobs() -> Iterator[RankJob]:
+    """Stages 0 to 3 and FSDP2 x full and LoRA x checkpointing x two shapes, and four processes and offload of a few."""
+    arrangements = [
+        ("ddp", Engine.DDP, 0),
+        ("zero1", Engine.DEEPSPEED, 1),
+        ("zero2", Engine.DEEPSPEED, 2),
+        ("zero3", Engine.DEEPSPEED, 3),
+        ("fsdp2", Engine.FSDP2, 3),
+    ]
+    for label, engine, stage in arrangements:
+        for method in (Method.FULL, Method.LORA):
+            for mode in (Checkpointing.NONE, Checkpointing.FULL):
+                for micro, length, accumulation in ((1, 512, 2), (4, 256, 1)):
+                    name = f"{label}-{method.value}-{mode.value}-{micro}x{length}x{accumulation}"
+                    yield RankJob(name, plan_of(engine, stage, method, mode, micro, length, accumulation))
+    for label, engine, stage in arrangements:
+        plan = plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 512, 2, num_devices=4)
+        yield RankJob(f"{label}-full-none-1x512x2-4ranks", plan)
+
+
+def plan_of(
+    engine: Engine,
+    stage: int,
+    method: Method,
+    mode: Checkpointing,
+    micro: int,
+    length: int,
+    accumulation: int,
+    num_devices: int = 2,
+    **changes: Any,
+) -> Plan:
+    """A plan for the model of this benchmark."""
+    plan = Plan(
+        method=method,
+        rank=0 if method is Method.FULL else 16,
+        max_length=length,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        activation_checkpointing=mode,
+        attention=Attention.SDPA,
+        loss=Loss.CHUNKED,
+        optimizer=Optimizer.ADAMW_TORCH,
+        precision=Precision.BF16_MIXED,
+        engine=engine,
+        num_devices=num_devices,
+        zero_stage=stage,
+        **changes,
+    )
+    return replace(plan, buckets=default_buckets(ARCHITECTURE, plan))
+
+
+def job_of(plan: Plan, folder: Path) -> JobSpec:
+    """The job of a plan, on the model in a folder."""
+    return JobSpec(
+        model=ModelSpec(path=str(folder), architecture=ARCHITECTURE, stored_dtype=StoredDtype.FP32),
+        method=MethodSpec(name=plan.method, rank=max(1, plan.rank)),
+        data=DataSpec(
+            path=str(folder / "train.jsonl"), format=DataFormat.TEXT, max_length=plan.max_length, packing=True
+        ),
+        training=TrainingSpec(
+            global_batch_size=plan.global_batch_size,
+            max_steps=STEPS,
+            precision=plan.precision,
+            optimizer=plan.optimizer,
+            report_to=(),
+        ),
+        hardware=HardwareSpec(
+            name="cpu", kind=DeviceKind.CPU, num_devices=plan.num_devices, memory_bytes=1 << 34
+        ),
+    )
+
+
+def write_model(folder: Path) -> None:
+    """A random model of the architecture, a tokenizer and text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {token: index for index, token in enumerate([*alphabet, "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**ARCHITECTURE)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    rows = [json.dumps({"text": f"{number}: " + "the step reads the plan. " * 40}) for number in range(200)]
+    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def predict(job: JobSpec, plan: Plan) -> MemoryEstimate:
+    """What the planner says of a plan."""
+    with Tracer(("deepspeed",) if plan.engine is Engine.DEEPSPEED else ()) as tracer:
+        return Forecaster(job, tracer, TraceCache(None)).estimate(plan, exact=True)
+
+
+def measure(job: JobSpec, plan: Plan, predicted: MemoryEstimate, folder: Path) -> list[MemoryMeasurement]:
+    """What each rank really took."""
+    paths = RunPaths(folder / "run")
+    prepare_run(paths, WorkerOrder(job, plan, predicted, job.model.path, ""), {})
+    outcome = launch_worker(paths, WorkerOrder(job, plan, predicted, job.model.path, ""), lambda line: None)
+    raise_for_outcome(outcome, paths, plan.world_size)
+    return [read_document(paths.measured(rank), MemoryMeasurement) for rank in range(plan.world_size)]
+
+
+def compare(entry: RankJob, model: Path) -> dict[str, Any]:
+    """Predicts, runs, and sets both side by side."""
+    job = job_of(entry.plan, model)
+    began = time.perf_counter()
+    predicted = predict(job, entry.plan)
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(job, entry.plan, predicted, Path(folder))
+    phases: dict[str, Any] = {}
+    for phase in PHASES:
+        expected = predicted.phase(phase)
+        taken = [found.allocated_bytes if (found := rank.phase(phase)) else None for rank in measured]
+        if expected is not None and None not in taken:
+            phases[phase.value] = {
+                "predicted_bytes": expected.allocated_bytes,
+                "measured_bytes": taken,
+                "errors": [expected.allocated_bytes / size - 1 for size in taken if size],
+            }
+    highest = [rank.peak_allocated_bytes for rank in measured]
+    return {
+        "name": entry.name,
+        "ranks": entry.plan.world_size,
+        "predicted_bytes": predicted.peak_allocated_bytes,
+        "measured_bytes": highest,
+        "errors": [predicted.peak_allocated_bytes / size - 1 for size in highest],
+        "phases": phases,
+        "predicting_seconds": round(seconds, 1),
+    }
+
+
+def main() -> int:
+    """Runs the jobs and writes what came out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="jobs whose name has this text")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="JSON file; default: docs/accuracy/<date>-ranks.json"
+    )
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        for entry in jobs():
+            if arguments.only not in entry.name:
+                continue
+            result = compare(entry, Path(folder))
+            results.append(result)
+            errors = " ".join(f"{error:+.2%}" for error in result["errors"])
+            print(f"{entry.name:40} {result['predicted_bytes'] / 1e6:9.2f} MB  {errors}", flush=True)
+            for name, phase in result["phases"].items():
+                sizes = " ".join(f"{size / 1e6:9.2f}" for size in phase["measured_bytes"])
+                print(f"    {name:16} {phase['predicted_bytes'] / 1e6:9.2f} {sizes}", flush=True)
+    document = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": dict(library_versions()),
+        "architecture": ARCHITECTURE,
+        "jobs": results,
+    }
+    out = arguments.out or ROOT / "docs" / "accuracy" / f"{document['date']}-ranks.json"
+    write_text(out, json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
