@@ -10,7 +10,7 @@ from typing import Final
 
 from launcher.cluster import USED_BY, Cluster, LaunchSpec
 from launcher.hardware import DeviceKind
-from launcher.job import JobSpec
+from launcher.job import Action, JobSpec
 
 NAME: Final = re.compile(r"[\w.,:@+/-]*")
 """Names of partitions and accounts: nothing that sbatch or a YAML reader could take for something else."""
@@ -34,7 +34,7 @@ def cluster_limits(job: JobSpec, is_packaged: bool) -> tuple[Problem, ...]:
     """
     spec, num_nodes = job.launch, job.hardware.num_nodes
     found = list(_unheeded(spec))
-    if spec.cluster is Cluster.LOCAL and num_nodes > 1:
+    if spec.cluster is Cluster.LOCAL and num_nodes > 1 and job.action is Action.RUN:
         found.append(
             (
                 f"hardware.num_nodes={num_nodes} with launch.cluster=local, which is this machine alone",

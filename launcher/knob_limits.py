@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import JobSpec, Loss, Method
+from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Precision
 from launcher.optimisation import LOW_RANK_OPTIMIZERS
 
 PACKAGE = "memory-first-launcher"
@@ -28,12 +28,41 @@ def knob_limits(
         is_installed: Whether a Python module can be imported on this machine.
     """
     found = [
+        *_device_limits(job, hardware),
         *_loss_limits(job, hardware),
         *_evaluation_limits(job, hardware),
         *_optimizer_limits(job),
         *_missing_packages(job, is_installed),
     ]
     return tuple((what, hint) for is_found, what, hint in found if is_found)
+
+
+def _device_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
+    pin, precision = job.planner.pin, job.training.precision
+    on_cpu = hardware.kind is DeviceKind.CPU
+    no_flash = on_cpu or not hardware.supports_flash_attention
+    return [
+        (
+            precision in (Precision.BF16, Precision.BF16_MIXED) and not hardware.supports_bf16,
+            f"{hardware.name} has no bf16; training.precision={precision.value} can't run on it",
+            "training.precision=fp16_mixed or fp32",
+        ),
+        (
+            precision is Precision.FP16_MIXED and on_cpu,
+            "training.precision=fp16_mixed needs a GPU",
+            "training.precision=bf16_mixed or fp32 on a CPU",
+        ),
+        (
+            pin.attention is Attention.FLASH_ATTENTION_2 and no_flash,
+            f"planner.pin.attention=flash_attention_2: {hardware.name} has no FlashAttention-2",
+            "planner.pin.attention=sdpa, or hardware of compute capability 8.0 and more",
+        ),
+        (
+            pin.activation_checkpointing is Checkpointing.OFFLOAD and on_cpu,
+            "planner.pin.activation_checkpointing=offload: a CPU has no other memory to offload to",
+            "planner.pin.activation_checkpointing=full",
+        ),
+    ]
 
 
 def _loss_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:

@@ -19,7 +19,7 @@ from launcher.config import catalogue_entry, hardware_entries
 from launcher.documents import read_document
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, Checkpointing, Engine, JobSpec, Precision
+from launcher.job import Attention, JobSpec
 from launcher.knob_limits import knob_limits
 from launcher.memory import MemoryEstimate, MemoryMeasurement, Timeline
 from launcher.plan import PlanChoice
@@ -35,7 +35,8 @@ from launcher.planner.interval import (
     like,
     read_residuals,
 )
-from launcher.planner.search import headroom_bytes, search, semantic_plans
+from launcher.planner.search import search
+from launcher.planner.space import headroom_bytes, semantic_plans
 from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer, uses_bitsandbytes
 from launcher.report import tables
@@ -95,45 +96,16 @@ def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
 
 def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str]]:
     """What job and hardware can't both have, each with a hint."""
-    pin, precision = job.planner.pin, job.training.precision
-    on_cpu = hardware.kind is DeviceKind.CPU
-    no_flash = on_cpu or not hardware.supports_flash_attention
-    found = [
-        (
-            hardware.world_size > 1,
-            f"hardware.num_devices x hardware.num_nodes is {hardware.world_size}; this version plans for 1 device",
-            "leave both at 1",
-        ),
-        (
-            precision in (Precision.BF16, Precision.BF16_MIXED) and not hardware.supports_bf16,
-            f"{hardware.name} has no bf16; training.precision={precision.value} can't run on it",
-            "training.precision=fp16_mixed or fp32",
-        ),
-        (
-            precision is Precision.FP16_MIXED and on_cpu,
-            "training.precision=fp16_mixed needs a GPU",
-            "training.precision=bf16_mixed or fp32 on a CPU",
-        ),
-        (
-            pin.attention is Attention.FLASH_ATTENTION_2 and no_flash,
-            f"planner.pin.attention=flash_attention_2: {hardware.name} has no FlashAttention-2",
-            "planner.pin.attention=sdpa, or hardware of compute capability 8.0 and more",
-        ),
-        (
-            pin.activation_checkpointing is Checkpointing.OFFLOAD and on_cpu,
-            "planner.pin.activation_checkpointing=offload: a CPU has no other memory to offload to",
-            "planner.pin.activation_checkpointing=full",
-        ),
-    ]
+    pin = job.planner.pin
     packaged = parse_packaged_path(job.model.path) is not None
-    found += [(True, *limit) for limit in cluster_limits(job, packaged)]
+    found = [(True, *limit) for limit in cluster_limits(job, packaged)]
     found += [
         (
-            getattr(pin, name) not in (None, 0, Engine.NONE),
-            f"planner.pin.{name}={getattr(pin, name)}: this version plans for one device, without sharding or offload",
+            bool(getattr(pin, name)),
+            f"planner.pin.{name}=true: this version predicts no offload",
             f"leave planner.pin.{name} unset",
         )
-        for name in ("engine", "zero_stage", "offload_optimizer", "offload_parameters")
+        for name in ("offload_optimizer", "offload_parameters")
     ]
     return [
         *((what, hint) for is_found, what, hint in found if is_found),
@@ -214,7 +186,8 @@ def _search(job: JobSpec) -> PlanChoice:
 
 
 def _needed_libraries(job: JobSpec) -> tuple[str, ...]:
-    return ("bitsandbytes",) if any(uses_bitsandbytes(plan) for plan in semantic_plans(job)) else ()
+    quantizes = any(uses_bitsandbytes(plan) for plan in semantic_plans(job))
+    return (("bitsandbytes",) if quantizes else ()) + (("deepspeed",) if job.hardware.world_size > 1 else ())
 
 
 def _trace_cache(job: JobSpec) -> TraceCache:

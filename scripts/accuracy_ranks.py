@@ -56,8 +56,8 @@ from launcher.run_record import WorkerOrder
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE: dict[str, Any] = {
     "model_type": "llama",
-    "hidden_size": 512,
-    "intermediate_size": 1376,
+    "hidden_size": 256,
+    "intermediate_size": 688,
     "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -89,12 +89,12 @@ def jobs() -> Iterator[RankJob]:
     for label, engine, stage in arrangements:
         for method in (Method.FULL, Method.LORA):
             for mode in (Checkpointing.NONE, Checkpointing.FULL):
-                for micro, length, accumulation in ((1, 512, 2), (4, 256, 1)):
+                for micro, length, accumulation in ((1, 384, 2), (4, 192, 1)):
                     name = f"{label}-{method.value}-{mode.value}-{micro}x{length}x{accumulation}"
                     yield RankJob(name, plan_of(engine, stage, method, mode, micro, length, accumulation))
     for label, engine, stage in arrangements:
-        plan = plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 512, 2, num_devices=4)
-        yield RankJob(f"{label}-full-none-1x512x2-4ranks", plan)
+        plan = plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 384, 2, num_devices=4)
+        yield RankJob(f"{label}-full-none-1x384x2-4ranks", plan)
 
 
 def plan_of(
@@ -119,7 +119,7 @@ def plan_of(
         attention=Attention.SDPA,
         loss=Loss.CHUNKED,
         optimizer=Optimizer.ADAMW_TORCH,
-        precision=Precision.BF16_MIXED,
+        precision=Precision.FP32,
         engine=engine,
         num_devices=num_devices,
         zero_stage=stage,

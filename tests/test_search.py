@@ -34,7 +34,8 @@ from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan, PlanChoice
 from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import CONVENTION
-from launcher.planner.search import NOT_PRICED, headroom_bytes, search
+from launcher.planner.search import NOT_PRICED, search
+from launcher.planner.space import headroom_bytes
 
 KEPT, RECOMPUTED = Checkpointing.NONE, Checkpointing.FULL
 SEEDS = range(30)

@@ -30,6 +30,9 @@ def answer() -> None:
         auto_mpi_discovery=False, verbose=False
     )  # takes the process group that is there
     deepspeed.ops.__compatible_ops__ = {}  # an operation for inference that would be compiled
+    deepspeed.init_distributed(
+        auto_mpi_discovery=False, verbose=False
+    )  # takes the process group that is there
     for module, optimizer in (
         (stage_1_and_2, stage_1_and_2.DeepSpeedZeroOptimizer),
         (stage3, stage3.DeepSpeedZeroOptimizer_Stage3),

@@ -12,16 +12,16 @@ than two plans that fit is priced only when that takes no trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind
-from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Objective, Task
+from launcher.job import Checkpointing, JobSpec, Objective
 from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, PlanChoice, Rejection
+from launcher.planner.arrangements import arrangements
 from launcher.planner.forecast import Forecaster
-from launcher.planner.interval import CONVENTION
+from launcher.planner.space import batch_splits, headroom_bytes, semantic_plans
 from launcher.units import format_bytes
 
 MODES = (Checkpointing.NONE, Checkpointing.FULL)
@@ -29,72 +29,6 @@ MODES = (Checkpointing.NONE, Checkpointing.FULL)
 NOT_PRICED = "; not priced"
 """Remark on a plan that may fit or not: it is slower in any case."""
 _Priced = tuple[Plan, MemoryEstimate]
-
-
-def semantic_plans(job: JobSpec) -> Iterator[Plan]:
-    """One plan per acceptable combination of the knobs that change the result, best first.
-
-    Method comes before length, and length before rank; free knobs have their first value.
-
-    Raises:
-        ConfigError: When a rank is pinned and no method has one.
-    """
-    pin, choices = job.planner.pin, job.planner.choices
-    methods = (pin.method,) if pin.method else choices.method or (job.method.name,)
-    lengths = (pin.max_length,) if pin.max_length else choices.max_length or (job.data.max_length,)
-    ranks = (pin.rank,) if pin.rank else choices.rank or (job.method.rank,)
-    # a classifier has a few scores per text, and nothing to cut into tiles
-    loss = Loss.PLAIN if job.model.task is Task.SEQUENCE_CLASSIFICATION else pin.loss or Loss.CHUNKED
-    if pin.rank and set(methods) == {Method.FULL}:
-        raise ConfigError(
-            f"planner.pin.rank={pin.rank} is a LoRA rank, and the job's only method is {Method.FULL.value}",
-            "unpin the rank, or allow method lora or qlora",
-        )
-    for method in dict.fromkeys(methods):
-        for length in dict.fromkeys(lengths):
-            for rank in (0,) if method is Method.FULL else dict.fromkeys(ranks):
-                yield Plan(
-                    method=method,
-                    rank=rank,
-                    max_length=length,
-                    micro_batch_size=1,
-                    gradient_accumulation_steps=job.training.global_batch_size,
-                    activation_checkpointing=pin.activation_checkpointing or Checkpointing.NONE,
-                    attention=pin.attention or Attention.SDPA,
-                    loss=loss,
-                    optimizer=job.training.optimizer,
-                    precision=job.training.precision,
-                )
-
-
-def batch_splits(job: JobSpec) -> tuple[tuple[int, int], ...]:
-    """Every (micro batch, accumulation) whose product is the global batch, smallest micro batch first.
-
-    Raises:
-        ConfigError: When pinned values do not divide the global batch.
-    """
-    total, pin = job.training.global_batch_size, job.planner.pin
-    splits = tuple(
-        (micro, total // micro)
-        for micro in range(1, total + 1)
-        if total % micro == 0
-        and pin.micro_batch_size in (None, micro)
-        and pin.gradient_accumulation_steps in (None, total // micro)
-    )
-    if not splits:
-        raise ConfigError(
-            f"micro batch {pin.micro_batch_size or 'any'} x accumulation "
-            f"{pin.gradient_accumulation_steps or 'any'} can't make training.global_batch_size={total}",
-            f"the product must be {total}: set training.global_batch_size, or unpin one of the two",
-        )
-    return splits
-
-
-def headroom_bytes(job: JobSpec) -> int:
-    """Bytes of the device that a plan must leave free."""
-    share = job.planner.headroom
-    fraction = CONVENTION if isinstance(share, str) else share
-    return round(fraction * job.hardware.memory_bytes)
 
 
 def search(job: JobSpec, forecaster: Forecaster) -> PlanChoice:
@@ -129,13 +63,55 @@ class _Search:
     def run(self) -> PlanChoice:
         semantics = list(semantic_plans(self._job))
         for position, semantic in enumerate(semantics):
-            verified = self._best_two(semantic)
+            verified = self._best_arranged(semantic)
             if verified:
                 plan, estimate = verified[0]
                 left = len(semantics) - position - 1
                 return self._choice(verified, self._reason(plan, estimate, position, left))
         self._settle_nearest()
         return self._choice([], self._why_none())
+
+    def _best_arranged(self, semantic: Plan) -> list[_Priced]:
+        """The best two plans over all arrangements of the devices.
+
+        What is sharded less exchanges less, so a later arrangement is taken only where it recomputes less (or, when
+        memory counts, needs less).
+        """
+        possible, refused = arrangements(self._job, semantic)
+        for item, reason in refused.items():
+            self._rejected.append(Rejection(item.applied_to(semantic, self._job), reason, 0, 0))
+        best: list[_Priced] = []
+        for number, item in enumerate(possible):
+            arranged = item.applied_to(semantic, self._job)
+            if best and not self._by_memory and best[0][0].activation_checkpointing is self._modes[0]:
+                for later in possible[number:]:
+                    text = f"{later.words()} exchanges no less than what fits with nothing recomputed{NOT_PRICED}"
+                    self._rejected.append(Rejection(later.applied_to(semantic, self._job), text, 0, 0))
+                break
+            found = self._best_two(arranged)
+            if best and found:
+                found, best = (found, best) if self._is_better(found[0], best[0]) else (best, found)
+                for plan, estimate in best:
+                    text = self._why_worse((plan, estimate), found[0])
+                    self._rejected.append(Rejection(plan, text, 0, estimate.peak_device_bytes))
+            best = found or best
+        return best
+
+    def _is_better(self, one: _Priced, other: _Priced) -> bool:
+        """Whether a plan of a later arrangement is better than one of an earlier one."""
+        if self._by_memory:
+            return one[1].peak_device_bytes < other[1].peak_device_bytes
+        return self._modes.index(one[0].activation_checkpointing) < self._modes.index(
+            other[0].activation_checkpointing
+        )
+
+    def _why_worse(self, one: _Priced, taken: _Priced) -> str:
+        if self._by_memory:
+            more = one[1].peak_device_bytes - taken[1].peak_device_bytes
+            return f"fits, and needs {format_bytes(more)} more than the plan taken"
+        if one[0].activation_checkpointing is taken[0].activation_checkpointing:
+            return "fits, and exchanges more than the plan taken"
+        return "fits, and recomputes activations, which the plan taken does not"
 
     def _best_two(self, semantic: Plan) -> list[_Priced]:
         """The best two plans of one combination that fit at their true shapes; every other one is rejected."""

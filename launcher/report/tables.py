@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.cluster import SubmittedJob
-from launcher.job import JobSpec
+from launcher.job import Engine, JobSpec
 from launcher.memory import RESIDENT, Category, Interval, MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan, PlanChoice
 from launcher.run_paths import RunPaths
@@ -56,12 +56,22 @@ def plan_words(plan: Plan) -> str:
         f"{method}, micro batch {plan.micro_batch_size} x accumulation {plan.gradient_accumulation_steps}, "
         f"length {plan.max_length}, checkpointing {plan.activation_checkpointing.value}, "
         f"{plan.attention.value} attention, {plan.loss.value} loss, {plan.optimizer.value}, "
-        f"{plan.precision.value}"
+        f"{plan.precision.value}" + (f", {engine_words(plan)}" if plan.engine is not Engine.NONE else "")
     )
 
 
+def engine_words(plan: Plan) -> str:
+    """What trains on several devices together, `ZeRO stage 2 on 2 x 8 devices`; empty on one device."""
+    if plan.engine is Engine.NONE:
+        return ""
+    name = f"ZeRO stage {plan.zero_stage}" if plan.engine is Engine.DEEPSPEED else plan.engine.value.upper()
+    nodes = f"{plan.num_nodes} x " if plan.num_nodes > 1 else ""
+    return f"{name} on {nodes}{plan.num_devices} devices"
+
+
 def _rejection(plan: Plan, reason: str) -> str:
-    words = [plan.method.value + (f" r{plan.rank}" if plan.rank else ""), f"length {plan.max_length}"]
+    words = [engine_words(plan)] if plan.engine is not Engine.NONE else []
+    words += [plan.method.value + (f" r{plan.rank}" if plan.rank else ""), f"length {plan.max_length}"]
     words += [f"micro batch {plan.micro_batch_size}", f"checkpointing {plan.activation_checkpointing.value}"]
     return _wrapped("  -", ", ".join(words) + ": " + reason)
 

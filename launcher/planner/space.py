@@ -1,0 +1,83 @@
+"""The space that is searched: the job's ordered lists, the splits of its batch, and the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.errors import ConfigError
+from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Task
+from launcher.plan import Plan
+from launcher.planner.interval import CONVENTION
+
+
+def semantic_plans(job: JobSpec) -> Iterator[Plan]:
+    """One plan per acceptable combination of the knobs that change the result, best first.
+
+    Method comes before length, and length before rank; free knobs have their first value.
+
+    Raises:
+        ConfigError: When a rank is pinned and no method has one.
+    """
+    pin, choices = job.planner.pin, job.planner.choices
+    methods = (pin.method,) if pin.method else choices.method or (job.method.name,)
+    lengths = (pin.max_length,) if pin.max_length else choices.max_length or (job.data.max_length,)
+    ranks = (pin.rank,) if pin.rank else choices.rank or (job.method.rank,)
+    # a classifier has a few scores per text, and nothing to cut into tiles
+    loss = Loss.PLAIN if job.model.task is Task.SEQUENCE_CLASSIFICATION else pin.loss or Loss.CHUNKED
+    if pin.rank and set(methods) == {Method.FULL}:
+        raise ConfigError(
+            f"planner.pin.rank={pin.rank} is a LoRA rank, and the job's only method is {Method.FULL.value}",
+            "unpin the rank, or allow method lora or qlora",
+        )
+    for method in dict.fromkeys(methods):
+        for length in dict.fromkeys(lengths):
+            for rank in (0,) if method is Method.FULL else dict.fromkeys(ranks):
+                yield Plan(
+                    method=method,
+                    rank=rank,
+                    max_length=length,
+                    micro_batch_size=1,
+                    gradient_accumulation_steps=job.training.global_batch_size,
+                    activation_checkpointing=pin.activation_checkpointing or Checkpointing.NONE,
+                    attention=pin.attention or Attention.SDPA,
+                    loss=loss,
+                    optimizer=job.training.optimizer,
+                    precision=job.training.precision,
+                )
+
+
+def batch_splits(job: JobSpec) -> tuple[tuple[int, int], ...]:
+    """Every (micro batch, accumulation) whose product is a device's share of the global batch, smallest first.
+
+    Raises:
+        ConfigError: When pinned values do not divide the global batch.
+    """
+    pin, devices = job.planner.pin, job.hardware.world_size
+    total, rest = divmod(job.training.global_batch_size, devices)
+    if rest:
+        raise ConfigError(
+            f"training.global_batch_size={job.training.global_batch_size} can't be split over {devices} devices",
+            f"a multiple of {devices}, or fewer devices",
+        )
+    splits = tuple(
+        (micro, total // micro)
+        for micro in range(1, total + 1)
+        if total % micro == 0
+        and pin.micro_batch_size in (None, micro)
+        and pin.gradient_accumulation_steps in (None, total // micro)
+    )
+    if not splits:
+        raise ConfigError(
+            f"micro batch {pin.micro_batch_size or 'any'} x accumulation "
+            f"{pin.gradient_accumulation_steps or 'any'} can't make training.global_batch_size="
+            f"{job.training.global_batch_size}" + (f" on {devices} devices" if devices > 1 else ""),
+            f"the product must be {total}: set training.global_batch_size, or unpin one of the two",
+        )
+    return splits
+
+
+def headroom_bytes(job: JobSpec) -> int:
+    """Bytes of the device that a plan must leave free."""
+    share = job.planner.headroom
+    fraction = CONVENTION if isinstance(share, str) else share
+    return round(fraction * job.hardware.memory_bytes)
