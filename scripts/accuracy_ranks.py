@@ -1,7 +1,7 @@
 """Predicted and measured peak of every rank: real DeepSpeed, FSDP2 and DDP jobs on CPU, over gloo.
 
 Each job is planned by hand, predicted by the planner's own forecaster, run by `accelerate launch`, and measured by the
-allocator of every rank. Writes docs/accuracy/<date>-ranks.json and the table of docs/accuracy_ranks.md.
+allocator of every rank. Writes docs/accuracy/<date>-ranks.json.
 
     python -m scripts.accuracy_ranks [--only TEXT] [--out FILE]
 """

@@ -399,7 +399,8 @@ def test_contradictions_with_the_hardware_exit_2() -> None:
     assert done.returncode == 2
     assert "t4_16g has no bf16" in done.stderr
     assert "hint: training.precision=" in done.stderr
-    assert launch("action=plan", "hardware.num_devices=2", "trace_cache=off").returncode == 2
+    done = launch("action=plan", "hardware.num_devices=3", "trace_cache=off")
+    assert done.returncode == 2 and "can't be split over 3 devices" in done.stderr
 
 
 @pytest.mark.parametrize("argument", ["--help", "-h", "help"])

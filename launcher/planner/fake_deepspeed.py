@@ -26,13 +26,9 @@ from transformers.integrations.deepspeed import deepspeed_config as deepspeed_se
 
 def answer() -> None:
     """No overflow, a valid norm, and the same answer from every rank (deepspeed 0.19.8, runtime/zero)."""
-    deepspeed.init_distributed(
-        auto_mpi_discovery=False, verbose=False
-    )  # takes the process group that is there
     deepspeed.ops.__compatible_ops__ = {}  # an operation for inference that would be compiled
-    deepspeed.init_distributed(
-        auto_mpi_discovery=False, verbose=False
-    )  # takes the process group that is there
+    # takes the process group that is there
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     for module, optimizer in (
         (stage_1_and_2, stage_1_and_2.DeepSpeedZeroOptimizer),
         (stage3, stage3.DeepSpeedZeroOptimizer_Stage3),

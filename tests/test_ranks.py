@@ -1,0 +1,106 @@
+"""Plans for several devices: what is predicted for a rank is what a rank takes, and what ranks share gets smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ConfigError
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Checkpointing, Engine, JobSpec, Method, ModelSpec, PinSpec, PlannerSpec
+from launcher.memory import Category, MemoryEstimate
+from launcher.plan import Plan
+from launcher.planner.arrangements import arrangements
+from launcher.planner.forecast import Forecaster
+from launcher.planner.trace_cache import TraceCache
+from launcher.planner.tracer import Tracer
+from launcher.planner.worlds import TRACED_RANKS, part_share, traced_world
+from scripts.accuracy_ranks import ARCHITECTURE, RankJob, compare, job_of, plan_of, write_model
+
+WITHIN = 0.02
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return folder
+
+
+def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
+    return plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 384, 2, num_devices=num_devices)
+
+
+@pytest.mark.parametrize(("engine", "stage"), [(Engine.DDP, 0), (Engine.DEEPSPEED, 1), (Engine.DEEPSPEED, 2)])
+def test_each_rank_takes_what_was_predicted(
+    engine: Engine, stage: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes over gloo, the allocator's peak of each; nothing in common with the tracer."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result = compare(RankJob("job", full(engine, stage)), model)
+    assert len(result["errors"]) == 2
+    assert all(abs(error) <= WITHIN for error in result["errors"]), result
+
+
+@pytest.fixture(scope="module")
+def forecaster() -> Iterator[Forecaster]:
+    with Tracer(("deepspeed",)) as tracer:
+        plan = full(Engine.DEEPSPEED, 1)
+        yield Forecaster(job_of(plan, Path("nowhere")), tracer, TraceCache(None))
+
+
+def test_more_ranks_share_the_same_states(forecaster: Forecaster) -> None:
+    """Stage 1 on twice as many ranks: half the states each, beyond the number of ranks that is traced as well."""
+    states = {}
+    for ranks in (4, 8, 16, 1024):
+        plan = full(Engine.DEEPSPEED, 1, ranks)
+        estimate: MemoryEstimate = forecaster.estimate(plan, exact=True)
+        states[ranks] = estimate.resident_bytes[Category.OPTIMIZER_STATE]
+    assert states[8] == pytest.approx(states[4] / 2, rel=0.01)
+    assert states[16] == pytest.approx(states[8] / 2, rel=0.01)
+    assert states[1024] == pytest.approx(states[8] / 128, rel=0.05)
+
+
+def test_a_large_world_is_traced_as_a_small_one() -> None:
+    plan = replace(full(Engine.DEEPSPEED, 3), num_devices=8, num_nodes=128)
+    assert traced_world(plan).world_size == TRACED_RANKS
+    assert part_share(plan) == TRACED_RANKS / 1024
+    within = replace(full(Engine.FSDP2, 3), num_devices=8, num_nodes=4, shard_within_node=True)
+    assert (traced_world(within).num_devices, traced_world(within).num_nodes) == (8, 2)
+    assert part_share(within) == 1.0  # nodes repeat what one node holds
+
+
+def job(num_devices: int, pin: PinSpec | None = None) -> JobSpec:
+    return JobSpec(
+        model=ModelSpec(architecture=ARCHITECTURE),
+        planner=PlannerSpec(pin=pin or PinSpec()),
+        hardware=HardwareSpec(name="a", kind=DeviceKind.CUDA, num_devices=num_devices, memory_bytes=1 << 35),
+    )
+
+
+def alone() -> Plan:
+    plan = full(Engine.DDP, 0)
+    return replace(plan, engine=Engine.NONE, num_devices=1, buckets=None)
+
+
+def test_several_devices_are_arranged_from_nothing_sharded_to_everything() -> None:
+    possible, refused = arrangements(job(8), alone())
+    assert [(item.engine, item.zero_stage) for item in possible] == [
+        (Engine.DDP, 0),
+        (Engine.DEEPSPEED, 1),
+        (Engine.DEEPSPEED, 2),
+        (Engine.DEEPSPEED, 3),
+    ]
+    assert refused == {}
+    (only,), _ = arrangements(job(8, PinSpec(engine=Engine.FSDP2)), alone())
+    assert only.applied_to(alone(), job(8)).buckets is not None
+    (one,), _ = arrangements(job(1), alone())
+    assert one.engine is Engine.NONE
+
+
+def test_a_pinned_stage_that_no_engine_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing that 1 devices can do"):
+        arrangements(job(1, PinSpec(zero_stage=2)), alone())
