@@ -27,6 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_init as fsdp_init
+from torch.distributed.fsdp._fully_shard import _fsdp_param as fsdp_param
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_param_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -35,9 +37,10 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.plan import Plan
 from launcher.planner.replica import Replica
+from launcher.planner.tape import Tape
 
 
-def join(job: JobSpec, plan: Plan, rank: int, folder: Path) -> None:
+def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape) -> None:
     """Makes this process one rank of the plan's world.
 
     Args:
@@ -45,6 +48,7 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path) -> None:
         plan: The plan, for several devices.
         rank: Which rank.
         folder: For the engines' configuration files.
+        tape: Records what is allocated.
     """
     os.environ.update(_environment(job, plan, folder))
     os.environ.update(
@@ -62,6 +66,10 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path) -> None:
     elif plan.engine is Engine.FSDP2:
         FakeTensor.data_ptr = _stand_in_address  # type: ignore[method-assign, assignment]  # accelerate knows weights by it
         _real_numbers_for_meshes()
+        # gathered weights keep their storage, which has no bytes in between (torch 2.13, _fully_shard/_fsdp_param.py)
+        for module in (fsdp_param, fsdp_param_group):
+            _replace(module, "alloc_storage", lambda tensor: tape.resize(tensor, tensor.nbytes))
+            _replace(module, "free_storage", lambda tensor: tape.resize(tensor, 0))
     elif plan.engine is Engine.DDP:
         nn.parallel.DistributedDataParallel = Replica  # type: ignore[misc, assignment]  # in this process only
 

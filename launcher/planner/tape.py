@@ -211,6 +211,18 @@ class Tape(TorchDispatchMode):
             if block is not None and block.category is None:
                 block.category = category
 
+    def resize(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        """Gives a storage another size: what it held is released, and what it holds now is born. FSDP2 works so."""
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == num_bytes:
+            return
+        if storage._cdata in self._live:
+            self._release(storage._cdata)
+        storage.resize_(num_bytes)
+        if num_bytes:
+            self.num_instants += 1
+            self._record(tensor, "resize_")
+
     def mark_parts(self, tensors: Iterable[torch.Tensor]) -> None:
         """Says that the storages of these tensors are a rank's part of what all ranks share."""
         for tensor in local_tensors(tensors):

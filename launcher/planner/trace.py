@@ -228,7 +228,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
         stack.enter_context(_quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if plan.engine is not Engine.NONE:
-            fake_world.join(subject.job, plan, TRACED_RANK, folder)
+            fake_world.join(subject.job, plan, TRACED_RANK, folder, tape)
             stack.enter_context(engine(plan, DeviceKind.CPU))
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
