@@ -49,10 +49,12 @@ class LigerLossTrainer(PlainLossTrainer):
             **dict.fromkeys(LIGER_PARTS, False),
         }
 
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any) -> Any:
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **options: Any
+    ) -> Any:
         """See `transformers.Trainer.prediction_step`: it asks Liger for a loss without logits, and TRL's does not."""
         step = Trainer.prediction_step if prediction_loss_only else SFTTrainer.prediction_step
-        return step(self, model, inputs, prediction_loss_only, *args)
+        return step(self, model, inputs, prediction_loss_only, *args, **options)
 
 
 def token_accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -146,11 +146,13 @@ class Rehearsal:
         del staged  # the trainer has moved the model to the device
         weights = weight_tensors(self.model)  # the trainer has cast the adapters of quantised models
         self.tape.mark(weights, Category.PARAMETERS)
+        parameters = self.tape.size_of(weights)
         del weights  # engines put others in their place
         self._assign_modules()
         self._listen(trainer)
         trainer.train()
-        parameters = self.tape.size_of(weight_tensors(self.model))  # now, because merging drops some
+        if self.plan.engine is not Engine.NONE:
+            parameters = self.tape.size_of(weight_tensors(self.model))
         buffers = self.tape.size_of(self.model.buffers())
         states = self.tape.size_of(self._optimizer_tensors())
         if self.job.generation.enabled:
