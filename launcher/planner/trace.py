@@ -34,7 +34,7 @@ from launcher.errors import LauncherError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Engine, JobSpec, Loss, Precision, Task
 from launcher.plan import Plan
-from launcher.planner import cuda_twin, fake_world, worst_case
+from launcher.planner import cuda_twin, worst_case
 from launcher.planner.attribution import Attribution
 from launcher.planner.cuda_twin import replaced
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
@@ -228,7 +228,10 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
         stack.enter_context(_quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if plan.engine is not Engine.NONE:
-            fake_world.join(subject.job, plan, TRACED_RANK, folder, tape)
+            world = importlib.import_module(
+                "launcher.planner.fake_world"
+            )  # jobs on one device need not wait for it
+            world.join(subject.job, plan, TRACED_RANK, folder, tape)
             stack.enter_context(engine(plan, DeviceKind.CPU))
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
