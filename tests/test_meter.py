@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -114,6 +115,28 @@ def test_arrays_of_numpy_count_from_their_batch_until_they_are_dropped() -> None
     peaks = peaks_of(meter)
     assert peaks[Phase.TRAIN_STEP] - base == pytest.approx(7 * MIB, abs=SLACK_BYTES)
     assert peaks[Phase.OPTIMIZER_STEP] - base == pytest.approx(2 * MIB, abs=SLACK_BYTES)
+
+
+def test_what_the_profiler_never_saw_born_is_missed_when_it_is_dropped() -> None:
+    """Weights from a thread of their own, one by one in another place: no more than one is there twice."""
+    weights: list[torch.Tensor] = []
+    meter = CpuMeter()
+    with meter.measure_load():
+        thread = Thread(target=lambda: weights.extend(torch.ones(4 * MIB // 4) for _ in range(4)))
+        thread.start()
+        thread.join()
+    before = live_tensor_bytes(weights)
+    meter.enter(Phase.TRAIN_STEP, 0)
+    for index in range(4):
+        weights[index] = weights[index].clone()
+    meter.enter(Phase.OPTIMIZER_STEP, 0)
+    again = weights.pop().clone()  # one that it did see born
+    del again
+    step, update = meter.finish()[1:]
+    assert before == 16 * MIB
+    others = step.allocated_bytes - 20 * MIB
+    assert 0 <= others < SLACK_BYTES
+    assert abs(update.allocated_bytes - others - 20 * MIB) < SLACK_BYTES
 
 
 def test_loading_counts_the_transient_above_what_stays() -> None:

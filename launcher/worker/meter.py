@@ -29,7 +29,8 @@ METERED_STEPS = 2
 PHASE_MARK = "launcher.phase:"
 RELEASE_MARK = "launcher.release:"
 RECEIVE_MARK = "launcher.receive:"
-MARKS = (PHASE_MARK, RECEIVE_MARK, RELEASE_MARK)
+DROP_MARK = "launcher.drop:"
+MARKS = (PHASE_MARK, RECEIVE_MARK, RELEASE_MARK, DROP_MARK)
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -75,11 +76,13 @@ def mapped_files(maps: str) -> tuple[MappedFile, ...]:
     return tuple(files)
 
 
-class MappedWeights:
-    """Tells when weights that lie in mapped files are dropped, which the allocator doesn't see.
+class EarlierTensors:
+    """Tells when tensors that were there before the profiler are dropped, of which it may know nothing.
 
-    The profiler knows a mapped file as one block, which ends with its last tensor. What a run needs of it are the
-    tensors that are alive, so each of them counts until it is dropped, and the end of the file doesn't.
+    It knows a mapped file as one block, which ends with its last tensor. What a run needs of it are the tensors that
+    are alive, so each of them counts until it is dropped, and the end of the file doesn't. And it reports the release
+    of a block only if it saw it born (c10/core/CPUAllocator.cpp, `ProfiledCPUMemoryReporter`, torch 2.13): not of one
+    that a thread made which is not profiled, as loading does. So drops are marked; a report follows at once, or never.
 
     Args:
         tensors: Everything alive when the profiler starts.
@@ -90,17 +93,16 @@ class MappedWeights:
         self._files = mapped_files(maps.read_text()) if maps.exists() else ()
         self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._opened = 0
-        if not self._files:
-            return
         for tensor in tensors:
             if tensor.is_sparse or tensor.device.type != "cpu" or isinstance(tensor, FakeTensor):
                 continue
             storage = tensor.untyped_storage()
             address, num_bytes = storage.data_ptr(), storage.nbytes()
-            if address not in self._watchers and any(
-                file.begin <= address < file.end for file in self._files
-            ):
-                self._watchers[address] = weakref.ref(storage, partial(_mark_release, num_bytes))
+            if address in self._watchers or not num_bytes:
+                continue
+            is_mapped = any(file.begin <= address < file.end for file in self._files)
+            mark = RELEASE_MARK if is_mapped else DROP_MARK
+            self._watchers[address] = weakref.ref(storage, partial(_mark, mark, num_bytes))
 
     def ends_file(self, change_bytes: int) -> bool:
         """Whether a change of the allocator's bytes is the end of one of the files; asked for every change in order.
@@ -131,13 +133,13 @@ class ForeignTensors:
             if storage.resizable() or id(storage) in self._watchers or tensor.device.type != "cpu":
                 continue
             num_bytes = storage.nbytes()
-            self._watchers[id(storage)] = weakref.ref(storage, partial(_mark_release, num_bytes))
+            self._watchers[id(storage)] = weakref.ref(storage, partial(_mark, RELEASE_MARK, num_bytes))
             with record_function(f"{RECEIVE_MARK}{num_bytes}"):
                 pass
 
 
-def _mark_release(num_bytes: int, reference: object) -> None:
-    with record_function(f"{RELEASE_MARK}{num_bytes}"):
+def _mark(mark: str, num_bytes: int, reference: object) -> None:
+    with record_function(f"{mark}{num_bytes}"):
         pass
 
 
@@ -154,7 +156,7 @@ class CpuMeter:
         self._native_bytes = native_bytes
         self._peaks: dict[Phase, int] = {}
         self._profiler: Any = None
-        self._mapped = MappedWeights(())
+        self._earlier = EarlierTensors(())
         self._foreign = ForeignTensors()
         self._base_bytes = 0
         self._first_phase = Phase.LOAD
@@ -217,7 +219,7 @@ class CpuMeter:
 
     def _start(self, phase: Phase, alive: Sequence[torch.Tensor]) -> None:
         self._first_phase = phase
-        self._mapped = MappedWeights(alive)
+        self._earlier = EarlierTensors(alive)
         self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profiler.start()
 
@@ -235,10 +237,16 @@ class CpuMeter:
             key=lambda item: item[0],
         )
         phase, total, sums = self._first_phase, 0, []
+        dropped = 0  # marked, and perhaps about to be reported
         for _, name, num_bytes in timeline:
             if name == "[memory]":
-                total += 0 if self._mapped.ends_file(num_bytes) else num_bytes
+                total -= 0 if num_bytes == -dropped else dropped
+                dropped = 0
+                total += 0 if self._earlier.ends_file(num_bytes) else num_bytes
                 sums.append((phase, total))
+            elif name.startswith(DROP_MARK):
+                total -= dropped
+                dropped = int(name.removeprefix(DROP_MARK))
             elif name.startswith((RECEIVE_MARK, RELEASE_MARK)):
                 sign = 1 if name.startswith(RECEIVE_MARK) else -1
                 total += sign * int(name.partition(":")[2])

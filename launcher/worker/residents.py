@@ -6,6 +6,7 @@ A storage counts once and whole, whoever looks into it. Where engines hold a ran
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,12 +22,17 @@ from launcher.optimizers import optimizer_tensors
 
 def live_tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind tensors."""
-    sizes: dict[int, int] = {}
+    return sum(storage.nbytes() for storage in _storages(tensors).values())
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The distinct storages behind tensors, by address."""
+    storages: dict[int, torch.UntypedStorage] = {}
     for tensor in local_tensors(tensors):
         if not tensor.is_sparse and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
             storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+            storages[storage.data_ptr()] = storage
+    return storages
 
 
 def all_live_tensors() -> list[torch.Tensor]:
@@ -74,5 +80,8 @@ def native_bucket_bytes(trainers: Sequence[Any]) -> int:
     if any(parameter.grad is not None for parameter in wrapped.parameters()):
         return 0
     known: Any = wrapped._get_ddp_logging_data()
-    sizes = known.get("rebuilt_bucket_sizes") or known.get("bucket_sizes") or ""
-    return sum(int(size) for size in str(sizes).split(",") if size.strip())
+    words = known.get("rebuilt_bucket_sizes") or known.get("bucket_sizes") or ""
+    sizes = Counter(int(size) for size in str(words).split(",") if size.strip())
+    # an old gradient may still look into a bucket, and then Python sees it
+    sizes -= Counter(storage.nbytes() for storage in _storages(all_live_tensors()).values())
+    return sum(size * count for size, count in sizes.items())
