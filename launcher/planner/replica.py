@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +12,18 @@ from torch import nn
 
 DEFAULT_BUCKET_MB = 25
 """DDP's own `bucket_cap_mb`."""
+BROADCAST_BYTES = 250 << 20
+BROADCASTS_AT_A_TIME = 2
+"""`broadcast_bucket_size` (nn/parallel/distributed.py) and `max_in_flight` (comm.cpp), torch 2.13."""
 
 
 class Replica(nn.Module):
     """DDP as far as memory goes: its C++ reducer can't read fake tensors.
 
-    What it does (torch 2.13, csrc/distributed/c10d/reducer.cpp): buckets as large as all gradients are there from the
-    beginning. A gradient that is ready is copied into its bucket, and becomes a view of it. While accumulating nothing
-    is synchronised, and gradients are tensors of their own; `zero_grad` drops the views, the buckets stay.
+    What it does (torch 2.13, csrc/distributed/c10d/comm.cpp and reducer.cpp): rank 0 sends its weights to all. Buckets
+    as large as all gradients are there from then on. A gradient that is ready is copied into its bucket, and becomes a
+    view of it. While accumulating nothing is synchronised, and gradients are tensors of their own; `zero_grad` drops the
+    views, the buckets stay.
 
     Args:
         module: The model.
@@ -31,6 +36,7 @@ class Replica(nn.Module):
         self.require_backward_grad_sync = True
         self.device = next(module.parameters()).device
         self._views: dict[int, torch.Tensor] = {}
+        _broadcast([*module.parameters(), *module.buffers()])
         cap_bytes = (options.get("bucket_cap_mb") or DEFAULT_BUCKET_MB) << 20
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         bucket: list[torch.Tensor] = []
@@ -68,6 +74,22 @@ class Replica(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
         return self.module(*args, **kwargs)
+
+
+def _broadcast(tensors: list[torch.Tensor]) -> None:
+    """Sends tensors side by side in buckets, which are full once they reach a limit; two are on their way at a time."""
+    full: list[list[torch.Tensor]] = []
+    filling: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        bucket = filling.setdefault(tensor.dtype, [])
+        bucket.append(tensor)
+        if _nbytes(bucket) >= BROADCAST_BYTES:
+            full.append(filling.pop(tensor.dtype))
+    sent: deque[torch.Tensor] = deque()
+    for bucket in (*full, *filling.values()):
+        if len(sent) == BROADCASTS_AT_A_TIME:
+            sent.popleft()
+        sent.append(torch.empty(sum(tensor.numel() for tensor in bucket), dtype=bucket[0].dtype))
 
 
 def _nbytes(tensors: list[torch.Tensor]) -> int:
