@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from launcher.job import (
@@ -138,6 +139,18 @@ class Rejection:
     """Predicted device peak, bytes, at least; 0 for a plan that was not priced."""
 
 
+def nearest(rejected: Iterable[Rejection]) -> Rejection | None:
+    """Of plans that exceed their budget, the one that does by least; None where none does.
+
+    What no engine can carry out, and what merely isn't the best, is short of nothing.
+    """
+    return min(
+        (item for item in rejected if item.short_by_bytes > 0),
+        key=lambda item: item.short_by_bytes,
+        default=None,
+    )
+
+
 @dataclass(frozen=True)
 class PlanChoice:
     """The outcome of a search.
@@ -165,6 +178,11 @@ class PlanChoice:
     """Plans priced."""
     notes: tuple[str, ...] = ()
     """What a person should know about this choice."""
+
+    @property
+    def nearest(self) -> Rejection | None:
+        """The rejected plan that exceeds its budget by least; None where none does."""
+        return nearest(self.rejected)
 
     @property
     def feasible(self) -> bool:

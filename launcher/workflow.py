@@ -206,7 +206,8 @@ def plan_answer(job: JobSpec) -> Answer:
 
 
 def _smallest_change(choice: PlanChoice) -> str:
-    nearest = min(choice.rejected, key=lambda item: item.short_by_bytes)
+    nearest = choice.nearest
+    assert nearest is not None  # something exceeds the budget, or a plan was found
     return (
         f"shorter data.max_length, a lower planner.headroom, or hardware with "
         f"{format_bytes(nearest.short_by_bytes)} more memory"

@@ -15,6 +15,7 @@ from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
 from launcher.planner.arrangements import arrangements
 from launcher.planner.forecast import Forecaster
+from launcher.planner.search import search
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planner.worlds import TRACED_RANKS, part_share, traced_world
@@ -43,6 +44,8 @@ def test_each_rank_takes_what_was_predicted(
     result = compare(RankJob("job", full(engine, stage)), model)
     assert len(result["errors"]) == 2
     assert all(abs(error) <= WITHIN for error in result["errors"]), result
+    loading = result["phases"]["load"]["errors"]
+    assert all(abs(error) <= WITHIN for error in loading), result
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,32 @@ def test_several_devices_are_arranged_from_nothing_sharded_to_everything() -> No
     assert only.applied_to(alone(), job(8)).buckets is not None
     (one,), _ = arrangements(job(1), alone())
     assert one.engine is Engine.NONE
+
+
+def test_pinned_buckets_are_taken_and_impossible_pins_refused() -> None:
+    pins = PinSpec(zero_stage=2, reduce_bucket_elements=1234)
+    (only,), _ = arrangements(job(8, pins), alone())
+    buckets = only.applied_to(alone(), job(8, pins)).buckets
+    assert buckets is not None and buckets.reduce_bucket_elements == 1234
+    assert (
+        buckets.allgather_bucket_elements == ARCHITECTURE["hidden_size"] * ARCHITECTURE["intermediate_size"]
+    )
+    within = PinSpec(shard_within_node=True)
+    (only,), _ = arrangements(job(8, within), alone())
+    assert only.applied_to(alone(), job(8, within)).shard_within_node
+    with pytest.raises(ConfigError, match="shard_within_node=true is nothing"):
+        arrangements(job(8, PinSpec(shard_within_node=True, zero_stage=2)), alone())
+
+
+def test_what_no_engine_can_carry_out_says_why(forecaster: Forecaster) -> None:
+    pins = PinSpec(
+        engine=Engine.DEEPSPEED,
+        zero_stage=3,
+        activation_checkpointing=Checkpointing.SELECTIVE,
+        method=Method.LORA,
+    )
+    with pytest.raises(ConfigError, match="adapters under ZeRO stage 3 need reentrant"):
+        search(job(8, pins), forecaster)
 
 
 def test_a_pinned_stage_that_no_engine_has_is_refused() -> None:

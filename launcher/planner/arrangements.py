@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from launcher.engine_limits import engine_limits
@@ -39,7 +39,15 @@ class Arrangement:
         )
         if self.engine is Engine.NONE:
             return arranged
-        return replace(arranged, buckets=default_buckets(job.model.architecture, arranged))
+        pin = job.planner.pin
+        sizes = {
+            field.name: value for field in fields(Buckets) if (value := getattr(pin, field.name)) is not None
+        }
+        return replace(
+            arranged,
+            buckets=replace(default_buckets(job.model.architecture, arranged), **sizes),
+            shard_within_node=bool(pin.shard_within_node),
+        )
 
     def words(self) -> str:
         """What people call it."""
@@ -81,13 +89,16 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
         for item in candidates
         if pin.engine in (None, item.engine) and pin.zero_stage in (None, item.zero_stage)
     ]
+    if pin.shard_within_node:
+        matching = [item for item in matching if item.engine is Engine.FSDP2]
     if not matching:
         legal = ", ".join(f"{item.engine.value} with zero_stage {item.zero_stage}" for item in candidates)
         raise ConfigError(
             f"planner.pin.engine={pin.engine.value if pin.engine else 'any'} with planner.pin.zero_stage="
-            f"{'any' if pin.zero_stage is None else pin.zero_stage} is nothing that "
+            f"{'any' if pin.zero_stage is None else pin.zero_stage}"
+            f"{' and planner.pin.shard_within_node=true' if pin.shard_within_node else ''} is nothing that "
             f"{job.hardware.world_size} devices can do",
-            f"legal are {legal}",
+            f"legal are {legal}; only fsdp2 shards within a node",
         )
     refused: dict[Arrangement, str] = {}
     possible: list[Arrangement] = []

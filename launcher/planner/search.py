@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind
 from launcher.job import Checkpointing, JobSpec, Objective
 from launcher.memory import MemoryEstimate, Phase
-from launcher.plan import Plan, PlanChoice, Rejection
+from launcher.plan import Plan, PlanChoice, Rejection, nearest
 from launcher.planner.arrangements import arrangements
 from launcher.planner.forecast import Forecaster
 from launcher.planner.space import batch_splits, headroom_bytes, semantic_plans
@@ -214,12 +215,12 @@ class _Search:
     def _settle_nearest(self) -> None:
         """Prices the plan nearest to fitting for as long as only a lower bound of it is known."""
         while True:
-            nearest = min(self._rejected, key=lambda item: item.short_by_bytes)
-            if nearest.plan not in self._bounded:
+            found = nearest(self._rejected)
+            if found is None or found.plan not in self._bounded:
                 return
-            self._bounded.remove(nearest.plan)
-            self._rejected.remove(nearest)
-            self._reject_too_large(nearest.plan)
+            self._bounded.remove(found.plan)
+            self._rejected.remove(found)
+            self._reject_too_large(found.plan)
 
     def _reject_too_large(self, plan: Plan, estimate: MemoryEstimate | None = None) -> None:
         known = estimate or self._forecaster.estimate(plan)
@@ -318,12 +319,15 @@ class _Search:
         )
 
     def _why_none(self) -> str:
-        nearest = min(self._rejected, key=lambda item: item.short_by_bytes)
-        plan = nearest.plan
+        found = nearest(self._rejected)
+        if found is None:
+            reasons = dict.fromkeys(item.reason for item in self._rejected)
+            raise ConfigError("; ".join(reasons), "another planner.pin.engine or planner.pin.zero_stage")
+        plan = found.plan
         return (
             f"none of {self._considered} plans fits {format_bytes(self._budget)} "
             f"({format_bytes(self._job.hardware.memory_bytes)} less {format_bytes(self._headroom)} headroom); "
-            f"the nearest is short by {format_bytes(nearest.short_by_bytes)}: {plan.method.value}, length "
+            f"the nearest is short by {format_bytes(found.short_by_bytes)}: {plan.method.value}, length "
             f"{plan.max_length}, micro batch {plan.micro_batch_size}, checkpointing "
             f"{plan.activation_checkpointing.value}"
         )
