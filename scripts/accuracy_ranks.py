@@ -20,10 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
 from launcher.documents import read_document, write_text
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
@@ -52,6 +48,7 @@ from launcher.run.endings import raise_for_outcome
 from launcher.run.launch import launch_worker, prepare_run
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
+from scripts.small_text import write_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE: dict[str, Any] = {
@@ -151,18 +148,7 @@ def job_of(plan: Plan, folder: Path) -> JobSpec:
 
 def write_model(folder: Path) -> None:
     """A random model of the architecture, a tokenizer and text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {token: index for index, token in enumerate([*alphabet, "<eos>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**ARCHITECTURE)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    rows = [json.dumps({"text": f"{number}: " + "the step reads the plan. " * 40}) for number in range(200)]
-    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+    write_small_model(folder, ARCHITECTURE, "the step reads the plan. " * 40, 200)
 
 
 def predict(job: JobSpec, plan: Plan) -> MemoryEstimate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from launcher.job import (
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Buckets, Plan
 from launcher.run_record import WorkerOrder
+from scripts.small_text import VOCABULARY, write_small_model
 
 BUCKETS = Buckets(
     reduce_bucket_elements=200_000,
@@ -40,36 +40,23 @@ PREDICTED = MemoryEstimate((PhasePeak(Phase.TRAIN_STEP, 1, {Category.INPUTS: 1})
 """A prediction for runs that are not about one."""
 
 
+ARCHITECTURE = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
 def write_tiny_model(folder: Path) -> None:
     """Writes the model, its tokenizer and `train.jsonl` into a folder."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {token: index for index, token in enumerate([*alphabet, "<eos>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
-        folder
-    )
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(words),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     text = "the planner reads the trace and the trace reads the step. "
-    rows = "".join(json.dumps({"text": f"{number}: " + text * 12}) + "\n" for number in range(60))
-    (folder / "train.jsonl").write_text(rows)
+    write_small_model(folder, ARCHITECTURE, text * 12, 60)
 
 
 def tiny_order(
