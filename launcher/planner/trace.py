@@ -232,7 +232,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
                 "launcher.planner.fake_world"
             )  # jobs on one device need not wait for it
             stack.enter_context(engine(plan, DeviceKind.CPU))
-            world.join(subject.job, plan, TRACED_RANK, folder, tape)
+            world.join(replace(subject.job, hardware=subject.hardware), plan, TRACED_RANK, folder, tape)
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
         for stand_in in _kernels(subject, plan):
