@@ -35,13 +35,20 @@ def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
     return plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 384, 2, num_devices=num_devices)
 
 
-@pytest.mark.parametrize(("engine", "stage"), [(Engine.DDP, 0), (Engine.DEEPSPEED, 1), (Engine.DEEPSPEED, 2)])
+@pytest.mark.parametrize(
+    ("engine", "stage", "method"),
+    [(Engine.DDP, 0, Method.FULL), (Engine.DEEPSPEED, 1, Method.FULL), (Engine.DEEPSPEED, 1, Method.LORA)],
+)
 def test_each_rank_takes_what_was_predicted(
-    engine: Engine, stage: int, model: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, stage: int, method: Method, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real processes over gloo, the allocator's peak of each; nothing in common with the tracer."""
+    """Real processes over gloo, the allocator's peak of each; nothing in common with the tracer.
+
+    Stages 2 and 3 are in scripts/accuracy_ranks.py: there gloo's threads release what the meter doesn't see released,
+    as much as chance has it.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    result = compare(RankJob("job", full(engine, stage)), model)
+    result = compare(RankJob("job", plan_of(engine, stage, method, Checkpointing.NONE, 1, 384, 2)), model)
     assert len(result["errors"]) == 2
     assert all(abs(error) <= WITHIN for error in result["errors"]), result
     loading = result["phases"]["load"]["errors"]

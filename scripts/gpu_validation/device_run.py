@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -47,9 +48,10 @@ def run(order: RunOrder) -> Outcome:
     if order.snapshot:
         spec = replace(spec, training=replace(spec.training, max_steps=SNAPSHOT_STEPS))
     began = time.perf_counter()
+    progress = Progress(step_ends=_DeviceTimes())
     with tempfile.TemporaryDirectory() as folder:
         try:
-            measurement = _train(job, spec, Path(folder), order.snapshot)
+            measurement = _train(job, spec, Path(folder), order.snapshot, progress)
         except (torch.OutOfMemoryError, MemoryError) as failure:
             return Outcome(Status.OUT_OF_MEMORY, str(failure)[:600], time.perf_counter() - began)
     return Outcome(
@@ -64,10 +66,22 @@ def run(order: RunOrder) -> Outcome:
         allocator_retries=(
             torch.cuda.memory_stats().get("num_alloc_retries") if torch.cuda.is_available() else None
         ),
+        step_seconds=tuple(end - start for start, end in pairwise(progress.step_ends)),
     )
 
 
-def _train(job: ValidationJob, spec: JobSpec, folder: Path, snapshot: str) -> MemoryMeasurement:
+class _DeviceTimes(list[float]):
+    """Ends of steps, each when the device has done what it was given."""
+
+    def append(self, _: float) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        super().append(time.perf_counter())
+
+
+def _train(
+    job: ValidationJob, spec: JobSpec, folder: Path, snapshot: str, progress: Progress
+) -> MemoryMeasurement:
     plan = plan_of(job)
     config = workload.model_config("", spec.model)
     stored = folder / "weights"
@@ -83,7 +97,7 @@ def _train(job: ValidationJob, spec: JobSpec, folder: Path, snapshot: str) -> Me
         _say("training")
         return model
 
-    _, measurement = train(spec, plan, _ingredients(job, spec, plan, folder, load), Progress(), _say)
+    _, measurement = train(spec, plan, _ingredients(job, spec, plan, folder, load), progress, _say)
     if recording is not None:
         write_timeline(Path(snapshot), job.name, recording.stop())
     return measurement

@@ -117,6 +117,7 @@ JOBS = (
     # every other knob once
     ValidationJob("llama3_1_8b", "lora", "none", 1, 2048, cudnn_attention=False),
     ValidationJob("llama3_1_8b", "qlora", "none", 2, 1024, packing=False, cudnn_attention=False),
+    ValidationJob("llama3_1_8b", "lora", "full", 2, 2048, loss="liger"),
     ValidationJob("mistral_7b", "lora", "selective", 2, 2048),
     ValidationJob("llama3_1_8b", "lora", "none", 1, 2048, attention="eager"),
     ValidationJob("gpt_oss_20b", "lora", "full", 1, 1024, attention="eager"),
@@ -184,6 +185,7 @@ def missing_package(job: ValidationJob) -> str | None:
     """A package that the job needs and that is not installed here."""
     needs_bitsandbytes = job.method == "qlora" or job.optimizer.endswith(("_8bit", "_32bit"))
     needed = ["bitsandbytes"] if needs_bitsandbytes else []
+    needed += ["liger_kernel"] if job.loss == "liger" else []
     needed += ["flash_attn"] if job.attention == "flash_attention_2" else []
     return next((name for name in needed if find_spec(name) is None), None)
 

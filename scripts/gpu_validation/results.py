@@ -65,6 +65,8 @@ class Outcome:
     resident_bytes: Mapping[Category, int] = field(default_factory=dict)
     allocator_retries: int | None = None
     """How often the allocator had to give back its cache to go on."""
+    step_seconds: tuple[float, ...] = ()
+    """Of each optimizer step, the device waited for; the first ones include the kernels' warming up."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class JobResult:
     """See `Outcome`."""
     snapshot: str = ""
     """Name of the file with the timeline of a rerun, beside this one."""
+    step_seconds: tuple[float, ...] = ()
+    """See `Outcome`."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ def job_result(job: ValidationJob, prediction: Prediction | None, outcome: Outco
         message=outcome.message,
         measured_resident_bytes=outcome.resident_bytes,
         allocator_retries=outcome.allocator_retries,
+        step_seconds=tuple(round(seconds, 4) for seconds in outcome.step_seconds),
     )
     return result if prediction is None else with_prediction(result, prediction)
 
