@@ -145,7 +145,10 @@ def _attention(supports_flash: bool) -> Callable[..., torch.Tensor]:
     """`scaled_dot_product_attention` with CUDA's choice of kernel (aten/native/transformers/cuda/sdp_utils.cpp).
 
     Memory-efficient attention is taken where a mask is given, or where the device has no flash kernel. A boolean
-    mask becomes an additive bias of the query's dtype, which is kept for backward.
+    mask becomes an additive bias of the query's dtype, which is kept for backward. Autocast computes in 16 bits
+    (aten/autocast_mode.h). Where queries share heads of keys,
+    and transformers leaves it to torch to repeat them, flash attention alone can (torch 2.9 to 2.13): elsewhere, as in
+    fp32, torch computes all scores.
     """
 
     def scaled_dot_product_attention(
@@ -158,6 +161,8 @@ def _attention(supports_flash: bool) -> Callable[..., torch.Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
         half = query.dtype in (torch.float16, torch.bfloat16)
         fits = query.shape[-1] <= FLASH_HEAD_SIZE_MAX and query.shape[-1] == value.shape[-1]
         output: torch.Tensor
@@ -165,8 +170,10 @@ def _attention(supports_flash: bool) -> Callable[..., torch.Tensor]:
             output = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
             return output
         if enable_gqa and key.shape[1] != query.shape[1]:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            output = aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+            )[0]
+            return output
         bias = None
         if attn_mask is not None:
             bias = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])

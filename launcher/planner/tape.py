@@ -8,6 +8,7 @@ storage object is its release. Left out: scratch memory that a kernel takes and 
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch._prims_common import is_non_overlapping_and_dense_or_false as is_non_overlapping_and_dense
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -30,6 +32,10 @@ OFF_DEVICE = torch.device("meta")
 """Where a trace puts tensors that live in host memory while the job runs on a GPU: a list of their own."""
 
 
+ENGINE_FRAME = "_engine_run_backward"
+"""The Python function from which the autograd engine runs; what it calls itself comes straight from there."""
+STORAGE_USES = 2
+"""Uses of a storage during a dispatch when nobody else holds it: the tensor and the dispatch."""
 PART_PHASES = (Phase.LOAD, Phase.OPTIMIZER_STEP, Phase.SAVE)
 """Phases in which what is as large as a rank's part is one, or a copy of one."""
 
@@ -128,6 +134,8 @@ class Tape(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")  # DeepSpeed numbers its devices
         if func is aten._local_scalar_dense.default:
             return self._answer(args[0])
+        if func is aten.add.Tensor and sys._getframe(1).f_code.co_name == ENGINE_FRAME and _is_summed_up(*args):
+            return args[0]
         try:
             output = self._run(func, args, kwargs)
         except Exception:
@@ -263,6 +271,16 @@ class Tape(TorchDispatchMode):
         for block in self._live.values():
             if block.category is None and block.region is born_in:
                 block.category = category
+
+
+def _is_summed_up(old: Any, new: Any) -> bool:
+    """Whether the autograd engine adds a gradient in place to the sum of those before it.
+
+    It does where nobody else holds the sum or its storage, and the sum is dense; never with tensor subclasses, as
+    fake tensors are (`can_accumulate_inplace`, torch/csrc/autograd/input_buffer.cpp, torch 2.9 to 2.13).
+    """
+    uses: int = torch._C._storage_Use_Count(old.untyped_storage()._cdata)  # type: ignore[attr-defined]  # unannotated
+    return uses == STORAGE_USES and old.shape == new.shape and is_non_overlapping_and_dense(old)
 
 
 def _padded_sizes(tensor: torch.Tensor, operation: str) -> tuple[int, ...]:

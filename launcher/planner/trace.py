@@ -34,7 +34,7 @@ from launcher.errors import LauncherError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Engine, JobSpec, Loss, Precision, Task
 from launcher.plan import Plan
-from launcher.planner import cuda_twin, worst_case
+from launcher.planner import cuda_twin, kernel_twins, worst_case
 from launcher.planner.attribution import Attribution
 from launcher.planner.cuda_twin import replaced
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
@@ -219,6 +219,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
     if on_gpu:
         is_cuda = subject.hardware.kind is DeviceKind.CUDA
         twins |= cuda_twin.twins(rounds=is_cuda and not shape.length_is_symbol)
+        twins |= kernel_twins.twins(exact=not shape.length_is_symbol)
     quantizes = uses_bitsandbytes(plan)
     if quantizes:
         quantized_layers().prepare()

@@ -123,6 +123,7 @@ JOBS = (
     ValidationJob("gpt_oss_20b", "lora", "full", 1, 1024, attention="eager"),
     ValidationJob("llama3_2_1b", "full", "full", 4, 2048, optimizer="adamw_torch"),
     ValidationJob("llama3_2_3b", "full", "full", 2, 2048, precision="bf16_mixed"),
+    ValidationJob("llama3_2_1b", "full", "none", 2, 1024, precision="bf16_mixed"),
     ValidationJob("qwen2_5_32b", "qlora", "full", 1, 2048, num_layers=40),
     ValidationJob("llama3_2_1b", "lora", "full", 1, 32768),
     ValidationJob("llama3_2_1b", "full", "none", 4, 512, accumulation=4),

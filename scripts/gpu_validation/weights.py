@@ -24,12 +24,16 @@ def load_random(config: PretrainedConfig, spec: JobSpec, plan: Plan) -> nn.Modul
 
     Quantised models go through transformers' own loading, tensor by tensor from the host, as from a file.
     Others are made on the device: the launcher loads them into host memory and the trainer moves them, which
-    leaves the same tensors on the device. What initialising takes there for a moment, the launcher takes on the host.
+    leaves the same tensors on the device. What initialising takes there for a moment, the launcher takes on the host
+    (an output layer that is tied afterwards, for one), and the peak of it is forgotten.
     """
     if workload.quantization_config(spec.method, plan) is not None:
         return workload.attach_adapters(_load_quantized(config, spec, plan), spec, plan)
     with torch.device("cpu" if spec.hardware.kind is DeviceKind.CPU else "cuda"):
-        return workload.attach_adapters(workload.build_model(config, plan, "", spec), spec, plan)
+        model = workload.build_model(config, plan, "", spec)
+        if spec.hardware.kind is not DeviceKind.CPU:
+            torch.cuda.reset_peak_memory_stats()
+        return workload.attach_adapters(model, spec, plan)
 
 
 def load_stored(folder: Path, spec: JobSpec, plan: Plan) -> nn.Module:
