@@ -55,7 +55,8 @@ def flash_attention(
     `_flash_attention_forward` and `mha_fwd` (aten/native/transformers/cuda/flash_attn/flash_api.cpp, torch 2.9 to
     2.13). The length is rounded in the backward pass alone.
     """
-    output, log_sum_exp, seed, offset = _attention_outputs(query, value)
+    _, log_sum_exp, seed, offset = _attention_outputs(query, value)
+    output = torch.empty_like(query)
     debug = query.new_empty(0)
     return output, log_sum_exp, None, None, query.shape[2], key.shape[2], seed, offset, debug
 
