@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from launcher import workload
-from launcher.planner.cuda_twin import replaced
+from launcher.planner.replaced import replaced
 
 
 class Difference(StrEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launcher.planner import cuda_twin
+from launcher.planner import attention_twin
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.tape import Tape
@@ -21,7 +21,7 @@ def births(kernel: object, size: int, *, rounds: bool) -> list[int]:
     with fake, tape:
         query = torch.empty(BATCH, HEADS, LENGTH, size, dtype=torch.bfloat16)
         begin = len(tape.events)
-        twin = cuda_twin.twins(rounds=rounds)[kernel]
+        twin = attention_twin.twins(rounds=rounds)[kernel]
         backward = kernel is aten._scaled_dot_product_flash_attention_backward.default
         twin(*((query,) if backward else ()), query, query, query)
         return [event.block.num_bytes for event in tape.events[begin:] if event.birth]

@@ -27,7 +27,7 @@ from transformers import Trainer
 
 from launcher.memory import Category
 from launcher.merge import merge_adapters
-from launcher.planner.cuda_twin import replaced
+from launcher.planner.replaced import replaced
 from launcher.planner.tape import OFF_DEVICE
 
 SAFETENSORS_NAMES = {

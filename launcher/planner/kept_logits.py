@@ -22,7 +22,7 @@ from launcher import workload
 from launcher.job import JobSpec
 from launcher.memory import Category
 from launcher.plan import Plan
-from launcher.planner.cuda_twin import replaced
+from launcher.planner.replaced import replaced
 from launcher.planner.tape import OFF_DEVICE, Tape
 
 TRACED_BATCHES = 2

@@ -14,7 +14,8 @@ import liger_kernel.ops.fused_linear_cross_entropy as liger
 import torch
 
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.planner.cuda_twin import InPlaceKernel, replaced
+from launcher.planner.cuda_twin import InPlaceKernel
+from launcher.planner.replaced import replaced
 
 
 def _multiplies_in_place(hardware: HardwareSpec) -> Callable[..., bool]:

@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from launcher.planner.cuda_twin import replaced
+from launcher.planner.replaced import replaced
 from launcher.planner.tape import OFF_DEVICE
 
 ops = torch.ops.bitsandbytes

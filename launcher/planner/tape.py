@@ -134,7 +134,11 @@ class Tape(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")  # DeepSpeed numbers its devices
         if func is aten._local_scalar_dense.default:
             return self._answer(args[0])
-        if func is aten.add.Tensor and sys._getframe(1).f_code.co_name == ENGINE_FRAME and _is_summed_up(*args):
+        if (
+            func is aten.add.Tensor
+            and sys._getframe(1).f_code.co_name == ENGINE_FRAME
+            and _is_summed_up(*args)
+        ):
             return args[0]
         try:
             output = self._run(func, args, kwargs)
@@ -279,7 +283,7 @@ def _is_summed_up(old: Any, new: Any) -> bool:
     It does where nobody else holds the sum or its storage, and the sum is dense; never with tensor subclasses, as
     fake tensors are (`can_accumulate_inplace`, torch/csrc/autograd/input_buffer.cpp, torch 2.9 to 2.13).
     """
-    uses: int = torch._C._storage_Use_Count(old.untyped_storage()._cdata)  # type: ignore[attr-defined]  # unannotated
+    uses: int = torch._C._storage_Use_Count(old.untyped_storage()._cdata)
     return uses == STORAGE_USES and old.shape == new.shape and is_non_overlapping_and_dense(old)
 
 

@@ -34,9 +34,8 @@ from launcher.errors import LauncherError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Engine, JobSpec, Loss, Precision, Task
 from launcher.plan import Plan
-from launcher.planner import cuda_twin, kernel_twins, worst_case
+from launcher.planner import attention_twin, cuda_twin, kernel_twins, worst_case
 from launcher.planner.attribution import Attribution
-from launcher.planner.cuda_twin import replaced
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.generation import generation_lengths
@@ -45,6 +44,7 @@ from launcher.planner.materialize import quantized_layers
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
 from launcher.planner.rehearsal import Rehearsal
+from launcher.planner.replaced import replaced
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
@@ -142,7 +142,7 @@ def _parameter_dimensions(subject: TraceSubject) -> set[int]:
         if uses_bitsandbytes(subject.plan):
             stack.enter_context(quantized_layers().stand_ins(on_gpu=False))
         if subject.plan.attention is Attention.FLASH_ATTENTION_2:
-            stack.enter_context(cuda_twin.flash_attention_2())
+            stack.enter_context(attention_twin.flash_attention_2())
         model = _build_on_meta(subject, config, subject.plan)
     return {size for parameter in model.parameters() for size in parameter.shape}
 
@@ -218,7 +218,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
     twins = dict(worst_case.twins())
     if on_gpu:
         is_cuda = subject.hardware.kind is DeviceKind.CUDA
-        twins |= cuda_twin.twins(rounds=is_cuda and not shape.length_is_symbol)
+        twins |= attention_twin.twins(rounds=is_cuda and not shape.length_is_symbol)
         twins |= kernel_twins.twins(exact=not shape.length_is_symbol)
     quantizes = uses_bitsandbytes(plan)
     if quantizes:
@@ -283,7 +283,7 @@ def _kernels(subject: TraceSubject, plan: Plan) -> Iterator[AbstractContextManag
     """Stand-ins for kernels of optional packages, for those that the plan asks for."""
     on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
     if on_gpu and plan.attention is Attention.FLASH_ATTENTION_2:
-        yield cuda_twin.flash_attention_2()
+        yield attention_twin.flash_attention_2()
     if plan.loss is Loss.LIGER:  # importing it takes a second that few jobs need to wait
         yield importlib.import_module("launcher.planner.liger_twin").gpu_kernels(subject.hardware)
 
