@@ -1,0 +1,83 @@
+"""Against what an H200 did: recorded allocations, and the peaks of real training (docs/gpu.md)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launcher.documents import read_document
+from launcher.memory import Phase
+from launcher.planner.allocator import AllocatorMode, replay
+from launcher.planner.tracer import Tracer
+from scripts.gpu_validation.jobs import by_name
+from scripts.gpu_validation.predict import predict
+from scripts.gpu_validation.results import Results, comparable, peak_error_percent, table, with_prediction
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MEASURED = DOCS / "accuracy" / "2026-11-26-h200.json"
+TIMELINES = sorted(MEASURED.with_suffix("").glob("timeline-*.json.gz"))
+WITHIN_PERCENT = 0.05
+JOBS = (
+    "llama3_1_8b lora checkpointing=full bf16 2x2048",
+    "llama3_1_8b qlora checkpointing=full bf16 kbit_preparation=True 1x2048",
+    "llama3_1_8b lora checkpointing=none bf16 eager 1x2048",
+    "llama3_2_1b full checkpointing=none fp32 1x2048",
+    "llama3_2_1b full checkpointing=none bf16_mixed 2x1024",
+    "llama3_2_1b lora checkpointing=full fp16_mixed 2x2048",
+    "llama3_2_1b full checkpointing=full bf16 adafactor 4x2048",
+    "qwen3_30b_a3b full checkpointing=none bf16 layers=4 2x512",
+    "phi4 qlora checkpointing=full bf16 2x4096",
+)
+
+
+@pytest.fixture(scope="module")
+def tracer() -> Iterator[Tracer]:
+    with Tracer(needed=("bitsandbytes",)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def measured() -> Results:
+    return read_document(MEASURED, Results)
+
+
+def highest_reserved(record: dict[str, Any]) -> int:
+    """The most that the card's allocator had from the driver, by its own record."""
+    return int(np.cumsum([change for _, change in record["reserved"]]).max())
+
+
+@pytest.mark.parametrize("path", TIMELINES, ids=[path.name.partition(".")[0] for path in TIMELINES])
+def test_the_allocators_model_reserves_what_the_card_reserved(path: Path) -> None:
+    record = json.loads(gzip.decompress(path.read_bytes()))
+    events = np.array(record["events"])
+    phases = np.full(len(events), tuple(Phase).index(Phase.TRAIN_STEP), dtype=np.int8)
+    (peak,) = replay(np.array(record["sizes_bytes"]), events, phases, AllocatorMode.EXPANDABLE)
+    assert peak.reserved_bytes == highest_reserved(record)
+    assert peak.allocated_bytes >= record["peak_bytes"]  # rounded to 512 bytes a block
+
+
+def test_there_are_timelines() -> None:
+    assert len(TIMELINES) == 3
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_prediction_is_what_the_card_took(name: str, measured: Results, tracer: Tracer) -> None:
+    result = next(job for job in measured.jobs if job.name == name)
+    today = with_prediction(result, predict(by_name()[name], measured.hardware, tracer))
+    assert abs(peak_error_percent(today)) <= WITHIN_PERCENT
+    assert (
+        abs(peak_error_percent(replace(today, predicted=result.predicted))) <= WITHIN_PERCENT
+    )  # docs/gpu.md
+
+
+def test_the_page_shows_the_file(measured: Results) -> None:
+    page = (DOCS / "gpu.md").read_text(encoding="utf-8")
+    assert table(measured) in page
+    assert len(comparable(measured)) == 44
