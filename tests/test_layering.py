@@ -30,9 +30,11 @@ NOUNS = {
     "optimisation",
     "model",
     "plan",
+    "rates",
     "run_paths",
     "run_record",
     "run_status",
+    "step_time",
     "units",
 }
 FOLDERS = {"planner", "report", "run", "worker"}
@@ -72,7 +74,9 @@ DOORS: dict[str, set[str]] = {
         "planner.kept_logits",
         "planner.liger_twin",
         "planner.materialize",
+        "planner.operations",
         "planner.quantized",
+        "planner.recorder",
         "planner.rehearsal",
         "worker",
     },

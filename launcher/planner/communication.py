@@ -7,11 +7,14 @@ hidden as far as the computation lasts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from launcher.hardware import HardwareSpec
 from launcher.job import Engine
+from launcher.memory import Category
 from launcher.plan import Plan
+from launcher.step_time import StepTime
 
 BACKWARD_SHARE = 2 / 3
 """Share of a pass that is backward: it multiplies twice as much as forward."""
@@ -84,3 +87,23 @@ def link_bytes_per_second(hardware: HardwareSpec, *, across_nodes: bool) -> floa
     if not across_nodes:
         return within
     return min(within, hardware.network_bytes_per_second) if within else hardware.network_bytes_per_second
+
+
+def with_communication(
+    step: StepTime, plan: Plan, hardware: HardwareSpec, resident_bytes: Mapping[Category, int]
+) -> StepTime:
+    """A step with what its plan's devices exchange.
+
+    Args:
+        step: The step of one device by itself.
+        plan: The plan.
+        hardware: Its links; a link of unknown rate adds nothing.
+        resident_bytes: What a device holds: gradients from stage 2 on and weights at stage 3 are its share of them.
+    """
+    if plan.world_size == 1:
+        return step
+    devices = plan.num_devices if plan.shard_within_node else plan.world_size
+    trained = resident_bytes[Category.GRADIENTS] * (devices if plan.zero_stage >= 2 else 1)
+    weights = resident_bytes[Category.PARAMETERS] * (devices if plan.zero_stage == 3 else 1)
+    seconds = communication_seconds(plan, hardware, traffic(plan, trained, weights), step.seconds)
+    return replace(step, communication_seconds=seconds)

@@ -24,6 +24,7 @@ from launcher.engines import local_tensors
 from launcher.memory import Category, Phase
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
+from launcher.planner.recorder import WorkRecorder
 
 aten = torch.ops.aten
 OFF_DEVICE = torch.device("meta")
@@ -84,6 +85,7 @@ class Tape(TorchDispatchMode):
         padded: Whether padding masks have padding in them.
         fake: The fake-tensor mode below; asked first, because its shortcut is quicker than a dispatch.
         locate: Tells the path of the module at work, for every block; None: nobody asks for modules.
+        recorder: Counts the work of the operations; None: nobody asks for speed.
     """
 
     shape: TracedShape
@@ -91,6 +93,7 @@ class Tape(TorchDispatchMode):
     padded: bool = False
     fake: FastFakeTensorMode | None = None
     locate: Callable[[], str] | None = None
+    recorder: WorkRecorder | None = None
     phase: Phase = Phase.LOAD
     region: Region = Region.OUTSIDE
     events: list[Event] = field(default_factory=list)
@@ -128,6 +131,8 @@ class Tape(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")  # DeepSpeed numbers its devices
         if func is aten._local_scalar_dense.default:
             return self._answer(args[0])
+        recorder = self.recorder
+        counted = 0 if recorder is None else recorder.total
         try:
             output = self._run(func, args, kwargs)
         except Exception:
@@ -135,6 +140,8 @@ class Tape(TorchDispatchMode):
             raise
         if func is aten.all.default and args[0].dim() > 1:  # of a mask, not of a number that is compared
             self._mask_checks[output] = True
+        if recorder is not None and recorder.active:
+            recorder.note(func, args, kwargs, output, self.region is Region.HEAD, counted)
         live = self._live
         births = [
             tensor
