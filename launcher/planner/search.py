@@ -6,8 +6,8 @@ Knobs that change the result are not ranked: the job's own order decides. Among 
 Prices cost traces, so some facts save some. A plan that recomputes more takes more time, which gives it a time that it
 can't go below from traces of plans that recompute less. Among plans that accumulate gradients, a larger micro batch
 needs more memory. The one plan that accumulates nothing (the whole batch at once) is outside that order, since it never
-has gradients beside the activations of another micro batch; the forecaster gives it a lower bound. The most promising
-plan is priced first, until what is left can't be among the best two.
+has gradients beside the activations of another micro batch; the forecaster gives it a lower bound. Plans are priced
+until what is left can't be the best one, or as good; the runner-up is the next best of those that were priced.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _Search:
         return best, second
 
     def _best_two(self, semantic: Plan) -> tuple[Price | None, Price | None]:
-        """The best two plans of one combination, the best one at its true shape; every other one is rejected."""
+        """The best plan of one combination, at its true shape, and the next best priced one; all others are rejected."""
         options = _Options(
             [self._with(semantic, mode, split) for mode in self._modes for split in self._splits]
         )
@@ -143,19 +143,21 @@ class _Search:
         return exact, second
 
     def _settle(self, options: _Options) -> None:
-        """Prices plans until no other one can be among the best two, the most promising first."""
+        """Prices plans until no other one can be the best, or as good."""
         while True:
             for plan in [plan for plan in options.unpriced if self._forecaster.is_prepared(plan)]:
                 self._price(plan, options)
             self._drop_hopeless(options)
-            values = sorted(self._ranking.value(price) for price in self._contenders(options))
-            limit = self._ranking.within(values[1]) if len(values) > 1 else math.inf
-            open_plans = [plan for plan in options.unpriced if not self._is_out(plan, options)]
-            floors = {plan: self._floor(plan, options) for plan in open_plans}
-            promising = [plan for plan in open_plans if floors[plan] <= limit]
+            values = [self._ranking.value(price) for price in self._contenders(options)]
+            limit = self._ranking.within(min(values)) if values else math.inf
+            promising = [
+                plan
+                for plan in options.unpriced
+                if not self._is_out(plan, options) and self._floor(plan, options) <= limit
+            ]
             if not promising:
                 return
-            self._price(min(promising, key=lambda plan: (floors[plan], self._probing_order(plan))), options)
+            self._price(min(promising, key=self._probing_order), options)
 
     def _price(self, plan: Plan, options: _Options) -> None:
         options.unpriced.remove(plan)
@@ -203,16 +205,16 @@ class _Search:
         options.fitting.remove(price)
         return None
 
-    def _probing_order(self, plan: Plan) -> tuple[int, bool, int]:
-        """Which of equally promising plans is priced first: the one that tells most about the others.
+    def _probing_order(self, plan: Plan) -> tuple[int, bool, bool, int]:
+        """Which of several promising plans is priced first: the one that tells most about the others.
 
         Of plans that keep all activations the smallest, which large models already fail; of the others one that
-        accumulates more than one sequence, because its trace answers for all such.
+        accumulates more than one sequence, because its trace answers for all such, and gives times to all.
         """
         mode, micro = MODES.index(plan.activation_checkpointing), plan.micro_batch_size
         if self._ranking.by_memory:
-            return -mode, False, micro
-        return mode, mode > 0 and micro == 1, micro
+            return -mode, False, False, micro
+        return mode, plan.gradient_accumulation_steps == 1, mode > 0 and micro == 1, micro
 
     def _contenders(self, options: _Options) -> list[Price]:
         """Plans that fit and may be taken."""
