@@ -243,6 +243,7 @@ class Rehearsal:
             self.batches_begun = 0
             if recorder is not None:
                 recorder.active = self.steps_done == STEPS - 1
+                recorder.stage = Stage.FIRST_BATCH
 
     def _sharder(self) -> Callable[[nn.Parameter], None] | None:
         """What splits weights while they are loaded; None where they are loaded whole.
@@ -290,7 +291,8 @@ class Rehearsal:
         collate = trainer.data_collator
 
         def collate_and_mark(examples: list[Any]) -> Any:
-            batch = collate(examples)
+            with self.tape.uncounted():  # the host's work, beside that of the device
+                batch = collate(examples)
             self.tape.mark(batch.values(), Category.INPUTS)
             if self.on_gpu:  # the loader's pinned copy, until the next one takes its place
                 self._pinned = [torch.empty_like(tensor, device=OFF_DEVICE) for tensor in batch.values()]
@@ -305,7 +307,8 @@ class Rehearsal:
         def backward_and_note(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
             if self.tape.recorder is not None:
-                self.tape.recorder.stage = Stage.UPDATE
+                is_last = self.batches_begun == self.plan.gradient_accumulation_steps
+                self.tape.recorder.stage = Stage.UPDATE if is_last else Stage.LATER_BATCH
 
         trainer.accelerator.backward = backward_and_note
         step = trainer.training_step

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -158,6 +159,17 @@ class Tape(TorchDispatchMode):
         elif isinstance(output, (tuple, list)) and any(isinstance(item, list) for item in output):
             raise NotImplementedError(f"{func} returns nested lists of tensors")
         return output
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """While it is open, no work is counted."""
+        recorder = self.recorder
+        was_active = recorder is not None and recorder.active
+        if recorder is not None:
+            recorder.active = False
+        yield
+        if recorder is not None:
+            recorder.active = was_active
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         twin = self.twins.get(func)
