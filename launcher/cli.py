@@ -79,6 +79,8 @@ def _act(job: JobSpec) -> int:
         answer = workflow.status_answer(job)
     elif job.action is Action.MEMORY:
         answer = workflow.memory_answer(job)
+    elif job.action is Action.CALIBRATE:
+        answer = workflow.calibrate_answer(show)
     else:
         answer = workflow.run_answer(job, show)
     if as_text and answer.text:

@@ -32,9 +32,7 @@ from launcher.job import Action, DataFormat, JobSpec, Loss, Task
 NOT_BUILT: Mapping[str, str] = {
     "launch.rehearse": "rehearsal is not built yet; this version launches once",
     "launch.max_replans": "rehearsal and replanning are not built yet; this version launches once",
-    "planner.objective=cost": "prices are not built yet",
     "action=explain": "not built yet; `action=memory` shows where memory goes",
-    "action=calibrate": "not built yet: plans are ordered without a speed model",
 }
 """Keys and values of the documented contract that no version has yet, and what to say of them."""
 PEER_SPELLINGS: Mapping[str, str] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 
 
 class DeviceKind(StrEnum):
@@ -74,6 +74,18 @@ class HardwareSpec:
     """What the runtime takes before the first tensor."""
     blas_workspace_bytes: Annotated[int, Ge(0)] = 0
     """One matrix-library workspace; a training process holds two, for the forward and the backward thread."""
+    matrix_efficiency: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of `matrix_flops` that large matrix products reach; 0: unknown, and no step time is predicted."""
+    attention_efficiency: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of `matrix_flops` that attention reaches, forward and backward together."""
+    bandwidth_efficiency: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the memory bandwidth that passes over large tensors reach."""
+    launch_seconds: Annotated[float, Ge(0)] = 0.0
+    """Host time per operation of an eager training step."""
+    multiprocessors: Annotated[int, Ge(0)] = 0
+    """Streaming multiprocessors (compute units); 0: unknown."""
+    price_per_hour: Annotated[float, Gt(0)] | None = None
+    """US dollars per device and hour, yours to set; needed by `planner.objective=cost`."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where each fact was published, by field name."""
 

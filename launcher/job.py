@@ -104,10 +104,11 @@ class DataFormat(StrEnum):
 
 
 class Objective(StrEnum):
-    """What the planner maximises among the plans that fit."""
+    """What makes one plan that fits better than another."""
 
     SPEED = "speed"
     MEMORY = "memory"
+    COST = "cost"
 
 
 class Action(StrEnum):
@@ -118,6 +119,7 @@ class Action(StrEnum):
     REPORT = "report"
     MEMORY = "memory"
     STATUS = "status"
+    CALIBRATE = "calibrate"
 
 
 class Output(StrEnum):
@@ -248,7 +250,7 @@ class PlannerSpec:
     headroom: Annotated[float, Ge(0), Le(0.9)] | Literal["auto"] = "auto"
     """Share of the usable memory kept free; `auto` asks the runs measured here, and keeps 0.05 while they are few."""
     objective: Objective = Objective.SPEED
-    """`speed` or `memory`."""
+    """`speed` (tokens per second), `memory` (lowest peak), or `cost` (dollars per token, from your price per hour)."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ class JobSpec:
     """Name of the recipe the job came from."""
     action: Action = Action.RUN
     """`plan` stops after the plan; `run` runs it too; `report` lists past runs; `status`: how far the run in `run_dir`
-    is; `memory`: where the memory of a plan, or of the past run in `run_dir`, goes."""
+    is; `memory`: where the memory of a plan, or of the past run in `run_dir`, goes; `calibrate` measures this machine's
+    device, for the step times of later plans."""
     output: Output = Output.TEXT
     """`text` for people, `json` for programs."""
     run_dir: str = ""

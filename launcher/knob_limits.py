@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Precision
+from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Objective, Precision
 from launcher.optimisation import LOW_RANK_OPTIMIZERS
 
 PACKAGE = "memory-first-launcher"
@@ -29,6 +29,7 @@ def knob_limits(
     """
     found = [
         *_device_limits(job, hardware),
+        *_objective_limits(job, hardware),
         *_loss_limits(job, hardware),
         *_evaluation_limits(job, hardware),
         *_optimizer_limits(job),
@@ -61,6 +62,16 @@ def _device_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
             pin.activation_checkpointing is Checkpointing.OFFLOAD and on_cpu,
             "planner.pin.activation_checkpointing=offload: a CPU has no other memory to offload to",
             "planner.pin.activation_checkpointing=full",
+        ),
+    ]
+
+
+def _objective_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
+    return [
+        (
+            job.planner.objective is Objective.COST and hardware.price_per_hour is None,
+            "planner.objective=cost needs a price, and `hardware.price_per_hour` is not set",
+            "hardware.price_per_hour=<US dollars that one device costs per hour>",
         ),
     ]
 

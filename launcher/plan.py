@@ -16,6 +16,7 @@ from launcher.job import (
     Precision,
 )
 from launcher.memory import MemoryEstimate
+from launcher.step_time import StepTime
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class Rejection:
     """Bytes by which it exceeds the budget, at least; 0 for a plan that is merely not the best."""
     peak_bytes: int
     """Predicted device peak, bytes, at least; 0 for a plan that was not priced."""
+    step_seconds: float | None = None
+    """Predicted time of an optimizer step; None where it is unknown, or does not matter."""
 
 
 def nearest(rejected: Iterable[Rejection]) -> Rejection | None:
@@ -167,7 +170,7 @@ class PlanChoice:
     runner_up: Plan | None
     """The next best plan that fits."""
     runner_up_estimate: MemoryEstimate | None
-    """Its memory, traced at its true shape."""
+    """Its memory, as the trace of its regime has it."""
     rejected: tuple[Rejection, ...]
     """Every other plan considered, nearest to fitting first."""
     capacity_bytes: int
@@ -175,7 +178,11 @@ class PlanChoice:
     headroom_bytes: int
     """Bytes of the capacity that a plan must leave free."""
     num_considered: int
-    """Plans priced."""
+    """Plans considered."""
+    step: StepTime | None = None
+    """Predicted time of the plan's optimizer step; None where nobody knows how fast the device is."""
+    runner_up_step: StepTime | None = None
+    """The same of the runner-up."""
     notes: tuple[str, ...] = ()
     """What a person should know about this choice."""
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from launcher.job import JobSpec
 from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import Plan
+from launcher.step_time import StepTime
 
 WORKER_MARK = "\x1elauncher: "
 """What the worker's own lines begin with, so that the parent tells them from the libraries' output."""
@@ -38,6 +39,8 @@ class WorkerOrder:
     """Folder or hub id of weights and tokenizer; for a packaged model the folder of its GGUF file."""
     converted: str
     """Where a packaged model is converted to at its first use; empty for any other."""
+    predicted_step: StepTime | None = None
+    """Predicted time of the plan's optimizer step; None where nobody knows how fast the device is."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class WorkerOutcome:
     train_seconds: float
     """Wall time of the training loop."""
     tokens_per_second: float | None
-    """Tokens per second and device over the steps after the metered ones, padding included."""
+    """Median over the steps after the metered ones, per device, padding included."""
     step_seconds: float | None
     """Median wall time of an optimizer step after the metered ones."""
     world_size: int
@@ -68,6 +71,8 @@ class WorkerOutcome:
     """Name of its machine; empty where it could not say."""
     ended_at_seconds: float = 0.0
     """Unix time at which it ended: a failure draws others after it."""
+    tokens_per_step: float | None = None
+    """Median tokens of these steps per device, padding included; less than planned where examples are short."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,7 @@ class RunRecord:
     """Library versions of the worker."""
     measured_ranks: tuple[MemoryMeasurement, ...] = ()
     """Every rank that was measured, in order; the first of them is `measured`."""
+    predicted_step: StepTime | None = None
+    """Predicted time of the plan's optimizer step; None where nobody knew how fast the device is."""
+    predicted_step_as_run: StepTime | None = None
+    """The same for as many tokens as the steps had; None when that is what was planned."""

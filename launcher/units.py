@@ -31,6 +31,11 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
+def format_step(seconds: float) -> str:
+    """Formats the time of an optimizer step with three significant digits, e.g. ``0.0421 s``."""
+    return f"{seconds:.3g} s" if seconds < 100 else format_seconds(seconds)
+
+
 def signed_percent(predicted: float, measured: float) -> float:
     """Signed error of a prediction in percent of the measurement; negative means under-predicted."""
     return 100.0 * (predicted - measured) / measured

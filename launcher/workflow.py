@@ -16,7 +16,7 @@ from platformdirs import user_cache_path
 from launcher.cluster import Cluster
 from launcher.cluster_limits import cluster_limits
 from launcher.config import catalogue_entry, hardware_entries
-from launcher.documents import read_document
+from launcher.documents import read_document, to_json
 from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, JobSpec
@@ -43,6 +43,7 @@ from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
 from launcher.report.documents import handed_over_fields, plan_document, record_document, run_fields
 from launcher.report.status import status_document, status_text
+from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import (
     DetectedDevice,
     detect_cpu_memory_bytes,
@@ -61,10 +62,11 @@ from launcher.run.status import ordered_run, run_status, unrecorded_outcome
 from launcher.run.task_files import submit_hint
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord, WorkerOrder, WorkerOutcome
+from launcher.step_time import StepTime
 from launcher.units import format_bytes
 
 CACHE_NAME = "launcher"
-"""Folder of weights and traces below the user's cache."""
+"""Folder of weights, traces and rates below the user's cache."""
 Show = Callable[[str], None]
 
 
@@ -174,7 +176,8 @@ def _past_residuals(folder: Path) -> tuple[Residual, ...]:
 def _search(job: JobSpec) -> PlanChoice:
     with Tracer(_needed_libraries(job)) as tracer:
         budget = job.hardware.memory_bytes - headroom_bytes(job)
-        forecaster = Forecaster(job, tracer, _trace_cache(job), budget)
+        rates = device_rates(job.hardware, cache_folder("rates"))
+        forecaster = Forecaster(job, tracer, _trace_cache(job), budget, rates)
         first = next(semantic_plans(job))
         if job.planner.pin.attention or forecaster.supports_sdpa(first):
             return search(job, forecaster)
@@ -183,6 +186,13 @@ def _search(job: JobSpec) -> PlanChoice:
         model_type = job.model.architecture["model_type"]
         note = f"attention is eager: transformers has no scaled-dot-product attention for {model_type}"
         return replace(choice, notes=(*choice.notes, note))
+
+
+def calibrate_answer(show: Show) -> Answer:
+    """`action=calibrate`: measures this machine's device, for later plans."""
+    file, calibration = calibrate(cache_folder("rates"), show)
+    text = f"kept      {file}"
+    return Answer(text, {"file": str(file), "calibration": json.loads(to_json(calibration))})
 
 
 def _needed_libraries(job: JobSpec) -> tuple[str, ...]:
@@ -237,7 +247,7 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         require_disk(paths.root, choice.estimate.disk.total_bytes if choice.estimate.disk else 0)
     except LaunchError as error:
         return Answer("", document, error)
-    order = WorkerOrder(job, choice.plan, choice.estimate, *_weights(job, show))
+    order = WorkerOrder(job, choice.plan, choice.estimate, *_weights(job, show), choice.step)
     prepare_run(paths, order, document)
     if not job.launch.cluster.is_elsewhere and not is_here(job.hardware, devices):
         wanted = job.hardware.product or job.hardware.name
@@ -263,7 +273,7 @@ def _start(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: 
 
 
 def _weights(job: JobSpec, show: Show) -> tuple[str, str]:
-    """Where the weights are, and where packaged ones are converted to."""
+    """Where weights are, and where packaged ones are converted to."""
     if parse_packaged_path(job.model.path) is None:
         return job.model.path, ""
     show(f"weights   {job.model.path}")
@@ -301,6 +311,8 @@ def _reconcile(order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, star
         outcome=outcome,
         versions=library_versions(),
         measured_ranks=measured,
+        predicted_step=order.predicted_step,
+        predicted_step_as_run=_step_as_run(order, outcome),
     )
     write_record(paths, record)
     return record
@@ -334,6 +346,18 @@ def _predict_as_run(order: WorkerOrder, measurement: MemoryMeasurement) -> Memor
     as_run = replace(plan, micro_batch_size=largest.micro_batch_size, max_length=largest.length)
     with Tracer(_needed_libraries(order.job)) as tracer:
         return Forecaster(order.job, tracer, _trace_cache(order.job)).estimate(as_run, exact=True)
+
+
+def _step_as_run(order: WorkerOrder, outcome: WorkerOutcome) -> StepTime | None:
+    """The predicted time of a step with as many tokens as the measured ones had; None where it is the plan's."""
+    plan, tokens = order.plan, outcome.tokens_per_step
+    if order.predicted_step is None or tokens is None or tokens == plan.tokens_per_step:
+        return None
+    as_run = replace(plan, max_length=round(plan.max_length * tokens / plan.tokens_per_step))
+    with Tracer(_needed_libraries(order.job)) as tracer:
+        rates = device_rates(order.job.hardware, cache_folder("rates"))
+        forecaster = Forecaster(order.job, tracer, _trace_cache(order.job), 0, rates)
+        return forecaster.step_time(as_run)
 
 
 def memory_answer(job: JobSpec) -> Answer:

@@ -305,7 +305,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
     )
     from launcher.plan import Plan  # noqa: PLC0415
     from launcher.planner import trace  # noqa: PLC0415
-    from launcher.planner.forecast import read_estimate  # noqa: PLC0415
+    from launcher.planner.estimate import read_estimate  # noqa: PLC0415
     from launcher.worker.progress import Progress  # noqa: PLC0415
     from launcher.worker.train import Ingredients, train  # noqa: PLC0415
 

@@ -31,7 +31,7 @@ from launcher import workload
 from launcher.job import Attention
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
-from launcher.planner.forecast import read_estimate
+from launcher.planner.estimate import read_estimate
 from launcher.planner.skyline import Skyline
 from launcher.planner.trace import TraceSubject, trace_regime
 from scripts import published_estimators as estimators

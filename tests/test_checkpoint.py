@@ -34,7 +34,7 @@ from launcher.job import (
 from launcher.memory import MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan
 from launcher.planner import trace
-from launcher.planner.forecast import read_estimate
+from launcher.planner.estimate import read_estimate
 from launcher.planner.rehearsal import blank_tokenizer
 from launcher.worker.progress import Progress
 from launcher.worker.train import Ingredients, train

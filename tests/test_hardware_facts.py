@@ -61,6 +61,11 @@ KEY_TYPES: dict[str, type] = {
     "num_nodes": int,
     "context_bytes": int,
     "blas_workspace_bytes": int,
+    "matrix_efficiency": float,
+    "attention_efficiency": float,
+    "bandwidth_efficiency": float,
+    "launch_seconds": float,
+    "multiprocessors": int,
     "sources": dict,
 }
 MATRIX_KEYS = ["bf16", "fp16", "fp32", "tf32"]
@@ -73,6 +78,11 @@ SOURCE_KEYS = [
     "host_memory_bytes",
     "context_bytes",
     "blas_workspace_bytes",
+    "matrix_efficiency",
+    "attention_efficiency",
+    "bandwidth_efficiency",
+    "launch_seconds",
+    "multiprocessors",
 ]
 
 every_card = pytest.mark.parametrize("name", sorted(FACTS))

@@ -27,7 +27,7 @@ from launcher.job import (
 from launcher.memory import Category, HostEstimate, MemoryEstimate, Phase
 from launcher.plan import Plan
 from launcher.planner import trace
-from launcher.planner.forecast import read_estimate
+from launcher.planner.estimate import read_estimate
 from launcher.planner.host import checkpoints_at_once
 from launcher.run.launch import require_disk
 from launcher.workload import model_config

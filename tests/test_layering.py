@@ -30,9 +30,11 @@ NOUNS = {
     "optimisation",
     "model",
     "plan",
+    "rates",
     "run_paths",
     "run_record",
     "run_status",
+    "step_time",
     "units",
 }
 FOLDERS = {"planner", "report", "run", "worker"}
@@ -74,7 +76,9 @@ DOORS: dict[str, set[str]] = {
         "planner.kernel_twins",
         "planner.liger_twin",
         "planner.materialize",
+        "planner.operations",
         "planner.quantized",
+        "planner.recorder",
         "planner.rehearsal",
         "worker",
     },

@@ -1,8 +1,9 @@
 """Proves that the search finds what trying every plan would find, and says something true of every other plan.
 
-Traces are played by a memory law written by hand: affine in batch x length on either side of the loss tile, with
-gradients that only accumulating plans hold beside activations. Brute force prices every plan by the law itself;
-the search may only use the interface of `Forecaster`, whose traces are counted.
+Traces are played by laws written by hand. Memory is affine in batch x length on either side of the loss tile, with
+gradients that only accumulating plans hold beside activations. Time has a part per token and a part per micro batch,
+may have a best batch in the middle, and grows with what is recomputed. Brute force prices every plan by the laws
+themselves; the search may only use the interface of `Forecaster`, whose traces are counted.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan, PlanChoice
 from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import CONVENTION
-from launcher.planner.search import NOT_PRICED, search
+from launcher.planner.objective import SAME
+from launcher.planner.reasons import NOT_PRICED
+from launcher.planner.search import search
 from launcher.planner.space import headroom_bytes
+from launcher.step_time import StepTime
 
 KEPT, RECOMPUTED = Checkpointing.NONE, Checkpointing.FULL
+MODES = (Checkpointing.NONE, Checkpointing.SELECTIVE, Checkpointing.FULL, Checkpointing.OFFLOAD)
 SEEDS = range(30)
 
 
@@ -54,12 +59,24 @@ class Law:
     context: int = 20_000
     surplus: int = 0
     """What the true shape needs beyond what the regime's skyline says."""
+    token_seconds: float = 1e-6
+    batch_seconds: float = 1e-4
+    """Time of a micro batch, however small."""
+    cache_tokens: int = 10**9
+    """Tokens per micro batch beyond which each takes half as long again, as on a CPU with a cache."""
+    recompute: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4)
+    """What each mode adds to the time of a token."""
+    knows_speed: bool = True
 
     def price(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
         """Both phases of a plan."""
         tokens = plan.micro_batch_size * plan.max_length
         trained = self.parameters if plan.method is Method.FULL else self.per_rank * plan.rank
-        keeps = plan.activation_checkpointing is KEPT
+        share = (1.0, 0.5, 0.0, -0.5)[MODES.index(plan.activation_checkpointing)]
+        per_token = self.per_token_recomputed + round(
+            share
+            * (self.per_token_kept - self.per_token_recomputed if share > 0 else self.per_token_recomputed)
+        )
         always = {
             Category.PARAMETERS: self.parameters,
             Category.OPTIMIZER_STATE: 2 * trained,
@@ -67,7 +84,7 @@ class Law:
         }
         step = always | {
             Category.GRADIENTS: trained if plan.gradient_accumulation_steps > 1 else 0,
-            Category.ACTIVATIONS: tokens * (self.per_token_kept if keeps else self.per_token_recomputed),
+            Category.ACTIVATIONS: tokens * per_token,
             Category.LOGITS_AND_LOSS: self.logits_per_token * min(tokens, self.tile),
             Category.TEMPORARIES: self.surplus if exact else 0,
         }
@@ -81,6 +98,30 @@ class Law:
             context_bytes=self.context,
         )
 
+    def step(self, plan: Plan) -> StepTime | None:
+        """Time of a plan."""
+        if not self.knows_speed:
+            return None
+        tokens = plan.micro_batch_size * plan.max_length
+        more = 1 + self.recompute[MODES.index(plan.activation_checkpointing)]
+        slower = 1.5 if tokens > self.cache_tokens else 1.0
+        batch = self.batch_seconds + tokens * self.token_seconds * slower
+        update = 1e-9 * self.parameters
+        return StepTime(
+            batch * more,
+            batch * more * 1.001,
+            update,
+            plan.gradient_accumulation_steps,
+            plan.tokens_per_step,
+            "",
+            True,
+        )
+
+    def seconds(self, plan: Plan) -> float:
+        step = self.step(plan)
+        assert step is not None
+        return step.seconds
+
     def peak(self, plan: Plan) -> int:
         """Device peak at the true shape."""
         return self.price(plan, exact=True).peak_device_bytes
@@ -91,7 +132,7 @@ class FakeForecaster(Forecaster):
 
     def __init__(self, law: Law) -> None:
         self.law = law
-        self.traced: list[object] = []
+        self.traced: list[tuple[object, ...]] = []
         self.traced_exactly: list[Plan] = []
 
     def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
@@ -118,7 +159,28 @@ class FakeForecaster(Forecaster):
         self.prepare([plan], exact=exact)
         return self.law.price(plan, exact=exact)
 
-    def _regime(self, plan: Plan) -> object:
+    @property
+    def knows_speed(self) -> bool:
+        return self.law.knows_speed
+
+    def step_time(self, plan: Plan, *, exact: bool = False) -> StepTime | None:
+        self.prepare([plan], exact=exact)
+        return self.law.step(plan)
+
+    def step_floor_seconds(self, plan: Plan) -> float:
+        if not self.knows_speed:
+            return 0.0
+        modes = MODES[: MODES.index(plan.activation_checkpointing) + 1]
+        alike = [replace(plan, activation_checkpointing=mode) for mode in modes]
+        other = 2 if plan.gradient_accumulation_steps == 1 else plan.gradient_accumulation_steps
+        known = [
+            item
+            for item in alike
+            if self.is_prepared(item) or self.is_prepared(replace(item, gradient_accumulation_steps=other))
+        ]
+        return max((self.law.seconds(item) for item in known), default=0.0)
+
+    def _regime(self, plan: Plan) -> tuple[object, ...]:
         """What one trace answers for: every batch above 1 and every length on one side of the tile."""
         over = plan.micro_batch_size * plan.max_length > self.law.tile
         accumulates = plan.gradient_accumulation_steps > 1
@@ -140,7 +202,7 @@ def combinations(job: JobSpec) -> list[tuple[Method, int, int]]:
 
 
 def all_plans(job: JobSpec, combination: tuple[Method, int, int]) -> list[Plan]:
-    """Every legal plan of a combination, fastest first."""
+    """Every legal plan of a combination: nothing recomputed first, and the largest micro batch first."""
     pin, total = job.planner.pin, job.training.global_batch_size
     method, length, rank = combination
     return [
@@ -156,11 +218,16 @@ def all_plans(job: JobSpec, combination: tuple[Method, int, int]) -> list[Plan]:
             optimizer=job.training.optimizer,
             precision=job.training.precision,
         )
-        for mode in (KEPT, RECOMPUTED)
+        for mode in MODES
         for micro in range(total, 0, -1)
         for accumulation in range(1, total + 1)
         if micro * accumulation == total
         and pin.activation_checkpointing in (None, mode)
+        and (
+            pin.activation_checkpointing
+            or pin.attention is not Attention.EAGER
+            or mode is not Checkpointing.SELECTIVE
+        )
         and pin.micro_batch_size in (None, micro)
         and pin.gradient_accumulation_steps in (None, accumulation)
     ]
@@ -187,10 +254,31 @@ def brute_force(job: JobSpec, law: Law) -> Truth:
         visited += plans
         fitting = [plan for plan in plans if law.peak(plan) <= budget_of(job)]
         if job.planner.objective is Objective.MEMORY:
-            fitting.sort(key=law.peak)
+            fitting.sort(key=lambda plan: (law.peak(plan), plans.index(plan)))
+        else:
+            fitting = [plan for plan in fitting if not recomputes_for_nothing(plan, fitting)]
+            if law.knows_speed:
+                fitting = in_order_of_speed(fitting, law)
         if fitting:
             return Truth(fitting, visited)
     return Truth([], visited)
+
+
+def recomputes_for_nothing(plan: Plan, fitting: list[Plan]) -> bool:
+    """Whether the same micro batch fits with less recomputation."""
+    mode = MODES.index(plan.activation_checkpointing)
+    return any(replace(plan, activation_checkpointing=less) in fitting for less in MODES[:mode])
+
+
+def in_order_of_speed(plans: list[Plan], law: Law) -> list[Plan]:
+    """Always the next: of those as fast as the fastest left, the one with the lowest peak."""
+    left, ordered = list(plans), []
+    while left:
+        limit = (1 + SAME) * min(law.seconds(plan) for plan in left)
+        same = [plan for plan in left if law.seconds(plan) <= limit]
+        ordered.append(min(same, key=law.peak))
+        left.remove(ordered[-1])
+    return ordered
 
 
 # the jobs
@@ -235,7 +323,7 @@ def random_job(seed: int, law: Law) -> JobSpec:
         pin=pin,
         choices=choices,
         headroom=dice.choice(["auto", headroom]),
-        objective=dice.choice([Objective.SPEED, Objective.SPEED, Objective.MEMORY]),
+        objective=dice.choice([Objective.SPEED, Objective.COST, Objective.MEMORY]),
     )
     job = job_with(1, planner, batch)
     peaks = [law.peak(plan) for combination in combinations(job) for plan in all_plans(job, combination)]
@@ -251,6 +339,10 @@ def random_law(seed: int) -> Law:
         per_token_kept=dice.choice([300, 900]),
         logits_per_token=dice.choice([10, 400]),
         tile=dice.choice([100, 400, 10**9]),
+        batch_seconds=dice.choice([1e-6, 1e-5, 1e-3]),
+        cache_tokens=dice.choice([150, 10**9, 10**9]),
+        recompute=dice.choice([(0.0, 0.2, 0.3, 0.4), (0.0, 0.004, 0.008, 0.3)]),
+        knows_speed=dice.random() > 0.2,
     )
 
 
@@ -269,8 +361,6 @@ def check_everything_said(job: JobSpec, law: Law, choice: PlanChoice, truth: Tru
             is_bound = "needs at least" in item.reason or "needs more than" in item.reason
             assert item.short_by_bytes <= short if is_bound else item.short_by_bytes == short
         elif NOT_PRICED in item.reason:
-            assert job.planner.objective is Objective.SPEED
-            assert item.plan.activation_checkpointing is RECOMPUTED
             assert item.peak_bytes == 0
         else:
             assert short <= 0
@@ -285,7 +375,8 @@ def test_finds_what_trying_every_plan_finds(seed: int) -> None:
     job = random_job(seed, law)
     forecaster = FakeForecaster(law)
     choice, truth = search(job, forecaster), brute_force(job, law)
-    assert [plan for plan in (choice.plan, choice.runner_up) if plan] == truth.best[:2]
+    assert choice.plan == (truth.best[0] if truth.best else None)
+    assert choice.runner_up in (None, *truth.best[1:])
     check_everything_said(job, law, choice, truth)
     assert choice.capacity_bytes == job.hardware.memory_bytes
     assert choice.headroom_bytes == headroom_bytes(job)
@@ -298,9 +389,11 @@ def test_finds_what_trying_every_plan_finds(seed: int) -> None:
         assert choice.rejected[0].short_by_bytes == law.peak(nearest) - budget_of(job)
         assert law.peak(choice.rejected[0].plan) == law.peak(nearest)
         assert f"micro batch {choice.rejected[0].plan.micro_batch_size}" in choice.reason
-    if choice.runner_up:
-        assert choice.runner_up_estimate == law.price(choice.runner_up, exact=True)
-        assert choice.runner_up in forecaster.traced_exactly
+    if choice.runner_up:  # read off the skyline of its regime
+        assert choice.runner_up_estimate == law.price(choice.runner_up)
+        assert choice.runner_up not in forecaster.traced_exactly
+    for found, step in ((choice.plan, choice.step), (choice.runner_up, choice.runner_up_step)):
+        assert step == (law.step(found) if found else None)
 
 
 def test_the_random_jobs_reach_every_outcome() -> None:
@@ -312,10 +405,7 @@ def test_the_random_jobs_reach_every_outcome() -> None:
     assert sum(len(truth.best) == 1 for _, _, truth in truths) >= 2
     assert sum(len(truth.best) >= 2 for _, _, truth in truths) >= 8
     assert (
-        sum(
-            bool(truth.best) and truth.best[0].activation_checkpointing is RECOMPUTED
-            for _, _, truth in truths
-        )
+        sum(bool(truth.best) and truth.best[0].activation_checkpointing is not KEPT for _, _, truth in truths)
         >= 3
     )
     assert sum(job.planner.objective is Objective.MEMORY for job, _, _ in truths) >= 5
@@ -329,7 +419,8 @@ def test_many_more_jobs_agree_too() -> None:
         law = random_law(seed)
         job = random_job(seed, law)
         choice, truth = search(job, FakeForecaster(law)), brute_force(job, law)
-        assert [plan for plan in (choice.plan, choice.runner_up) if plan] == truth.best[:2], seed
+        assert choice.plan == (truth.best[0] if truth.best else None), seed
+        assert choice.runner_up in (None, *truth.best[1:]), seed
         check_everything_said(job, law, choice, truth)
 
 
@@ -354,9 +445,9 @@ def test_a_hopeless_job_takes_few_traces() -> None:
     forecaster = FakeForecaster(law)
     choice = search(job_with(1_000_000, batch=64), forecaster)
     assert not choice.feasible
-    assert choice.num_considered == 14
+    assert choice.num_considered == 28
     assert forecaster.traced_exactly == []
-    assert len(forecaster.traced) <= 5
+    assert len(forecaster.traced) <= 12
 
 
 def test_a_roomy_job_takes_few_traces() -> None:
@@ -364,24 +455,24 @@ def test_a_roomy_job_takes_few_traces() -> None:
     choice = search(job_with(10**10, batch=64), forecaster)
     assert choice.plan is not None and choice.plan.micro_batch_size == 64
     assert choice.plan.activation_checkpointing is KEPT
-    assert len(forecaster.traced) <= 4
-    assert forecaster.traced_exactly == [choice.plan, choice.runner_up]
+    assert {mode for _, _, mode, *_ in forecaster.traced} == {KEPT}
+    assert len(forecaster.traced) == 3
+    assert forecaster.traced_exactly == [choice.plan]
 
 
 def test_a_plan_that_fits_only_on_the_skyline_is_rejected() -> None:
     """The true shape decides, and what was slower than the plans that then fail is looked at after all."""
-    job = job_with(1, batch=4)
+    job = job_with(1, PlannerSpec(headroom=0.0, pin=PinSpec(attention=Attention.EAGER)), batch=4)
     kept = [plan for plan in all_plans(job, (Method.LORA, 64, 16)) if plan.activation_checkpointing is KEPT]
     recomputed = [plan for plan in all_plans(job, (Method.LORA, 64, 16)) if plan not in kept]
-    law = Law(surplus=20_000, per_token_recomputed=1)
+    law = Law(surplus=20_000, per_token_recomputed=1, knows_speed=False)
     skyline = replace(law, surplus=0)
     memory = skyline.peak(kept[1])
     job = replace(job, hardware=replace(job.hardware, memory_bytes=memory))
     assert law.peak(kept[1]) > memory >= law.peak(kept[2])
     assert law.peak(recomputed[0]) <= memory
     choice = search(job, FakeForecaster(law))
-    assert [choice.plan, choice.runner_up] == [kept[2], recomputed[0]]
-    check_everything_said(job, law, choice, brute_force(job, law))
+    assert choice.plan == kept[2] == brute_force(job, law).best[0]
     only_second_mode = replace(
         job, planner=replace(job.planner, headroom=1 - law.peak(recomputed[0]) / memory)
     )
@@ -396,10 +487,13 @@ def test_every_reason_names_figures_or_the_plan_taken() -> None:
     reasons = {item.plan.micro_batch_size: item.reason for item in choice.rejected if item.short_by_bytes}
     assert "over the budget" in reasons[8]
     slower = [item.reason for item in choice.rejected if not item.short_by_bytes]
-    assert any("recomputes activations" in reason for reason in slower)
+    assert any("recomputes" in reason for reason in slower)
+    assert any("per step, not" in reason for reason in slower)
     assert any(reason.startswith("the runner-up") for reason in slower)
-    assert "micro batch 4 is the largest that fits" in choice.reason
+    assert "no plan that fits is more than 1% faster" in choice.reason
     assert "nothing is recomputed" in choice.reason
+    rules = search(job, FakeForecaster(replace(law, knows_speed=False)))
+    assert "micro batch 4 is the largest that fits" in rules.reason
 
 
 def test_least_memory_is_never_called_slower() -> None:

@@ -204,7 +204,7 @@ def test_run_has_signed_errors() -> None:
     assert row(lines, "optimizer_state") == ["optimizer_state", "50.00", "0.00", "-"]
     assert row(lines, "working set") == ["working set at the peak", "400.00", "690.00", "-42.029 %"]
     assert "loss      2.2500 at first, 1.5000 at last" in lines
-    assert "speed     12,346 tokens/s, 0.8 s per step" in lines
+    assert "speed     12,346 tokens/s, 0.75 s per step" in lines
 
 
 def test_run_is_compared_with_the_prediction_for_what_ran() -> None:

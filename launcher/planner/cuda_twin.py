@@ -23,8 +23,10 @@ from torch.nn import functional
 
 from launcher.hardware import HardwareSpec
 from launcher.planner.attention_twin import attention
+from launcher.planner.recorder import WorkRecorder, idle_recorder
 from launcher.planner.replaced import replaced
 from launcher.planner.tape import OFF_DEVICE
+from launcher.planner.work import WorkKind
 
 
 def _dropout(
@@ -35,14 +37,31 @@ def _dropout(
 
 
 class InPlaceKernel:
-    """A Triton kernel that writes into its arguments and allocates nothing: `kernel[grid](...)`."""
+    """A Triton kernel that goes over a tile of logits and allocates nothing: `kernel[grid](tile, ...)`.
+
+    Args:
+        passes: How often it goes over the tile: once to read it, twice to write it too.
+        recorder: Counts its work.
+    """
+
+    def __init__(self, passes: int, recorder: WorkRecorder) -> None:
+        self._passes = passes
+        self._recorder = recorder
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+        def run(tile: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            self._recorder.note_kernel(f"loss kernel, {self._passes}", WorkKind.HEAVY, tile, self._passes)
+
+        return run
 
 
-def _accumulate_in_place(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def _accumulate_in_place(recorder: WorkRecorder) -> Callable[..., None]:
     """`_addmm_fp32` on CUDA multiplies 16-bit inputs straight into the fp32 accumulator."""
+
+    def addmm_fp32(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        recorder.note_product("addmm_fp32", a, b, acc)
+
+    return addmm_fp32
 
 
 def _prefer_foreach(
@@ -68,35 +87,45 @@ def _autocasts(known: Callable[[str], bool]) -> Callable[..., bool]:
     return lambda device_type="cuda": known("cpu")
 
 
-class SavedOnHost(torch.autograd.graph.saved_tensors_hooks):
+def _saved_on_host(recorder: WorkRecorder) -> type[torch.autograd.graph.saved_tensors_hooks]:
     """`torch.autograd.graph.save_on_cpu` as the device sees it: what is saved leaves it, and comes back anew."""
 
-    def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
-        def leave(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.empty(tensor.size(), dtype=tensor.dtype, device=OFF_DEVICE)
+    class SavedOnHost(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
+            def leave(tensor: torch.Tensor) -> torch.Tensor:
+                recorder.note_kernel("to the host", WorkKind.TRANSFER, tensor, 1)
+                return torch.empty(tensor.size(), dtype=tensor.dtype, device=OFF_DEVICE)
 
-        def come_back(kept: torch.Tensor) -> torch.Tensor:
-            return torch.empty(kept.size(), dtype=kept.dtype, device="cpu")
+            def come_back(kept: torch.Tensor) -> torch.Tensor:
+                recorder.note_kernel("from the host", WorkKind.TRANSFER, kept, 1)
+                return torch.empty(kept.size(), dtype=kept.dtype, device="cpu")
 
-        super().__init__(leave, come_back)
+            super().__init__(leave, come_back)
+
+    return SavedOnHost
 
 
 @contextmanager
-def branches(hardware: HardwareSpec) -> Iterator[None]:
-    """Makes library branches that depend on the device take their CUDA side while it is open."""
-    kernel = InPlaceKernel()
+def branches(hardware: HardwareSpec, recorder: WorkRecorder | None = None) -> Iterator[None]:
+    """Makes library branches that depend on the device take their CUDA side while it is open.
+
+    Args:
+        hardware: The device.
+        recorder: Counts the work of kernels that are no operations of torch; None: nobody counts.
+    """
+    recorder = recorder or idle_recorder()
     replacements: list[tuple[Any, str, Any]] = [
         (functional, "scaled_dot_product_attention", attention(hardware)),
         (functional, "dropout", _dropout),
         (trl_chunked, "_use_triton", lambda device: True),
         (trl_utils, "_use_triton", lambda device: True),
-        (trl_chunked, "_forward_kernel", kernel),
-        (trl_chunked, "_backward_kernel", kernel),
-        (trl_chunked, "_addmm_fp32", _accumulate_in_place),
+        (trl_chunked, "_forward_kernel", InPlaceKernel(1, recorder)),
+        (trl_chunked, "_backward_kernel", InPlaceKernel(2, recorder)),
+        (trl_chunked, "_addmm_fp32", _accumulate_in_place(recorder)),
         (trl_chunked, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b))),
         (torch_adam, "_default_to_fused_or_foreach", _prefer_foreach),
         (torch_sgd, "_default_to_fused_or_foreach", _prefer_foreach),
-        (transformers_modeling, "save_on_cpu", SavedOnHost),
+        (transformers_modeling, "save_on_cpu", _saved_on_host(recorder)),
         (torch, "is_autocast_enabled", _autocasts(torch.is_autocast_enabled)),
         (transformers_moe, "_can_use_grouped_mm", _grouped_mm_from(hardware.supports_flash_attention)),
     ]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from launcher.planner.polynomial import Exponents
 from launcher.planner.skyline import Domain, Instant, Profile, Skyline, build_skyline
+from launcher.planner.work import extend_tally
 
 if TYPE_CHECKING:  # the parent process extends profiles without loading the heavy libraries
     from transformers import PretrainedConfig
@@ -143,7 +144,14 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
         for name, size in shallow.disk_bytes.items()
     }
     return Profile(
-        shallow.instants, exponents, live, resident, shallow.batch_inputs, host=host, disk_bytes=disk
+        shallow.instants,
+        exponents,
+        live,
+        resident,
+        shallow.batch_inputs,
+        host=host,
+        disk_bytes=disk,
+        work=extend_tally(shallow.work, deep.work, steps),
     )
 
 

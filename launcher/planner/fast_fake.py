@@ -8,6 +8,7 @@ tensors out, or the first argument changed in place) from a small key, and leave
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,13 +30,27 @@ RESHAPING = (
 Recipe = tuple[tuple[torch.Size, tuple[int, ...], int, torch.dtype, torch.device], ...]
 
 
-class FastFakeTensorMode(FakeTensorMode):
-    """See the module; behaves as `FakeTensorMode`, in about half the time."""
+@dataclass(frozen=True)
+class Memory:
+    """What is known of operations: the same in every trace of a process, so traces may share it."""
 
-    def __init__(self) -> None:
+    recipes: dict[Any, tuple[bool, Recipe]] = field(default_factory=dict)
+    """Outputs, by operation and arguments."""
+    kinds: dict[Any, str] = field(default_factory=dict)
+    """See `_kind`, by operation."""
+
+
+class FastFakeTensorMode(FakeTensorMode):
+    """See the module; behaves as `FakeTensorMode`, in about half the time.
+
+    Args:
+        memory: What earlier traces of this process have learned; None: nothing.
+    """
+
+    def __init__(self, memory: Memory | None = None) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self._recipes: dict[Any, tuple[bool, Recipe]] = {}
-        self._kinds: dict[Any, str] = {}
+        memory = memory or Memory()
+        self._recipes, self._kinds = memory.recipes, memory.kinds
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -16,27 +16,27 @@ from launcher.job import (
     Engine,
     EvaluationSpec,
     JobSpec,
-    Method,
     MethodSpec,
     ModelSpec,
-    StoredDtype,
     TrainingSpec,
 )
-from launcher.memory import Category, HostEstimate, MemoryEstimate, Phase, PhasePeak
+from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
+from launcher.planner.communication import with_communication
 from launcher.planner.depth import DepthMismatch, assemble
-from launcher.planner.host import disk_estimate, host_estimate, weight_bytes
+from launcher.planner.estimate import WORKSPACES, read_estimate
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.reserve import with_reserved, with_workspaces
 from launcher.planner.skyline import Domain, Profile, Skyline
+from launcher.planner.speed import SpeedModel
 from launcher.planner.stream import Stream, phase_peaks, with_waiting_inputs
 from launcher.planner.stream_depth import extend_stream
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Subject, SubjectFacts, Tracer
+from launcher.rates import Rates
+from launcher.step_time import StepTime
 
-WORKSPACES = 2
-"""Matrix-library workspaces of a training process: one for the forward thread, one for autograd's."""
 PEAK_TOLERANCE = 1e-3
 """Share by which the peaks of a stream and of the skyline from the same traces may differ."""
 
@@ -66,11 +66,22 @@ class Forecaster:
         tracer: Makes traces.
         cache: Keeps them.
         budget_bytes: What a plan may take of the device; 0: all of it.
+        rates: How fast the device works; None: nobody knows, and no step has a time.
     """
 
-    def __init__(self, job: JobSpec, tracer: Tracer, cache: TraceCache, budget_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        job: JobSpec,
+        tracer: Tracer,
+        cache: TraceCache,
+        budget_bytes: int = 0,
+        rates: Rates | None = None,
+    ) -> None:
         self._job = job
         self._budget_bytes = budget_bytes or job.hardware.memory_bytes
+        self._rates = rates
+        self._speeds: dict[str, SpeedModel] = {}
+        self._questions: dict[tuple[Plan, bool], _Question] = {}
         self._tracer = tracer
         self._cache = cache
         self._facts: dict[str, SubjectFacts] = {}
@@ -119,13 +130,51 @@ class Forecaster:
             UnsupportedByPlanner: When the tracer can't follow the plan.
         """
         question = self._question(plan, exact)
-        skyline = self._kept(question)
-        if skyline is None:
-            skyline = self._make(question)
+        skyline = self._kept(question) or self._make(question)
         estimate = read_estimate(skyline, plan, self._job, question.facts.process_bytes)
         if not exact or self._job.hardware.kind not in (DeviceKind.CUDA, DeviceKind.ROCM):
             return estimate
         return with_reserved(estimate, self.stream(plan), self._budget_bytes - estimate.context_bytes)
+
+    @property
+    def knows_speed(self) -> bool:
+        """Whether steps have a time."""
+        return self._rates is not None
+
+    def step_time(self, plan: Plan, *, exact: bool = False) -> StepTime | None:
+        """Time of a plan's optimizer step, from the trace that its memory comes from; None without rates.
+
+        Raises:
+            UnsupportedByPlanner: When the tracer can't follow the plan, or a rate is missing.
+        """
+        question = self._question(plan, exact)
+        return self._step_time(question.key, self._kept(question) or self._make(question), plan)
+
+    def step_floor_seconds(self, plan: Plan) -> float:
+        """A time that the plan's step can't go below, from traces that exist; 0 when none says anything.
+
+        A plan that recomputes less runs a part of the same operations. And the first micro batch of a step, and its
+        update, are the same whether others follow or not.
+        """
+        floor = 0.0
+        modes = list(Checkpointing)
+        for mode in modes[: modes.index(plan.activation_checkpointing) + 1]:
+            for accumulation in {min(plan.gradient_accumulation_steps, 2), 2}:
+                alike = replace(plan, activation_checkpointing=mode, gradient_accumulation_steps=accumulation)
+                question = self._question(alike, exact=False)
+                skyline = None if question.key in self._pending else self._kept(question)
+                step = None if skyline is None else self._step_time(question.key, skyline, plan)
+                floor = max(floor, 0.0 if step is None else step.seconds)
+        return floor
+
+    def _step_time(self, key: str, skyline: Skyline, plan: Plan) -> StepTime | None:
+        if self._rates is None:
+            return None
+        if key not in self._speeds:
+            self._speeds[key] = SpeedModel(skyline.work, self._rates)
+        batch, length = plan.micro_batch_size, plan.max_length
+        step = self._speeds[key].step(batch, length, plan.gradient_accumulation_steps)
+        return with_communication(step, plan, self._job.hardware, skyline.resident_bytes(batch, length))
 
     def stream(self, plan: Plan) -> Stream:
         """Every allocation and release of a plan at its true shape.
@@ -199,6 +248,12 @@ class Forecaster:
         return [future.result() for future in self._start(question, (question.facts.num_layers,))]
 
     def _question(self, plan: Plan, exact: bool) -> _Question:
+        known = self._questions.get((plan, exact))
+        if known is None:
+            known = self._questions[plan, exact] = self._ask(plan, exact)
+        return known
+
+    def _ask(self, plan: Plan, exact: bool) -> _Question:
         subject = subject_of(self._job, plan)
         facts = self._facts_of(subject)
         batch, length = plan.micro_batch_size, plan.max_length
@@ -298,85 +353,3 @@ def _reduced(evaluation: EvaluationSpec) -> EvaluationSpec:
         num_examples=evaluation.num_examples,
         accumulation_steps=evaluation.accumulation_steps,
     )
-
-
-def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec, process_bytes: int = 0) -> MemoryEstimate:
-    """Reads a plan's memory off a skyline.
-
-    Args:
-        skyline: A trace that answers for the plan.
-        plan: The plan.
-        job: The job.
-        process_bytes: Memory of a process that has imported the libraries; 0: not known.
-    """
-    batch, length = plan.micro_batch_size, plan.max_length
-    resident = skyline.resident_bytes(batch, length)
-    phases = tuple(
-        _with_stored_copy(peak, resident, plan, job) if peak.phase is Phase.LOAD else peak
-        for peak in skyline.peaks(batch, length, plan.gradient_accumulation_steps)
-    )
-    workspaces = WORKSPACES * job.hardware.blas_workspace_bytes
-    if workspaces:
-        phases = tuple(
-            peak if peak.phase is Phase.LOAD else _with_workspaces(peak, workspaces) for peak in phases
-        )
-    host = host_estimate(skyline, phases, plan, job, process_bytes)
-    phases = tuple(
-        _with_unpaged_states(peak, phases, host) if peak.phase is Phase.RESUME else peak for peak in phases
-    )
-    disk = disk_estimate(skyline.disk_bytes, job.training)
-    return MemoryEstimate(phases, resident, job.hardware.context_bytes, host=host, disk=disk)
-
-
-def _with_unpaged_states(peak: PhasePeak, phases: Sequence[PhasePeak], host: HostEstimate) -> PhasePeak:
-    """A resumed run with a paged optimizer: bitsandbytes 0.50 reads the states into plain memory of the device.
-
-    They stay there (optim/optimizer.py, `load_state_dict`), beside all that a step has on the device.
-    """
-    training = [known for known in phases if known.phase in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)]
-    paged = max(
-        (
-            known.by_category_bytes[Category.OPTIMIZER_STATE]
-            for known in host.phases
-            if known.phase is Phase.OPTIMIZER_STEP
-        ),
-        default=0,
-    )
-    highest = max(training, key=lambda known: known.allocated_bytes, default=peak)
-    if host.phases == tuple(phases) or not paged or highest.allocated_bytes + paged <= peak.allocated_bytes:
-        return peak
-    amounts = dict(highest.by_category_bytes)
-    amounts[Category.OPTIMIZER_STATE] += paged
-    return PhasePeak(Phase.RESUME, sum(amounts.values()), amounts)
-
-
-def _with_workspaces(peak: PhasePeak, num_bytes: int) -> PhasePeak:
-    amounts = {**peak.by_category_bytes, Category.WORKSPACES: num_bytes}
-    return PhasePeak(peak.phase, sum(amounts.values()), amounts)
-
-
-def _with_stored_copy(
-    peak: PhasePeak, resident: Mapping[Category, int], plan: Plan, job: JobSpec
-) -> PhasePeak:
-    """The peak of loading when the file's dtype is not the dtype in which the weights are held.
-
-    transformers reads every tensor and casts it (`core_model_loading._materialize_copy`, 5.17 to 5.23); the
-    tensors that were read stay alive until the last one is in place. Adapters, as large as their gradients, come
-    afterwards. On a GPU the cast happens in host memory, before the model moves to the device.
-    """
-    held, stored = weight_bytes(plan, job)
-    same_dtype = held == stored and job.model.stored_dtype is not StoredDtype.FP16
-    in_parts = plan.engine is Engine.DEEPSPEED and plan.zero_stage == 3
-    if same_dtype or in_parts or job.hardware.kind is not DeviceKind.CPU or plan.method is Method.QLORA:
-        return peak  # quantised weights, and those that are split as they come, are read one by one
-    adapters = 0 if plan.method is Method.FULL else resident[Category.GRADIENTS]
-    weights = resident[Category.PARAMETERS] - adapters
-    copy = weights // held * stored
-    if copy <= adapters:
-        return peak
-    amounts = {
-        **peak.by_category_bytes,
-        Category.PARAMETERS: weights,
-        Category.TEMPORARIES: copy,
-    }
-    return PhasePeak(Phase.LOAD, sum(amounts.values()), amounts)

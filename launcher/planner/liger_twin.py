@@ -15,6 +15,7 @@ import torch
 
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.planner.cuda_twin import InPlaceKernel
+from launcher.planner.recorder import WorkRecorder, idle_recorder
 from launcher.planner.replaced import replaced
 
 
@@ -31,7 +32,9 @@ def _multiplies_in_place(hardware: HardwareSpec) -> Callable[..., bool]:
     return can_use_mm_out
 
 
-def _forward(compute: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+def _forward(
+    compute: Callable[..., tuple[Any, ...]], recorder: WorkRecorder
+) -> Callable[..., tuple[Any, ...]]:
     """`fused_linear_cross_entropy_forward` from compute capability 8.0 on, where the weight's gradient grows in place.
 
     `torch.addmm(..., out=grad_weight)` adds every tile's share; elsewhere, on a CPU too, each share is a product of the
@@ -45,6 +48,8 @@ def _forward(compute: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any
         computes = _input.requires_grad if computes is None else computes
         dtype = named.get("accum_dtype") or weight.dtype
         gradient = torch.zeros_like(weight, dtype=dtype) if needs and computes else None
+        if gradient is not None:  # as many operations as the logits take
+            recorder.note_product("liger, gradient of the weight", _input, weight.t(), gradient)
         *results, _, of_bias = compute(_input, weight, *options, weight_requires_grad=False, **named)
         return (*results, None if gradient is None else gradient.to(weight.dtype), of_bias)
 
@@ -52,18 +57,19 @@ def _forward(compute: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any
 
 
 @contextmanager
-def gpu_kernels(hardware: HardwareSpec) -> Iterator[None]:
-    """Makes Liger's loss take its GPU side while it is open."""
+def gpu_kernels(hardware: HardwareSpec, recorder: WorkRecorder | None = None) -> Iterator[None]:
+    """Makes Liger's loss take its GPU side while it is open; `recorder` counts the work of what is stood in for."""
+    recorder = recorder or idle_recorder()
     replacements: dict[str, Any] = {
-        "liger_cross_entropy_kernel": InPlaceKernel(),
-        "element_mul_kernel": InPlaceKernel(),
+        "liger_cross_entropy_kernel": InPlaceKernel(2, recorder),
+        "element_mul_kernel": InPlaceKernel(2, recorder),
         "_can_use_mm_out": _multiplies_in_place(hardware),
     }
     if (
         hardware.kind is DeviceKind.CUDA and hardware.supports_flash_attention
     ):  # the same devices, 8.0 and more
         replacements["fused_linear_cross_entropy_forward"] = _forward(
-            liger.fused_linear_cross_entropy_forward
+            liger.fused_linear_cross_entropy_forward, recorder
         )
     with ExitStack() as stack:
         for name, value in replacements.items():

@@ -47,6 +47,7 @@ from launcher.planner.polynomial import Exponents
 from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
 from launcher.planner.skyline import Profile
 from launcher.planner.tape import OFF_DEVICE, Block, Region, Tape
+from launcher.planner.work import Stage
 from launcher.vision import BlankImages, image_shape
 
 STEPS = 2
@@ -69,6 +70,9 @@ class Rehearsal:
     part_share: float = 1.0
     """How large a rank's parts are, of what they are in the traced world."""
     batch_inputs: Mapping[Exponents, int] | None = None
+    steps_done: int = 0
+    batches_begun: int = 0
+    """Micro batches of the step that is on."""
 
     def __post_init__(self) -> None:
         self._gradient_blocks: list[Block] = []
@@ -170,7 +174,8 @@ class Rehearsal:
         stream = build_stream(self.tape.events) if self.attribution is not None else None
         profile = build_profile(self.tape.events, resident, self.batch_inputs or {}, stream)
         host = build_host_profile(self.tape.host_events, exact=not self.tape.shape.length_is_symbol)
-        return replace(profile, host=host, disk_bytes=disk_bytes)
+        work = {} if self.tape.recorder is None else self.tape.recorder.tally()
+        return replace(profile, host=host, disk_bytes=disk_bytes, work=work)
 
     def _stage_weights(self) -> list[torch.Tensor]:
         """Weights in host memory before the trainer moves them to a GPU; quantised ones are read straight to it."""
@@ -222,12 +227,25 @@ class Rehearsal:
             if self.plan.engine is not Engine.NONE:
                 self._mark_weights()
             self._assign_modules()
+        self._note_step(phase)
         self.tape.phase = phase
         self.tape.region = Region.OUTSIDE
         # a phase that allocates nothing has a highest moment too: when it begins
         self._instant = torch.empty(1)
         if self.on_gpu:
             self._host_instant = torch.empty(1, device=OFF_DEVICE)
+
+    def _note_step(self, phase: Phase) -> None:
+        """Counts steps; work is counted in the last one, when the optimizer has its states."""
+        recorder = self.tape.recorder
+        if phase is Phase.OPTIMIZER_STEP and recorder is not None:
+            recorder.stage = Stage.UPDATE  # DeepSpeed's comes at the end of the last backward pass
+        if self.tape.phase is Phase.OPTIMIZER_STEP and phase is not Phase.OPTIMIZER_STEP:
+            self.steps_done += 1
+            self.batches_begun = 0
+            if recorder is not None:
+                recorder.active = self.steps_done == STEPS - 1
+                recorder.stage = Stage.FIRST_BATCH
 
     def _sharder(self) -> Callable[[nn.Parameter], None] | None:
         """What splits weights while they are loaded; None where they are loaded whole.
@@ -275,7 +293,8 @@ class Rehearsal:
         collate = trainer.data_collator
 
         def collate_and_mark(examples: list[Any]) -> Any:
-            batch = collate(examples)
+            with self.tape.uncounted():  # the host's work, beside that of the device
+                batch = collate(examples)
             self.tape.mark(batch.values(), Category.INPUTS)
             if self.on_gpu:  # the loader's pinned copy, until the next one takes its place
                 self._pinned = [torch.empty_like(tensor, device=OFF_DEVICE) for tensor in batch.values()]
@@ -285,9 +304,33 @@ class Rehearsal:
             return batch
 
         trainer.data_collator = collate_and_mark
+        backward = trainer.accelerator.backward
+
+        def backward_and_note(*args: Any, **kwargs: Any) -> None:
+            backward(*args, **kwargs)
+            if self.tape.recorder is not None:
+                is_last = self.batches_begun == self.plan.gradient_accumulation_steps
+                self.tape.recorder.stage = Stage.UPDATE if is_last else Stage.LATER_BATCH
+
+        trainer.accelerator.backward = backward_and_note
+        step = trainer.training_step
+
+        def step_or_skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+            # of the first step one micro batch does: the second has all of them, with the optimizer's states beside
+            # (engines count micro batches by themselves)
+            alone = self.plan.engine is Engine.NONE
+            if alone and self.steps_done == 0 and self.batches_begun > 0:
+                return torch.zeros(())
+            loss: torch.Tensor = step(*args, **kwargs)
+            return loss
+
+        trainer.training_step = step_or_skip  # type: ignore[method-assign]
 
     def _backbone_begins(self, module: nn.Module, args: Any) -> None:
         self.tape.region = Region.BACKBONE
+        if self.tape.recorder is not None:
+            self.tape.recorder.stage = Stage.LATER_BATCH if self.batches_begun else Stage.FIRST_BATCH
+        self.batches_begun += 1
 
     def _backbone_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self.tape.settle(Region.BACKBONE, Category.ACTIVATIONS)

@@ -17,6 +17,7 @@ from launcher.errors import UnsupportedByPlanner
 from launcher.memory import Category, Phase, PhasePeak
 from launcher.planner.polynomial import Exponents
 from launcher.planner.stream import CATEGORIES, Stream
+from launcher.planner.work import WorkTable, WorkTally, build_table
 
 Matrix = NDArray[np.float64]
 
@@ -82,6 +83,8 @@ class Profile:
     """Host memory while the job runs on a GPU; None where the trace put nothing there."""
     disk_bytes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of the folders that were saved, by name."""
+    work: WorkTally = field(default_factory=dict)
+    """The operations of one optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Skyline:
     """Host memory while the job runs on a GPU; None where the trace put nothing there."""
     disk_bytes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of the folders that were saved, by name."""
+    work: WorkTable = field(default_factory=lambda: build_table({}))
+    """The operations of one optimizer step."""
 
     def peaks(self, batch: int, length: int, accumulation: int) -> tuple[PhasePeak, ...]:
         """Peak of each phase.
@@ -201,6 +206,7 @@ def build_skyline(domain: Domain, profile: Profile, accumulation: int) -> Skylin
         min(accumulation, 2),
         None if profile.host is None else build_skyline(domain, profile.host, accumulation),
         profile.disk_bytes,
+        build_table(profile.work),
     )
 
 

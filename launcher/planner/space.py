@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.errors import ConfigError
+from launcher.hardware import DeviceKind
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Task
 from launcher.plan import Plan
 from launcher.planner.interval import CONVENTION
@@ -74,6 +75,19 @@ def batch_splits(job: JobSpec) -> tuple[tuple[int, int], ...]:
             f"the product must be {total}: set training.global_batch_size, or unpin one of the two",
         )
     return splits
+
+
+def checkpointing_modes(job: JobSpec) -> tuple[Checkpointing, ...]:
+    """Checkpointing modes that a job can choose from, from nothing recomputed to everything."""
+    pin = job.planner.pin
+    if pin.activation_checkpointing:
+        return (pin.activation_checkpointing,)
+    impossible = set()
+    if job.hardware.kind is DeviceKind.CPU:
+        impossible.add(Checkpointing.OFFLOAD)  # there is no other memory
+    if pin.attention is Attention.EAGER:
+        impossible.add(Checkpointing.SELECTIVE)  # it keeps what torch's attention operations return
+    return tuple(mode for mode in Checkpointing if mode not in impossible)
 
 
 def headroom_bytes(job: JobSpec) -> int:

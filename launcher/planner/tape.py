@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -26,6 +27,7 @@ from launcher.engines import local_tensors
 from launcher.memory import Category, Phase
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
+from launcher.planner.recorder import WorkRecorder
 
 aten = torch.ops.aten
 OFF_DEVICE = torch.device("meta")
@@ -90,6 +92,7 @@ class Tape(TorchDispatchMode):
         padded: Whether padding masks have padding in them.
         fake: The fake-tensor mode below; asked first, because its shortcut is quicker than a dispatch.
         locate: Tells the path of the module at work, for every block; None: nobody asks for modules.
+        recorder: Counts the work of the operations; None: nobody asks for speed.
     """
 
     shape: TracedShape
@@ -97,6 +100,7 @@ class Tape(TorchDispatchMode):
     padded: bool = False
     fake: FastFakeTensorMode | None = None
     locate: Callable[[], str] | None = None
+    recorder: WorkRecorder | None = None
     phase: Phase = Phase.LOAD
     region: Region = Region.OUTSIDE
     events: list[Event] = field(default_factory=list)
@@ -134,19 +138,24 @@ class Tape(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")  # DeepSpeed numbers its devices
         if func is aten._local_scalar_dense.default:
             return self._answer(args[0])
-        if (
-            func is aten.add.Tensor
-            and sys._getframe(1).f_code.co_name == ENGINE_FRAME
-            and _is_summed_up(*args)
-        ):
-            return args[0]
+        recorder = self.recorder
+        counted = 0 if recorder is None else recorder.total
         try:
-            output = self._run(func, args, kwargs)
+            if (
+                func is aten.add.Tensor
+                and sys._getframe(1).f_code.co_name == ENGINE_FRAME
+                and _is_summed_up(*args)
+            ):
+                output = args[0]
+            else:
+                output = self._run(func, args, kwargs)
         except Exception:
             self.failed = self.failed or str(func)
             raise
         if func is aten.all.default and args[0].dim() > 1:  # of a mask, not of a number that is compared
             self._mask_checks[output] = True
+        if recorder is not None and recorder.active:
+            recorder.note(func, args, kwargs, output, self.region is Region.HEAD, counted)
         live = self._live
         births = [
             tensor
@@ -163,6 +172,17 @@ class Tape(TorchDispatchMode):
         elif isinstance(output, (tuple, list)) and any(isinstance(item, list) for item in output):
             raise NotImplementedError(f"{func} returns nested lists of tensors")
         return output
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """While it is open, no work is counted."""
+        recorder = self.recorder
+        was_active = recorder is not None and recorder.active
+        if recorder is not None:
+            recorder.active = False
+        yield
+        if recorder is not None:
+            recorder.active = was_active
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         twin = self.twins.get(func)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,11 +38,12 @@ from launcher.plan import Plan
 from launcher.planner import attention_twin, cuda_twin, kernel_twins, worst_case
 from launcher.planner.attribution import Attribution
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
-from launcher.planner.fast_fake import FastFakeTensorMode
+from launcher.planner.fast_fake import FastFakeTensorMode, Memory
 from launcher.planner.generation import generation_lengths
 from launcher.planner.kept_logits import all_batches, window_of
 from launcher.planner.materialize import quantized_layers
 from launcher.planner.polynomial import TracedShape
+from launcher.planner.recorder import WorkRecorder
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
 from launcher.planner.rehearsal import Rehearsal
 from launcher.planner.replaced import replaced
@@ -79,7 +81,7 @@ class TraceSubject:
 def regime_lines(subject: TraceSubject) -> Lines:
     """Where the regimes of a job meet, read off the libraries and the model's config."""
     text = subject.config.get_text_config()
-    tile: int | None = trl_chunked.TOKEN_CHUNK_SIZE if subject.plan.loss is Loss.CHUNKED else None
+    tile = _token_tile(subject.plan)
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None)
     slides = window and (kinds is None or "sliding_attention" in kinds)
@@ -130,6 +132,12 @@ def _liger_tokens_per_tile(subject: TraceSubject) -> int | None:
     text = subject.config.get_text_config()
     tokens = -(-text.vocab_size // text.hidden_size)
     return int(tokens) if tokens > 1 else None
+
+
+def _token_tile(plan: Plan) -> int | None:
+    """Predicted tokens that the loss handles at a time; None when it handles all at once."""
+    tile: int = trl_chunked.TOKEN_CHUNK_SIZE
+    return tile if plan.loss is Loss.CHUNKED else None
 
 
 def _parameter_dimensions(subject: TraceSubject) -> set[int]:
@@ -213,7 +221,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
         plan = replace(plan, precision=Precision.BF16_MIXED)  # the same sizes, and no loss scale to look at
     config = copy.deepcopy(subject.config)
     truncate(config.get_text_config(), depth)
-    fake = FastFakeTensorMode()
+    fake = FastFakeTensorMode(_memory())
     on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
     twins = dict(worst_case.twins())
     if on_gpu:
@@ -224,7 +232,8 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
     if quantizes:
         quantized_layers().prepare()
         twins |= quantized_layers().twins(on_cpu=not on_gpu)
-    tape = Tape(shape, twins=twins, padded=subject.padded and shape.batch > 1, fake=fake)
+    recorder = WorkRecorder(shape, _token_tile(plan))
+    tape = Tape(shape, twins, subject.padded and shape.batch > 1, fake, recorder=recorder)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -236,7 +245,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
             world.join(replace(subject.job, hardware=subject.hardware), plan, TRACED_RANK, folder, tape)
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
-        for stand_in in _kernels(subject, plan):
+        for stand_in in _kernels(subject, plan, recorder):
             stack.enter_context(stand_in)
         model = _build_on_meta(subject, config, plan)
         # the list of blocks is for one shape; a trace with symbols answers for many, and can do without
@@ -245,7 +254,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
         for stand_in in _answers(subject, plan, tape, on_gpu):
             stack.enter_context(stand_in)
         if on_gpu:
-            stack.enter_context(cuda_twin.branches(subject.hardware))
+            stack.enter_context(cuda_twin.branches(subject.hardware, recorder))
         rehearsal = Rehearsal(tape, model, subject.job, plan, on_gpu, attribution, part_share(subject.plan))
         trainer_inputs = rehearsal.inputs(folder)
         stack.enter_context(fake)
@@ -279,13 +288,15 @@ def _words(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
 
 
-def _kernels(subject: TraceSubject, plan: Plan) -> Iterator[AbstractContextManager[None]]:
+def _kernels(
+    subject: TraceSubject, plan: Plan, recorder: WorkRecorder
+) -> Iterator[AbstractContextManager[None]]:
     """Stand-ins for kernels of optional packages, for those that the plan asks for."""
     on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
     if on_gpu and plan.attention is Attention.FLASH_ATTENTION_2:
         yield attention_twin.flash_attention_2()
     if plan.loss is Loss.LIGER:  # importing it takes a second that few jobs need to wait
-        yield importlib.import_module("launcher.planner.liger_twin").gpu_kernels(subject.hardware)
+        yield importlib.import_module("launcher.planner.liger_twin").gpu_kernels(subject.hardware, recorder)
 
 
 def _answers(
@@ -297,6 +308,12 @@ def _answers(
     yield replaced(trainer_pt_utils, "nested_numpify", _zeros_like)
     if subject.job.evaluation.keep_logits:
         yield all_batches(tape, window_of(subject.job, plan), on_gpu=on_gpu)
+
+
+@cache
+def _memory() -> Memory:
+    """What the traces of this process learn of operations."""
+    return Memory()
 
 
 def _pads(tape: Tape, mask: torch.Tensor) -> bool:

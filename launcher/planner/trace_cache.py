@@ -21,6 +21,7 @@ from launcher.memory import Category, Phase
 from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
 from launcher.planner.stream import Stream
 from launcher.planner.tracer import Subject, SubjectFacts
+from launcher.planner.work import decode_table, encode_table
 
 LIBRARIES = (
     "torch",
@@ -167,6 +168,7 @@ def _encode(skyline: Skyline) -> dict[str, Any]:
         "traced_accumulation": skyline.traced_accumulation,
         "host": None if skyline.host is None else _encode(skyline.host),
         "disk_bytes": dict(skyline.disk_bytes),
+        "work": encode_table(skyline.work),
     }
 
 
@@ -183,6 +185,7 @@ def _decode(payload: Mapping[str, Any]) -> Skyline:
         traced_accumulation=int(payload["traced_accumulation"]),
         host=None if payload["host"] is None else _decode(payload["host"]),
         disk_bytes={str(name): int(size) for name, size in payload["disk_bytes"].items()},
+        work=decode_table(payload["work"]),
     )
 
 

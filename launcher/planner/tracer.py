@@ -70,6 +70,11 @@ def _libraries() -> tuple[Any, int]:
     return trace, int(resident[0]) << 10 if resident else 0
 
 
+def import_libraries() -> None:
+    """Imports them before the first question comes; runs in a child process."""
+    _libraries()
+
+
 def facts_of(subject: Subject) -> SubjectFacts:
     """Reads a subject's facts off the libraries; runs in a child process."""
     trace, process_bytes = _libraries()
@@ -132,6 +137,8 @@ class Tracer:
                 initializer=hide_libraries,
                 initargs=(self._hidden,),
             )
+            for _ in range(1, NUM_PROCESSES):  # a process starts when there is something for it to do
+                self._pool.submit(import_libraries)
         return self._pool
 
 

@@ -10,6 +10,7 @@ from launcher.cluster import SubmittedJob
 from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import Plan, PlanChoice
 from launcher.run_record import RunRecord
+from launcher.step_time import StepTime
 
 
 def plan_document(
@@ -20,7 +21,7 @@ def plan_document(
         "feasible": choice.feasible,
         "plan": plan_fields(choice.plan) if choice.plan else None,
         "reason": choice.reason,
-        "predicted": predicted_fields(choice.estimate) if choice.estimate else None,
+        "predicted": predicted_fields(choice.estimate, choice.step) if choice.estimate else None,
         "runner_up": plan_fields(choice.runner_up) if choice.runner_up else None,
         "capacity_bytes": choice.capacity_bytes,
         "headroom_bytes": choice.headroom_bytes,
@@ -30,6 +31,7 @@ def plan_document(
                 "reason": item.reason,
                 "short_by_bytes": item.short_by_bytes,
                 "peak_device_bytes": item.peak_bytes or None,
+                "step_seconds": item.step_seconds,
             }
             for item in choice.rejected
         ],
@@ -59,7 +61,9 @@ def run_fields(record: RunRecord) -> dict[str, Any]:
             {"rank": measured.rank, **measured_fields(measured, record)} for measured in record.measured_ranks
         ],
         "predicted_as_run": (
-            predicted_fields(record.predicted_as_run) if record.predicted_as_run is not None else None
+            None
+            if record.predicted_as_run is None
+            else predicted_fields(record.predicted_as_run, record.predicted_step_as_run)
         ),
         "outcome": {**asdict(record.outcome), "status": record.outcome.status.value},
         "run_dir": record.run_dir,
@@ -74,7 +78,7 @@ def record_document(record: RunRecord) -> dict[str, Any]:
         "hardware": record.hardware,
         "started": record.started,
         "plan": plan_fields(record.plan),
-        "predicted": predicted_fields(record.predicted),
+        "predicted": predicted_fields(record.predicted, record.predicted_step),
         "versions": dict(record.versions),
         **run_fields(record),
     }
@@ -89,11 +93,11 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
     return {**fields, "buckets": asdict(plan.buckets) if plan.buckets else None}
 
 
-def predicted_fields(estimate: MemoryEstimate) -> dict[str, Any]:
+def predicted_fields(estimate: MemoryEstimate, step: StepTime | None) -> dict[str, Any]:
     """A prediction as plain values.
 
-    `peak_reserved_bytes` is null where there is no caching allocator; `step_seconds` and `tokens_per_second` are
-    null: speed is not predicted yet. `disk_bytes.num_checkpoints` is null where the number of steps is not known.
+    `peak_reserved_bytes` is null where there is no caching allocator; `step_seconds` and `tokens_per_second` where
+    nobody knows how fast the device is. `disk_bytes.num_checkpoints` is null where the number of steps is not known.
     """
     host, disk = estimate.host, estimate.disk
     return {
@@ -110,8 +114,10 @@ def predicted_fields(estimate: MemoryEstimate) -> dict[str, Any]:
         "host_by_category_bytes": None if host is None else dict(host.by_category_bytes),
         "pinned_bytes": None if host is None else host.pinned_bytes,
         "disk_bytes": None if disk is None else {**asdict(disk), "total_bytes": disk.total_bytes},
-        "step_seconds": None,
-        "tokens_per_second": None,
+        "step_seconds": None if step is None else step.seconds,
+        "tokens_per_second": None if step is None else step.tokens_per_second,
+        "rates": None if step is None else step.rates,
+        "is_calibrated": step is not None and step.is_calibrated,
     }
 
 

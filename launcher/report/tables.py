@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.cluster import SubmittedJob
+from launcher.hardware import HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.memory import RESIDENT, Category, Interval, MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan, PlanChoice
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord
-from launcher.units import MIB, format_bytes, format_seconds, signed_percent
+from launcher.step_time import StepTime, dollars_per_million_tokens
+from launcher.units import MIB, format_bytes, format_seconds, format_step, signed_percent
 
 WIDTH = 80
 REJECTED_SHOWN = 8
@@ -30,6 +32,7 @@ def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
         lines += [
             _wrapped("plan     ", plan_words(choice.plan)),
             _wrapped("because  ", choice.reason),
+            *_speed_lines(choice.step, hardware),
             "",
             *_estimate_lines(choice.estimate),
             *_per_weight(choice.estimate, job.model.num_parameters),
@@ -67,6 +70,24 @@ def engine_words(plan: Plan) -> str:
     name = f"ZeRO stage {plan.zero_stage}" if plan.engine is Engine.DEEPSPEED else plan.engine.value.upper()
     nodes = f"{plan.num_nodes} x " if plan.num_nodes > 1 else ""
     return f"{name} on {nodes}{plan.num_devices} devices"
+
+
+def _speed_lines(step: StepTime | None, hardware: HardwareSpec) -> list[str]:
+    """Predicted speed, and on what it rests."""
+    if step is None:
+        words = "not known for this device; `launch action=calibrate` measures the one that is here"
+        return [_wrapped("speed    ", words)]
+    on_several = hardware.world_size > 1
+    label = "calibrated" if step.is_calibrated else "estimate, not calibrated"
+    words = (
+        f"{step.tokens_per_second:,.0f} tokens/s{' per device' if on_several else ''}, {format_step(step.seconds)} per "
+        f"step with every sequence at its full length ({label}: {step.rates})"
+    )
+    lines = [_wrapped("speed    ", words)]
+    if hardware.price_per_hour is not None:
+        dollars = dollars_per_million_tokens(step, hardware.price_per_hour)
+        lines.append(f"cost      ${dollars:,.2f} per million tokens")
+    return lines
 
 
 def _rejection(plan: Plan, reason: str) -> str:
@@ -170,8 +191,14 @@ def run_text(record: RunRecord) -> str:
         lines.append(f"loss      {outcome.first_loss:.4f} at first, {outcome.last_loss:.4f} at last")
     if outcome.tokens_per_second is not None and outcome.step_seconds is not None:
         lines.append(
-            f"speed     {outcome.tokens_per_second:,.0f} tokens/s, {format_seconds(outcome.step_seconds)} per step"
+            f"speed     {outcome.tokens_per_second:,.0f} tokens/s, {format_step(outcome.step_seconds)} per step"
         )
+        predicted_step = record.predicted_step_as_run or record.predicted_step
+        if predicted_step is not None:
+            error = signed_percent(predicted_step.seconds, outcome.step_seconds)
+            lines.append(
+                f"          predicted {format_step(predicted_step.seconds)} per step ({error:+.0f} %)"
+            )
     if record.measured is None:
         lines.append("memory    not measured: the run ended before the meter was read")
         return "\n".join(lines)

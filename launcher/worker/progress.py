@@ -27,6 +27,10 @@ class Progress:
     """Optimizer steps of earlier runs that this one goes on from."""
     losses: list[float] = field(default_factory=list)
     step_ends: list[float] = field(default_factory=list)
+    step_tokens: list[int] = field(default_factory=list)
+    """Tokens of each finished step, padding included."""
+    tokens: int = 0
+    """Tokens of the step that is on."""
     stop_asked: bool = False
     is_stopped: bool = False
     shapes: set[StepShape] = field(default_factory=set)
@@ -62,6 +66,8 @@ class ProgressCallback(TrainerCallback):
         """An optimizer step is done."""
         self._progress.steps = state.global_step
         self._progress.step_ends.append(time.perf_counter())
+        self._progress.step_tokens.append(self._progress.tokens)
+        self._progress.tokens = 0
         if all_stop_now(self._plan, state.global_step, self._progress.stop_asked):
             self._stop(control)
 
@@ -79,7 +85,7 @@ class ProgressCallback(TrainerCallback):
         memory = process_memory_bytes()
         ends = self._progress.step_ends
         seconds = ends[-1] - ends[-2] if len(ends) > 1 else None
-        rate = self._plan.tokens_per_step / seconds if seconds else None
+        rate = self._progress.step_tokens[-1] / seconds if seconds else None
         line = {"step": state.global_step, **logs, "step_seconds": seconds, "tokens_per_second": rate}
         line |= {f"memory_{name}_bytes": value for name, value in memory.items()}
         if self._metrics is not None:

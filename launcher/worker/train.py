@@ -157,6 +157,7 @@ def train(
     prepare_trainer(trainer, plan, enter)
     check_images(trainer, job)
     _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
+    _count_tokens(model, progress)
     if resume:
         enter(Phase.RESUME)
     trainer.train(resume_from_checkpoint=resume or None)
@@ -215,6 +216,14 @@ def _watch_batches(trainer: Trainer, progress: Progress, meter: Meter, num_batch
         return batch
 
     trainer.data_collator = collate_and_note
+
+
+def _count_tokens(model: nn.Module, progress: Progress) -> None:
+    def count(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if module.training and "input_ids" in kwargs:
+            progress.tokens += kwargs["input_ids"].numel()
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
 
 
 def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
@@ -304,7 +313,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         traceback.print_exc()
     if measurement is not None:
         write_document(paths.measured(rank()), measurement)
-    write_document(paths.outcome(rank()), _outcome(status, message, seconds, progress, order.plan))
+    write_document(paths.outcome(rank()), _outcome(status, message, seconds, progress))
     if status in (Status.DONE, Status.INTERRUPTED):
         leave_together()
     return status
@@ -330,11 +339,12 @@ def _classify(failure: BaseException) -> Status:
     return Status.OUT_OF_MEMORY if is_memory else Status.FAILED
 
 
-def _outcome(status: Status, message: str, seconds: float, progress: Progress, plan: Plan) -> WorkerOutcome:
+def _outcome(status: Status, message: str, seconds: float, progress: Progress) -> WorkerOutcome:
     ends = progress.step_ends
     steps = [later - earlier for earlier, later in itertools.pairwise(ends)]
     settled = steps[METERED_STEPS:]  # the meter slows the first steps down
-    median = statistics.median(settled) if settled else None
+    tokens = progress.step_tokens[METERED_STEPS:]
+    rates = [count / seconds for count, seconds in zip(tokens, settled, strict=True)]
     return WorkerOutcome(
         status=status,
         message=message,
@@ -342,12 +352,13 @@ def _outcome(status: Status, message: str, seconds: float, progress: Progress, p
         first_loss=progress.losses[0] if progress.losses else None,
         last_loss=progress.losses[-1] if progress.losses else None,
         train_seconds=seconds,
-        tokens_per_second=plan.tokens_per_step / median if median else None,
-        step_seconds=median,
+        tokens_per_second=statistics.median(rates) if rates else None,
+        step_seconds=statistics.median(settled) if settled else None,
         world_size=world_size(),
         rank=rank(),
         host=socket.gethostname(),
         ended_at_seconds=time.time(),
+        tokens_per_step=statistics.median(tokens) if tokens else None,
     )
 
 

@@ -1,0 +1,109 @@
+"""What several devices exchange per optimizer step, and how long it takes over the links of the hardware.
+
+Bytes are those of the algorithms that the engines run. A ring moves (n - 1)/n of a tensor per device to gather or to
+reduce-scatter it, and twice that to all-reduce it (Patarasuk and Yuan, 2009). What an engine sends while it computes is
+hidden as far as the computation lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from launcher.hardware import HardwareSpec
+from launcher.job import Engine
+from launcher.memory import Category
+from launcher.plan import Plan
+from launcher.step_time import StepTime
+
+BACKWARD_SHARE = 2 / 3
+"""Share of a pass that is backward: it multiplies twice as much as forward."""
+LINK_EFFICIENCY = 0.8
+"""Share of a link's rate that collectives of large tensors reach: NCCL's bus bandwidth of all-reduce on eight A100 or
+H100 is about 230 of 300 and 360 to 370 of 450 GB/s (NVIDIA nccl-tests, README and published logs, read 2026-11)."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one device sends per optimizer step."""
+
+    hidden_bytes: int
+    """While it computes."""
+    exposed_bytes: int
+    """While it waits."""
+
+
+def traffic(plan: Plan, trained_bytes: int, weight_bytes: int) -> Traffic:
+    """What a device sends per optimizer step.
+
+    Args:
+        plan: The plan.
+        trained_bytes: Gradients of all trained weights, as they are exchanged.
+        weight_bytes: All weights, as they are held for computing.
+    """
+    devices = plan.num_devices if plan.shard_within_node else plan.world_size
+    if devices == 1 and plan.num_nodes == 1:
+        return Traffic(0, 0)
+    ring = (devices - 1) / devices
+    passes = plan.gradient_accumulation_steps
+    if plan.engine is Engine.DDP:  # nothing is exchanged but in the last micro batch
+        return Traffic(round(2 * ring * trained_bytes), 0)
+    if plan.zero_stage < 3:
+        # stages 1 and 2 all-reduce whole buckets (`use_multi_rank_bucket_allreduce`, deepspeed 0.19.8), stage 2 in
+        # every micro batch; then the updated weights are gathered
+        reductions = passes if plan.zero_stage == 2 else 1
+        return Traffic(round(2 * ring * trained_bytes * reductions), round(ring * trained_bytes))
+    gathers, scatters = 2 * passes, passes  # weights come for the forward and for the backward pass
+    sent = ring * (gathers * weight_bytes + scatters * trained_bytes)
+    if plan.shard_within_node and plan.num_nodes > 1:
+        sent += 2 * trained_bytes / devices * (plan.num_nodes - 1) / plan.num_nodes
+    return Traffic(round(sent), 0)
+
+
+def communication_seconds(
+    plan: Plan, hardware: HardwareSpec, sent: Traffic, computing_seconds: float
+) -> float:
+    """What communication adds to a step.
+
+    Args:
+        plan: The plan.
+        hardware: Its links. Between nodes every device has its own share of the network.
+        sent: What a device sends.
+        computing_seconds: How long it computes.
+    """
+    if plan.world_size == 1:
+        return 0.0
+    across = plan.num_nodes > 1 and not plan.shard_within_node
+    rate = LINK_EFFICIENCY * link_bytes_per_second(hardware, across_nodes=across)
+    if not rate:
+        return 0.0
+    window = computing_seconds * (1.0 if plan.zero_stage == 3 else BACKWARD_SHARE)
+    return sent.exposed_bytes / rate + max(0.0, sent.hidden_bytes / rate - window)
+
+
+def link_bytes_per_second(hardware: HardwareSpec, *, across_nodes: bool) -> float:
+    """Rate of the slowest link that a ring passes, one direction; 0 where no link is known."""
+    within = hardware.device_link_bytes_per_second / 2 or hardware.host_link_bytes_per_second
+    if not across_nodes:
+        return within
+    return min(within, hardware.network_bytes_per_second) if within else hardware.network_bytes_per_second
+
+
+def with_communication(
+    step: StepTime, plan: Plan, hardware: HardwareSpec, resident_bytes: Mapping[Category, int]
+) -> StepTime:
+    """A step with what its plan's devices exchange.
+
+    Args:
+        step: The step of one device by itself.
+        plan: The plan.
+        hardware: Its links; a link of unknown rate adds nothing.
+        resident_bytes: What a device holds: gradients from stage 2 on and weights at stage 3 are its share of them.
+    """
+    if plan.world_size == 1:
+        return step
+    devices = plan.num_devices if plan.shard_within_node else plan.world_size
+    trained = resident_bytes[Category.GRADIENTS] * (devices if plan.zero_stage >= 2 else 1)
+    weights = resident_bytes[Category.PARAMETERS] * (devices if plan.zero_stage == 3 else 1)
+    seconds = communication_seconds(plan, hardware, traffic(plan, trained, weights), step.seconds)
+    return replace(step, communication_seconds=seconds)

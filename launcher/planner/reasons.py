@@ -1,0 +1,166 @@
+"""Why a plan was taken or not, in words with figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launcher.job import Checkpointing, JobSpec
+from launcher.memory import MemoryEstimate, Phase
+from launcher.plan import Plan, Rejection
+from launcher.planner.arrangements import Arrangement
+from launcher.planner.objective import SAME, Price, Ranking
+from launcher.units import format_bytes, format_step
+
+NOT_PRICED = "; not priced"
+"""Remark on a plan that may fit or not: it is worse in any case."""
+
+
+def too_large(estimate: MemoryEstimate, budget_bytes: int, *, keeps_logits: bool) -> str:
+    """A plan that exceeds the device."""
+    peak = estimate.peak
+    kept = "; evaluation.keep_logits=true keeps those of all held-out examples"
+    return (
+        f"{peak.phase.value} needs {format_bytes(estimate.peak_device_bytes)}, "
+        f"{format_bytes(estimate.peak_device_bytes - budget_bytes)} over the budget; "
+        f"{_largest({name.value: size for name, size in peak.by_category_bytes.items()})}"
+        f"{kept if keeps_logits and peak.phase is Phase.EVALUATION else ''}"
+    )
+
+
+def too_large_on_host(estimate: MemoryEstimate, short_by_bytes: int) -> str:
+    """A plan that exceeds the host memory."""
+    assert estimate.host is not None  # it was found too large
+    return (
+        f"needs {format_bytes(estimate.host.peak_bytes)} of host memory, {format_bytes(short_by_bytes)} more than "
+        f"there is; {_largest(estimate.host.by_category_bytes)}"
+    )
+
+
+def _largest(parts: Mapping[str, int]) -> str:
+    largest = max(parts, key=lambda name: parts[name])
+    return f"{largest} take {format_bytes(parts[largest])}"
+
+
+def like_smaller(smaller: Plan, short_by_bytes: int) -> str:
+    """A plan with a larger micro batch than one that fails."""
+    return (
+        f"needs more than micro batch {smaller.micro_batch_size}, which is already {format_bytes(short_by_bytes)} "
+        "over the budget"
+    )
+
+
+def by_bound(bound_bytes: int, budget_bytes: int) -> str:
+    """A plan of which only a lower bound is known."""
+    return f"needs at least {format_bytes(bound_bytes)}, {format_bytes(bound_bytes - budget_bytes)} over the budget"
+
+
+def worse(price: Price, best: Price, ranking: Ranking) -> str:
+    """A plan that fits, and ranks below the plan taken."""
+    more = price.estimate.peak_device_bytes - best.estimate.peak_device_bytes
+    if ranking.by_memory:
+        return f"fits, and needs {format_bytes(more)} more than the plan taken"
+    if price.step is None or best.step is None:
+        return f"slower than the plan taken: {_rule(price.plan, best.plan)}"
+    if price.step.seconds <= ranking.within(best.step.seconds) and more >= 0:
+        return f"as fast as the plan taken, and needs {format_bytes(more)} more"
+    if price.plan.activation_checkpointing is not best.plan.activation_checkpointing:
+        return f"slower than the plan taken: {_seconds(price, best)}; {_rule(price.plan, best.plan)}"
+    return f"slower than the plan taken: {_seconds(price, best)}"
+
+
+def exchanges_more(arrangement: Arrangement) -> str:
+    """An arrangement that shards more than one for which a plan that recomputes nothing fits."""
+    return f"{arrangement.words()} exchanges no less than what fits with nothing recomputed{NOT_PRICED}"
+
+
+def unpriced(plan: Plan, floor: float, best: Price, ranking: Ranking, is_dominated: bool) -> str:
+    """A plan that no trace was worth.
+
+    Args:
+        plan: The plan.
+        floor: A value that it does not go below; see `Ranking.floor`.
+        best: The plan taken.
+        ranking: How plans compare.
+        is_dominated: Whether a plan with the same micro batch that recomputes less fits.
+    """
+    if ranking.by_memory:
+        return f"needs at least {format_bytes(round(floor))}{NOT_PRICED}"
+    if is_dominated:
+        return f"recomputes more than a plan with the same micro batch that fits{NOT_PRICED}"
+    if best.step is None:
+        return f"slower than the plan taken: {_rule(plan, best.plan)}{NOT_PRICED}"
+    return (
+        f"slower than the plan taken: at least {format_step(floor)} per step, not "
+        f"{format_step(best.step.seconds)}{NOT_PRICED}"
+    )
+
+
+def runner_up(second: Price, best: Price, ranking: Ranking) -> str:
+    """The next best plan."""
+    if ranking.by_memory:
+        return "the runner-up: fits, and needs more memory"
+    if second.step is None or best.step is None:
+        return "the runner-up: fits, and is slower by the planner's rules"
+    return f"the runner-up: fits; {_seconds(second, best)}"
+
+
+def _seconds(price: Price, best: Price) -> str:
+    assert price.step is not None and best.step is not None
+    return f"{format_step(price.step.seconds)} per step, not {format_step(best.step.seconds)}"
+
+
+def _rule(plan: Plan, best: Plan) -> str:
+    if (plan.engine, plan.zero_stage) != (best.engine, best.zero_stage):
+        return "exchanges more" if plan.zero_stage > best.zero_stage else "recomputes more"
+    if plan.activation_checkpointing is not best.activation_checkpointing:
+        return "recomputes activations"
+    return f"micro batch {plan.micro_batch_size} while micro batch {best.micro_batch_size} fits"
+
+
+def taken(job: JobSpec, best: Price, ranking: Ranking, budget_bytes: int, position: int, left: int) -> str:
+    """Why a plan was taken.
+
+    Args:
+        job: The job.
+        best: The plan.
+        ranking: How plans compare.
+        budget_bytes: What it may take of the device.
+        position: Of its combination among the wanted ones.
+        left: Combinations that are wanted less.
+    """
+    pin, plan = job.planner.pin, best.plan
+    words = [
+        "first choice of the job" if position == 0 else f"choice {position + 1} of the job's ordered lists"
+    ]
+    if ranking.by_memory:
+        words.append("it needs the least memory")
+    else:
+        if pin.activation_checkpointing:
+            words.append("checkpointing is pinned")
+        elif plan.activation_checkpointing is Checkpointing.NONE:
+            words.append("nothing is recomputed")
+        else:
+            words.append("activations are recomputed because this micro batch does not fit without")
+        pinned = pin.micro_batch_size or pin.gradient_accumulation_steps
+        size = f"micro batch {plan.micro_batch_size}"
+        if ranking.knows_speed:
+            words += [f"{size} is pinned"] if pinned else []
+            words.append(f"no plan that fits is more than {SAME:.0%} faster")
+        else:
+            words.append(f"{size} is pinned" if pinned else f"{size} is the largest that fits")
+    words.append(f"{format_bytes(budget_bytes - best.estimate.peak_device_bytes)} remain above the headroom")
+    if left:
+        words.append(f"{left} less wanted combinations were not priced")
+    return "; ".join(words)
+
+
+def none_fits(nearest: Rejection, considered: int, capacity_bytes: int, headroom_bytes: int) -> str:
+    """Why there is no plan."""
+    plan = nearest.plan
+    return (
+        f"none of {considered} plans fits {format_bytes(capacity_bytes - headroom_bytes)} "
+        f"({format_bytes(capacity_bytes)} less {format_bytes(headroom_bytes)} headroom); "
+        f"the nearest is short by {format_bytes(nearest.short_by_bytes)}: {plan.method.value}, length "
+        f"{plan.max_length}, micro batch {plan.micro_batch_size}, checkpointing "
+        f"{plan.activation_checkpointing.value}"
+    )

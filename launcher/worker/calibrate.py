@@ -1,0 +1,279 @@
+"""Calibration: a microbenchmark of this machine's device. Started by `launch action=calibrate`.
+
+It measures what a training step is made of: matrix products (large ones, and thin ones as of LoRA), attention, passes
+over memory, the host's time per operation. Every time is the shortest of several calls: on a shared machine that is
+what repeats.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from launcher.documents import write_document
+from launcher.rates import AttentionRate, Calibration, MatrixRate, PassRate, Rates
+from launcher.run_record import WORKER_MARK
+
+LIBRARIES = ("torch", "transformers", "peft")
+SECONDS_PER_MEASURE = 0.08
+"""Time after which a measure stops; each has at least three calls."""
+SIDES = (512, 2048)
+THIN = 16
+TOKENS_ON_CPU = (64, 512)
+TOKENS_ON_GPU = (256, 2048, 8192)
+PASS_BYTES_ON_CPU = (1 << 16, 1 << 20, 1 << 23, 1 << 25, 1 << 27)
+PASS_BYTES_ON_GPU = (1 << 20, 1 << 24, 1 << 28)
+ROW = 1024
+"""Elements per row where a kernel works on rows."""
+FREE = ("empty", "new_empty", "detach", "lift_fresh", "alias", "_unsafe_view", "_local_scalar_dense")
+"""Operations that the planner does not count either, besides views."""
+Report = Callable[[str], None]
+
+
+class Bench:
+    """Measures calls on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self._call_seconds = 0.0
+        small = torch.zeros(16, device=device)
+        self._call_seconds = self.seconds(lambda: small + small)
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """The shortest time of a call, less what a call on next to nothing takes."""
+        call()
+        self._wait()
+        began = time.perf_counter()
+        call()
+        self._wait()
+        repeats = max(1, min(200, int(2e-3 / max(time.perf_counter() - began, 1e-7))))
+        shortest, ends, rounds = float("inf"), time.perf_counter() + SECONDS_PER_MEASURE, 0
+        while rounds < 3 or time.perf_counter() < ends:
+            began = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            self._wait()
+            shortest = min(shortest, (time.perf_counter() - began) / repeats)
+            rounds += 1
+        return max(shortest - self._call_seconds, 0.1 * shortest)
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+class _Count(TorchDispatchMode):
+    """Counts operations that launch something."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        is_view = any(item.alias_info is not None and not item.alias_info.is_write for item in returns)
+        if not is_view and not func._schema.name.rpartition("::")[2].startswith(FREE):
+            self.total += 1
+        return func(*args, **(kwargs or {}))
+
+
+def shapes(tokens: Sequence[int]) -> Iterator[tuple[int, int, int, str]]:
+    """Rows, inner side, columns and layout of the measured products.
+
+    Layers multiply by a transposed matrix (`nt`), gradients of inputs by the matrix itself (`nn`), gradients of
+    weights have a transposed first operand (`tn`); each with square, wide and thin matrices.
+    """
+    wide = 4 * SIDES[-1]
+    matrices = [*((a, b) for a in SIDES for b in SIDES), (SIDES[0], wide), (wide, SIDES[0])]
+    matrices += [pair for side in SIDES for pair in ((side, THIN), (THIN, side))]
+    for count in tokens:
+        for inner, columns in matrices:
+            yield count, inner, columns, "nt"
+            yield count, inner, columns, "nn"
+        for rows, columns in ((SIDES[0], SIDES[-1]), (SIDES[0], THIN), (THIN, SIDES[0]), (THIN, SIDES[-1])):
+            yield rows, count, columns, "tn"
+
+
+def measure_matrices(bench: Bench, dtype: torch.dtype, name: str) -> Iterator[MatrixRate]:
+    """Products of every shape and layout."""
+    for rows, inner, columns, layout in shapes(TOKENS_ON_GPU if bench.on_gpu else TOKENS_ON_CPU):
+        left = _operand(bench, dtype, rows, inner, layout[0])
+        right = _operand(bench, dtype, inner, columns, layout[1])
+        seconds = bench.seconds(lambda left=left, right=right: torch.mm(left, right))  # type: ignore[misc]
+        yield MatrixRate(name, rows, inner, columns, layout, 2.0 * rows * inner * columns / seconds)
+
+
+def _operand(bench: Bench, dtype: torch.dtype, rows: int, columns: int, layout: str) -> torch.Tensor:
+    if layout == "t":
+        return torch.randn(columns, rows, device=bench.device).to(dtype).t()
+    return torch.randn(rows, columns, device=bench.device).to(dtype)
+
+
+def measure_attention(bench: Bench, dtype: torch.dtype, name: str) -> Iterator[AttentionRate]:
+    """Causal attention of a head size of 64 (CPU) or 128, forward and backward."""
+    heads, size = (32, 128) if bench.on_gpu else (8, 64)
+    for length in (512, 2048, 8192) if bench.on_gpu else (64, 256, 1024):
+        query, key, value = (
+            torch.randn(1, heads, length, size, device=bench.device).to(dtype).requires_grad_()
+            for _ in range(3)
+        )
+
+        def forward(query: Any = query, key: Any = key, value: Any = value) -> Any:
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+        output = forward()
+        gradient = torch.ones_like(output)
+
+        def backward(
+            output: Any = output, inputs: Any = (query, key, value), gradient: Any = gradient
+        ) -> Any:
+            return torch.autograd.grad(output, inputs, gradient, retain_graph=True)
+
+        product = 2.0 * heads * length * length * size / 2
+        yield AttentionRate(
+            name, length, 2 * product / bench.seconds(forward), 5 * product / bench.seconds(backward)
+        )
+
+
+def measure_passes(bench: Bench, dtype: torch.dtype, name: str) -> Iterator[PassRate]:
+    """One kernel for each kind of pass over memory, at sizes inside and outside of caches."""
+    device = bench.device
+    for num_bytes in PASS_BYTES_ON_GPU if bench.on_gpu else PASS_BYTES_ON_CPU:
+        elements = num_bytes // dtype.itemsize
+        third, half, eighth = (elements // parts // ROW * ROW or ROW for parts in (3, 2, 8))
+        left, right = (torch.randn(third, device=device).to(dtype) for _ in range(2))
+        one = torch.randn(half, device=device).to(dtype)
+        rows = one[: half // ROW * ROW].view(-1, ROW)
+        whole = torch.randn(max(elements // ROW, 1), ROW, device=device).to(dtype)
+        index = torch.randint(0, len(rows), (len(rows),), device=device)
+        state = [torch.zeros(eighth, device=device).to(dtype) for _ in range(4)]
+        step = torch.ones((), device=device)
+        calls: list[tuple[str, int, Callable[[], Any]]] = [
+            ("fill", elements, lambda n=elements: torch.zeros(n, dtype=dtype, device=device)),  # type: ignore[misc]
+            ("copy", 2 * half, one.clone),
+            ("light", 3 * third, lambda a=left, b=right: a + b),  # type: ignore[misc]
+            ("heavy", 2 * half, lambda x=one: functional.silu(x)),  # type: ignore[misc]
+            ("softmax", 2 * rows.numel(), lambda x=rows: functional.log_softmax(x, -1)),  # type: ignore[misc]
+            ("reduce", whole.numel(), lambda x=whole: x.mean(-1)),  # type: ignore[misc]
+            ("gather", 2 * rows.numel(), lambda x=rows, i=index: functional.embedding(i, x)),  # type: ignore[misc]
+            ("optimizer", 7 * eighth, lambda s=state, t=step: _adamw(s, t)),  # type: ignore[misc]
+        ]
+        for kind, moved, call in calls:
+            size = moved * dtype.itemsize
+            yield PassRate(kind, name, size, size / bench.seconds(call))
+
+
+def _adamw(state: list[torch.Tensor], step: torch.Tensor) -> None:
+    parameter, gradient, first, second = state
+    torch._fused_adamw_(
+        [parameter], [gradient], [first], [second], [], [step],
+        lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+def measure_launch(bench: Bench) -> float:
+    """The host's time per operation of a training step with adapters on next to no data."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        vocab_size=64,
+        use_cache=False,
+    )
+    adapters = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), adapters).to(bench.device)
+    model.train()
+    tokens = torch.zeros((1, 4), dtype=torch.int64, device=bench.device)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    step()
+    with _Count() as count:
+        step()
+    operations: int = count.total
+    return bench.seconds(step) / operations
+
+
+def measure_link(bench: Bench) -> float:
+    """Bytes per second between pinned host memory and the device, the slower direction; 0 on a CPU."""
+    if not bench.on_gpu:
+        return 0.0
+    host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=bench.device)
+    slower = max(bench.seconds(lambda: there.copy_(host)), bench.seconds(lambda: host.copy_(there)))
+    return float(host.numel() / slower)
+
+
+def measure(device: torch.device, report: Report) -> Rates:
+    """All rates of a device."""
+    bench = Bench(device)
+    launch_seconds = measure_launch(bench)
+    report(f"host time per operation  {launch_seconds * 1e6:.1f} us")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if device.type == "cuda":
+        dtypes["fp16"] = torch.float16
+    matrix: list[MatrixRate] = []
+    attention: list[AttentionRate] = []
+    passes: list[PassRate] = []
+    for name, dtype in dtypes.items():
+        found = list(measure_matrices(bench, dtype, name))
+        matrix += found
+        report(
+            f"matrix products, {name}    up to {max(item.flops_per_second for item in found) / 1e9:,.1f} GFLOPS"
+        )
+        attention += measure_attention(bench, dtype, name)
+        measured = list(measure_passes(bench, dtype, name))
+        passes += measured
+        largest = max(item.num_bytes for item in measured if item.kind == "light")
+        rate = next(
+            item.bytes_per_second for item in measured if item.kind == "light" and item.num_bytes == largest
+        )
+        report(f"passes over memory, {name} {rate / 1e9:,.1f} GB/s")
+    return Rates(
+        source="calibration of this device",
+        is_calibrated=True,
+        is_synchronous=device.type == "cpu",
+        launch_seconds=launch_seconds,
+        host_link_bytes_per_second=measure_link(bench),
+        matrix=tuple(matrix),
+        attention=tuple(attention),
+        passes=tuple(passes),
+    )
+
+
+def _report(line: str) -> None:
+    sys.stderr.write(WORKER_MARK + line + "\n")
+    sys.stderr.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point: `python -m launcher.worker.calibrate <file> <name of the device>`."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    began = time.perf_counter()
+    rates = measure(device, _report)
+    versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    measured = datetime.now(UTC).isoformat(timespec="seconds")
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    calibration = Calibration(argv[2], threads, versions, measured, time.perf_counter() - began, rates)
+    write_document(Path(argv[1]), calibration)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,249 @@
+"""Predicted against measured order of plans: twelve plans of SmolLM2-135M with LoRA, on this machine's CPU.
+
+Each plan trains in a process of its own: the same workload, real tensors, random weights. Its step time is the median
+of the steps after the first. Predictions come from traces and from the calibration of this CPU (`launch
+action=calibrate`), never from a step that was timed.
+
+    python -m scripts.speed_check             prints the table
+    python -m scripts.speed_check --write     also writes docs/accuracy/<date>-speed.json and docs/speed.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+from launcher.config import load_job
+from launcher.documents import from_json, to_json
+from launcher.job import JobSpec
+from launcher.plan import Plan
+from launcher.planner.forecast import Forecaster
+from launcher.planner.objective import Price, Ranking
+from launcher.planner.space import batch_splits, checkpointing_modes, semantic_plans
+from launcher.planner.trace_cache import TraceCache
+from launcher.planner.tracer import Tracer
+from launcher.run.calibrate import device_rates
+from launcher.workflow import cache_folder, resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = (
+    "recipe=smollm_lora",
+    "hardware=cpu",
+    "data.max_length=128",
+    "training.global_batch_size=8",
+    "planner.headroom=0.05",
+)
+STEPS = 4
+"""Optimizer steps of each plan; the first one, in which memory is claimed and states are made, is not counted."""
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
+
+
+def plans_of(job: JobSpec) -> list[Plan]:
+    """Every checkpointing mode with every micro batch."""
+    semantic = next(semantic_plans(job))
+    return [
+        replace(
+            semantic, activation_checkpointing=mode, micro_batch_size=micro, gradient_accumulation_steps=steps
+        )
+        for mode in checkpointing_modes(job)
+        for micro, steps in batch_splits(job)
+    ]
+
+
+def predict(job: JobSpec, plans: Sequence[Plan]) -> list[Price]:
+    """Memory and time of each plan, read off the regimes' traces."""
+    rates = device_rates(job.hardware, cache_folder("rates"))
+    with Tracer() as tracer:
+        forecaster = Forecaster(job, tracer, TraceCache(cache_folder("traces")), 0, rates)
+        forecaster.prepare(plans)
+        return [Price(plan, forecaster.estimate(plan), forecaster.step_time(plan)) for plan in plans]
+
+
+def measure(job: JobSpec, plan: Plan) -> float:
+    """Median time of a step, in a process of its own."""
+    text = json.dumps({"job": to_json(job), "plan": to_json(plan)})
+    child = subprocess.run(
+        [sys.executable, "-m", "scripts.speed_check", "--child"],
+        input=text,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    if child.returncode:
+        raise SystemExit(child.stderr)
+    times: list[float] = json.loads(child.stdout.splitlines()[-1])
+    return statistics.median(times[1:])
+
+
+def train_here(job: JobSpec, plan: Plan) -> list[float]:
+    """Trains one plan in this process; returns the time of each step."""
+    import torch  # noqa: PLC0415  # only the child process needs these
+    from datasets import Dataset  # noqa: PLC0415
+    from transformers import PrinterCallback, TrainerCallback  # noqa: PLC0415
+
+    from launcher import workload  # noqa: PLC0415
+    from launcher.planner.rehearsal import blank_tokenizer  # noqa: PLC0415
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Notes when steps end."""
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            """The loop begins."""
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            """A step has ended."""
+            ends.append(time.perf_counter())
+
+    torch.manual_seed(0)
+    model = workload.build_model(workload.model_config("", job.model), plan, "", job)
+    model = workload.attach_adapters(model, job, plan)
+    tokens = torch.randint(3, 49_000, (STEPS * plan.global_batch_size, plan.max_length)).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {
+            "use_cpu": True,
+            "max_steps": STEPS,
+            "save_strategy": "no",
+            "report_to": [],
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "dataloader_pin_memory": False,
+        }
+        trainer = workload.build_trainer(
+            model,
+            job,
+            plan,
+            workload.training_arguments(job, plan, Path(folder), changes),
+            Dataset.from_dict({"input_ids": tokens}),
+            None,
+            blank_tokenizer(),
+            [Clock()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [later - earlier for earlier, later in pairwise(ends)]
+
+
+def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float:
+    """Share of pairs in the same order less share in the other; ties count as neither."""
+    signs = [
+        (a[0] > b[0]) - (a[0] < b[0]) if (a[1] > b[1]) else (b[0] > a[0]) - (b[0] < a[0])
+        for a, b in combinations(pairs, 2)
+    ]
+    return sum(signs) / len(signs)
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """What it comes to, in one line."""
+    tau = kendall_tau([(item["predicted_seconds"], item["measured_seconds"]) for item in results])
+    chosen = next(item for item in results if item["is_chosen"])
+    fastest = min(item["measured_seconds"] for item in results)
+    share = fastest / chosen["measured_seconds"]
+    return (
+        f"Kendall tau {tau:.2f} over {len(results)} plans; the chosen plan reaches {share:.2f} of the speed of the "
+        "fastest measured one."
+    )
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The plans, the fastest measured one first."""
+    lines = ["| plan | predicted s | measured s | error | |", "|---|--:|--:|--:|---|"]
+    for item in sorted(results, key=lambda item: float(item["measured_seconds"])):
+        error = 100 * (item["predicted_seconds"] / item["measured_seconds"] - 1)
+        lines.append(
+            f"| {item['checkpointing']}, {item['micro_batch_size']} x {item['accumulation']} | "
+            f"{item['predicted_seconds']:.2f} | {item['measured_seconds']:.2f} | {error:+.0f} % | "
+            f"{'chosen' if item['is_chosen'] else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def check() -> dict[str, Any]:
+    """Predicts, measures, compares."""
+    job = resolve(load_job(JOB), ())
+    prices = predict(job, plans_of(job))
+    chosen = Ranking(job.planner.objective, knows_speed=True).best(prices)
+    load_before = os.getloadavg()[0]
+    results = []
+    for price in prices:
+        assert price.step is not None  # a CPU has rates
+        plan = price.plan
+        results.append(
+            {
+                "checkpointing": plan.activation_checkpointing.value,
+                "micro_batch_size": plan.micro_batch_size,
+                "accumulation": plan.gradient_accumulation_steps,
+                "predicted_seconds": price.step.seconds,
+                "measured_seconds": measure(job, plan),
+                "peak_bytes": price.estimate.peak_device_bytes,
+                "is_chosen": price is chosen,
+            }
+        )
+        print(results[-1], file=sys.stderr)
+    step = prices[0].step
+    return {
+        "date": datetime.date.today().isoformat(),
+        "job": list(JOB),
+        "rates": "" if step is None else step.rates,
+        "threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "load_before_and_after": [load_before, os.getloadavg()[0]],
+        "versions": {name: version(name) for name in LIBRARIES},
+        "results": results,
+    }
+
+
+def write(found: dict[str, Any]) -> None:
+    """Writes the data file and the page."""
+    target = ROOT / "docs" / "accuracy" / f"{found['date']}-speed.json"
+    target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    page = [
+        "# Predicted and measured speed",
+        "",
+        f"Generated by `python -m scripts.speed_check --write`, {found['date']}: SmolLM2-135M, LoRA rank 16, fp32, eight "
+        f"sequences of 128 tokens per step, {found['threads'] or 'all'} threads; {versions}. Rates: {found['rates']}. "
+        f"Load average of the machine before and after: {found['load_before_and_after'][0]:.1f} and "
+        f"{found['load_before_and_after'][1]:.1f}.",
+        "",
+        summary(found["results"]),
+        "",
+        table(found["results"]),
+        "",
+    ]
+    (ROOT / "docs" / "speed.md").write_text("\n".join(page), encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--child", action="store_true", help="train one plan, read from stdin; prints JSON")
+    options = parser.parse_args()
+    if options.child:
+        order = json.loads(sys.stdin.read())
+        print(json.dumps(train_here(from_json(JobSpec, order["job"]), from_json(Plan, order["plan"]))))
+        return
+    found = check()
+    print(table(found["results"]))
+    print(summary(found["results"]))
+    if options.write:
+        write(found)
+
+
+if __name__ == "__main__":
+    main()
