@@ -49,7 +49,8 @@ class InPlaceKernel:
         self._recorder = recorder
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def run(tile: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        def run(*args: Any, **kwargs: Any) -> None:
+            tile = args[0] if args else kwargs["X_ptr"]
             self._recorder.note_kernel(f"loss kernel, {self._passes}", WorkKind.HEAVY, tile, self._passes)
 
         return run

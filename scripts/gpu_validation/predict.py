@@ -20,6 +20,7 @@ from launcher.planner.forecast import Forecaster
 from launcher.planner.stream import Stream
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
+from launcher.rates import published_rates
 from scripts.gpu_validation.jobs import ValidationJob, by_name, plan_of, spec_of
 from scripts.gpu_validation.orders import Answer, PredictionOrder
 from scripts.gpu_validation.results import PhaseBytes, Prediction
@@ -28,18 +29,21 @@ from scripts.gpu_validation.results import PhaseBytes, Prediction
 def predict(job: ValidationJob, hardware: HardwareSpec, tracer: Tracer) -> Prediction:
     """Predicts one job, traced at its true shape."""
     began = time.perf_counter()
-    forecaster = Forecaster(spec_of(job, hardware), tracer, TraceCache(None))
+    rates = published_rates(hardware)
+    forecaster = Forecaster(spec_of(job, hardware), tracer, TraceCache(None), rates=rates)
     plan = plan_of(job)
     estimate = forecaster.estimate(plan, exact=True)
     phases = {peak.phase: PhaseBytes(peak.allocated_bytes, peak.reserved_bytes) for peak in estimate.phases}
     if job.allocator == "classic" and hardware.kind is DeviceKind.CUDA:
         phases |= _classic(forecaster.stream(plan))
+    step = forecaster.step_time(plan, exact=True)
     held = max(peak.reserved_bytes or peak.allocated_bytes for peak in phases.values())
     return Prediction(
         phases=phases,
         resident_bytes=estimate.resident_bytes,
         device_bytes=held + estimate.context_bytes,
         seconds=round(time.perf_counter() - began, 2),
+        step_seconds=None if step is None else round(step.seconds, 4),
     )
 
 

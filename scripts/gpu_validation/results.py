@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import combinations
 
 from launcher.hardware import HardwareSpec
 from launcher.memory import Category, Phase
@@ -50,6 +51,8 @@ class Prediction:
     """Highest bytes on the device, context included: what decides whether the job fits."""
     seconds: float
     """What predicting took."""
+    step_seconds: float | None = None
+    """One optimizer step; None: the device's rates are unknown."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class JobResult:
     """Name of the file with the timeline of a rerun, beside this one."""
     step_seconds: tuple[float, ...] = ()
     """See `Outcome`."""
+    predicted_step_seconds: float | None = None
+    """See `Prediction`."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,7 @@ def with_prediction(result: JobResult, prediction: Prediction) -> JobResult:
         predicted=prediction.phases,
         predicted_resident_bytes=prediction.resident_bytes,
         predicted_device_bytes=prediction.device_bytes,
+        predicted_step_seconds=prediction.step_seconds,
     )
 
 
@@ -233,6 +239,34 @@ def device_error_percent(result: JobResult) -> float | None:
     return 100.0 * (result.predicted_device_bytes - max(measured)) / max(measured)
 
 
+def measured_step_seconds(result: JobResult) -> float | None:
+    """The shortest step after the first, in which kernels warm up; None where no other was timed."""
+    return min(result.step_seconds[1:], default=None)
+
+
+def step_error_percent(result: JobResult) -> float | None:
+    """Signed error of the step's time, percent of the measurement; None where one is missing."""
+    measured = measured_step_seconds(result)
+    if not measured or not result.predicted_step_seconds:
+        return None
+    return 100.0 * (result.predicted_step_seconds - measured) / measured
+
+
+def pairs_in_order(results: Sequence[JobResult]) -> tuple[int, int]:
+    """Of the pairs of jobs whose steps differ by more than a twentieth, how many are predicted in the right order."""
+    timed = [
+        (measured, result.predicted_step_seconds)
+        for result in results
+        if (measured := measured_step_seconds(result)) and result.predicted_step_seconds
+    ]
+    apart = [
+        (one[0] < other[0]) is (one[1] < other[1])
+        for one, other in combinations(timed, 2)
+        if abs(one[0] - other[0]) > 0.05 * max(one[0], other[0])
+    ]
+    return sum(apart), len(apart)
+
+
 def comparable(results: Results) -> list[JobResult]:
     """Jobs that were measured and predicted, the worst under-prediction first."""
     done = [
@@ -253,7 +287,17 @@ def worst(results: Results, count: int) -> list[JobResult]:
 
 def table(results: Results) -> str:
     """The comparison as a markdown table, under-predictions first."""
-    heads = ["job", "predicted, GiB", "measured, GiB", "allocated", "reserved", "device", *PHASES]
+    heads = [
+        "job",
+        "predicted, GiB",
+        "measured, GiB",
+        "allocated",
+        "reserved",
+        "device",
+        *PHASES,
+        "step, s",
+        "step",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for result in comparable(results):
         predicted, measured = peaks_bytes(result)
@@ -264,6 +308,8 @@ def table(results: Results) -> str:
             *(phase_error_percent(result, phase) for phase in PHASES),
         ]
         words = ["" if error is None else f"{error:+.2f} %" for error in errors]
+        seconds, error = measured_step_seconds(result), step_error_percent(result)
+        words += ["" if seconds is None else f"{seconds:.3f}", "" if error is None else f"{error:+.0f} %"]
         cells = [result.name, f"{predicted / 2**30:.3f}", f"{measured / 2**30:.3f}", *words]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -278,6 +324,14 @@ def summary(results: Results) -> str:
         lines.append(
             f"{len(errors)} jobs: median absolute error {statistics.median(map(abs, errors)):.2f} %, "
             f"worst {max(errors, key=abs):+.2f} %, under-predicted {sum(error < 0 for error in errors)}"
+        )
+    slips = [error for result in compared if (error := step_error_percent(result)) is not None]
+    if slips:
+        right, pairs = pairs_in_order(compared)
+        lines.append(
+            f"step times: median error {statistics.median(slips):+.0f} %, median absolute error "
+            f"{statistics.median(map(abs, slips)):.0f} %, worst {max(slips, key=abs):+.0f} %; {right} of {pairs} pairs "
+            "of jobs more than 5 % apart are predicted in the right order"
         )
     outside = _outside_bytes(compared)
     if outside:

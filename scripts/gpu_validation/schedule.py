@@ -77,6 +77,13 @@ def detect_hardware(*, cpu: bool) -> HardwareSpec:
     return resolve_hardware(wanted, known, devices, detect_cpu_memory_bytes())
 
 
+def _facts_of(hardware: HardwareSpec) -> HardwareSpec:
+    """Today's facts of a device, with the memory that was detected."""
+    known = (named_hardware(file.stem) for file in sorted((ROOT / "conf" / "hardware").glob("*.yaml")))
+    same = next((facts for facts in known if facts.product and facts.product == hardware.product), hardware)
+    return replace(same, memory_bytes=hardware.memory_bytes)
+
+
 def named_hardware(name: str) -> HardwareSpec:
     """A device of conf/hardware."""
     return TypeAdapter(HardwareSpec).validate_python(hardware_facts(name))
@@ -211,8 +218,12 @@ def card_bytes() -> int:
 
 
 def predict_again(path: Path, folder: Path) -> Results:
-    """Replaces the predictions of a results file by those of today's tracer; measurements stay."""
+    """Replaces the predictions of a results file by those of today's tracer; measurements stay.
+
+    The device's facts are those of today, too, where its product is known.
+    """
     results = read_document(path, Results)
+    results = replace(results, hardware=_facts_of(results.hardware))
     names = [result.name for result in results.jobs if result.predicted]
     with Predictor(names, results.hardware, tracer_environment(os.environ), folder) as predictor:
         for result in results.jobs:
