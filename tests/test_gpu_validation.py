@@ -48,8 +48,10 @@ from scripts.gpu_validation.results import (
     Status,
     job_result,
     new_results,
+    pairs_in_order,
     pending,
     phase_error_percent,
+    step_error_percent,
     summary,
     table,
     with_prediction,
@@ -177,20 +179,34 @@ def hand_made() -> Results:
         prediction(load=4.0, train_step=8.0, optimizer_step=9.0, save=3.0),
         measured(load=5.0, train_step=8.0, optimizer_step=6.0),
     )
+    over = replace(over, step_seconds=(9.0, 2.0, 2.5), predicted_step_seconds=1.5)
     return with_result(with_result(with_result(results, over), under), result(JOBS[2], Status.TIMED_OUT))
 
 
 def test_table_has_signed_errors_with_under_predictions_first() -> None:
     head, _, first, second = table(hand_made()).splitlines()
-    assert head.split(" | ")[-5:] == ["load", "train_step", "optimizer_step", "evaluation", "save |"]
+    heads = ["load", "train_step", "optimizer_step", "evaluation", "save", "step, s", "step |"]
+    assert head.split(" | ")[-7:] == heads
     # 19 for 20 GiB; reserved 20 for 21; on the device 21 for 23
     assert first == (
-        f"| {JOBS[0].name} | 19.000 | 20.000 | -5.00 % | -4.76 % | -8.70 % | +0.00 % | -5.00 % |  |  |  |"
+        f"| {JOBS[0].name} | 19.000 | 20.000 | -5.00 % | -4.76 % | -8.70 % | +0.00 % | -5.00 % |  |  |  |  |  |"
     )
     # the highest of the phases that were measured: 9 for 8 GiB
     assert second == (
-        f"| {JOBS[1].name} | 9.000 | 8.000 | +12.50 % | +11.11 % | +0.00 % | -20.00 % | +0.00 % | +50.00 % |  |  |"
+        f"| {JOBS[1].name} | 9.000 | 8.000 | +12.50 % | +11.11 % | +0.00 % | -20.00 % | +0.00 % | +50.00 % |  |  | "
+        "2.000 | -25 % |"
     )
+
+
+def test_pairs_of_jobs_count_when_their_steps_are_apart() -> None:
+    timed = [
+        replace(hand_made().jobs[0], step_seconds=(9.0, measured), predicted_step_seconds=predicted)
+        for measured, predicted in ((1.0, 2.0), (1.04, 1.0), (2.0, 1.5), (4.0, 5.0))
+    ]
+    # the first two are 4 % apart; of the other five pairs the one of the first and the third job is wrong
+    assert pairs_in_order(timed) == (4, 5)
+    assert step_error_percent(timed[2]) == -25.0
+    assert step_error_percent(replace(timed[2], step_seconds=(9.0,))) is None
 
 
 def test_summary_counts_and_names_what_has_no_result() -> None:
