@@ -99,6 +99,8 @@ class Case:
         )
 
 
+ALIKE = ("full", "dora, 8-bit states")
+"""Cases that others cover nearly as well."""
 CASES = {
     "full": Case(LLAMA, Method.FULL),
     "lora": Case(LLAMA, Method.LORA),
@@ -170,7 +172,10 @@ def worked_out(name: str, folder: str, *, resume: bool) -> str:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.thorough if name in ALIKE else ()) for name in CASES],
+)
 def test_peaks_and_sizes_are_those_of_a_run_and_of_its_resume(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     for resume in (False, True):

@@ -120,7 +120,12 @@ def members_of(paths: RunPaths) -> list[str]:
 
 @pytest.mark.parametrize(
     ("engine", "stage"),
-    [(Engine.DDP, 0), (Engine.DEEPSPEED, 0), (Engine.DEEPSPEED, 1), (Engine.DEEPSPEED, 2)],
+    [
+        (Engine.DDP, 0),
+        pytest.param(Engine.DEEPSPEED, 0, marks=pytest.mark.thorough),
+        pytest.param(Engine.DEEPSPEED, 1, marks=pytest.mark.thorough),
+        (Engine.DEEPSPEED, 2),
+    ],
 )
 def test_two_processes_learn_as_one(
     engine: Engine, stage: int, alone: Run, tiny: Path, tmp_path: Path

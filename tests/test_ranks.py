@@ -37,7 +37,11 @@ def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
 
 @pytest.mark.parametrize(
     ("engine", "stage", "method"),
-    [(Engine.DDP, 0, Method.FULL), (Engine.DEEPSPEED, 1, Method.FULL), (Engine.DEEPSPEED, 1, Method.LORA)],
+    [
+        (Engine.DDP, 0, Method.FULL),
+        pytest.param(Engine.DEEPSPEED, 1, Method.FULL, marks=pytest.mark.thorough),
+        (Engine.DEEPSPEED, 1, Method.LORA),
+    ],
 )
 def test_each_rank_takes_what_was_predicted(
     engine: Engine, stage: int, method: Method, model: Path, monkeypatch: pytest.MonkeyPatch
@@ -62,6 +66,7 @@ def forecaster() -> Iterator[Forecaster]:
         yield Forecaster(job_of(plan, Path("nowhere")), tracer, TraceCache(None))
 
 
+@pytest.mark.thorough
 def test_more_ranks_share_the_same_states(forecaster: Forecaster) -> None:
     """Stage 1 on twice as many ranks: half the states each, beyond the number of ranks that is traced as well."""
     states = {}

@@ -73,12 +73,6 @@ def command(recipe: Path) -> list[str]:
     return arguments
 
 
-@pytest.fixture(scope="session")
-def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Traces that the recipes share."""
-    return tmp_path_factory.mktemp("traces")
-
-
 def test_recipes_are_found() -> None:
     assert len(RECIPES) >= 6
     assert {path.stem for path in RECIPES} == set(group_choices("recipe"))
@@ -97,9 +91,9 @@ def test_recipe_says_what_it_is(recipe: Path) -> None:
 
 
 @every_recipe
-def test_recipe_plans_on_the_device_of_its_command(recipe: Path, trace_cache: Path, tmp_cwd: Path) -> None:
+def test_recipe_plans_on_the_device_of_its_command(recipe: Path, tmp_cwd: Path) -> None:
     done = subprocess.run(
-        [LAUNCH, *command(recipe), "action=plan", "output=json", f"trace_cache={trace_cache}"],
+        [LAUNCH, *command(recipe), "action=plan", "output=json"],
         capture_output=True,
         text=True,
         check=False,

@@ -180,6 +180,7 @@ def test_a_job_on_two_nodes_trains_and_reports(slurm: Path, tiny: Path, nasty_pa
     assert (batch.paths.model / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.thorough
 @needs_slurm
 def test_a_cancelled_job_saves_a_checkpoint_and_stays_cancelled(
     slurm: Path, tiny: Path, tmp_path: Path
