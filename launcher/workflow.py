@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from launcher.cluster import Cluster
 from launcher.cluster_limits import cluster_limits
 from launcher.config import catalogue_entry, hardware_entries
@@ -43,6 +41,7 @@ from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
 from launcher.report.documents import handed_over_fields, plan_document, record_document, run_fields
 from launcher.report.status import status_document, status_text
+from launcher.run.cache import cache_folder
 from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import (
     DetectedDevice,
@@ -65,8 +64,6 @@ from launcher.run_record import RunRecord, WorkerOrder, WorkerOutcome
 from launcher.step_time import StepTime
 from launcher.units import format_bytes
 
-CACHE_NAME = "launcher"
-"""Folder of weights, traces and rates below the user's cache."""
 Show = Callable[[str], None]
 
 
@@ -113,11 +110,6 @@ def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str
         *((what, hint) for is_found, what, hint in found if is_found),
         *knob_limits(job, hardware, is_installed),
     ]
-
-
-def cache_folder(name: str) -> Path:
-    """A folder under the user's cache."""
-    return user_cache_path(CACHE_NAME) / name
 
 
 def plan_job(job: JobSpec) -> PlanChoice:
