@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _act(job: JobSpec) -> int:
-    from launcher import workflow  # noqa: PLC0415  # --help and configuration errors must not wait for the planner
+    from launcher import advice, workflow  # noqa: PLC0415  # --help and configuration errors must not wait for the planner
 
     as_text = job.output is Output.TEXT
     show = _print_line if as_text else _log_line
@@ -78,7 +78,9 @@ def _act(job: JobSpec) -> int:
     elif job.action is Action.STATUS:
         answer = workflow.status_answer(job)
     elif job.action is Action.MEMORY:
-        answer = workflow.memory_answer(job)
+        answer = advice.memory_answer(job)
+    elif job.action is Action.EXPLAIN:
+        answer = advice.explain_answer(job)
     elif job.action is Action.CALIBRATE:
         answer = workflow.calibrate_answer(show)
     else:

@@ -118,6 +118,7 @@ class Action(StrEnum):
     PLAN = "plan"
     REPORT = "report"
     MEMORY = "memory"
+    EXPLAIN = "explain"
     STATUS = "status"
     CALIBRATE = "calibrate"
 

@@ -19,9 +19,8 @@ from launcher.errors import ConfigError, LauncherError, LaunchError, NoPlanFits
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, JobSpec
 from launcher.knob_limits import knob_limits
-from launcher.memory import MemoryEstimate, MemoryMeasurement, Timeline
+from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import PlanChoice
-from launcher.planner.bill import build_bill
 from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import (
     CONVENTION,
@@ -38,7 +37,6 @@ from launcher.planner.space import headroom_bytes, semantic_plans
 from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer, uses_bitsandbytes
 from launcher.report import tables
-from launcher.report.bill import bill_document, bill_text
 from launcher.report.documents import handed_over_fields, plan_document, record_document, run_fields
 from launcher.report.status import status_document, status_text
 from launcher.run.cache import cache_folder
@@ -115,7 +113,7 @@ def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str
 def plan_job(job: JobSpec) -> PlanChoice:
     """Finds the best plan of a resolved job, with the headroom and the interval that measured runs ask for."""
     job, note = with_headroom(job, _past_residuals(Path("runs")))
-    choice = _search(job)
+    choice = find_plan(job)
     recorded = read_residuals(EVIDENCE)
     estimates = {}
     for name, plan, estimate in (
@@ -165,11 +163,12 @@ def _past_residuals(folder: Path) -> tuple[Residual, ...]:
     return tuple(residuals)
 
 
-def _search(job: JobSpec) -> PlanChoice:
-    with Tracer(_needed_libraries(job)) as tracer:
+def find_plan(job: JobSpec) -> PlanChoice:
+    """Searches the plans of a resolved job whose headroom is a number."""
+    with Tracer(needed_libraries(job)) as tracer:
         budget = job.hardware.memory_bytes - headroom_bytes(job)
         rates = device_rates(job.hardware, cache_folder("rates"))
-        forecaster = Forecaster(job, tracer, _trace_cache(job), budget, rates)
+        forecaster = Forecaster(job, tracer, trace_cache(job), budget, rates)
         first = next(semantic_plans(job))
         if job.planner.pin.attention or forecaster.supports_sdpa(first):
             return search(job, forecaster)
@@ -187,12 +186,14 @@ def calibrate_answer(show: Show) -> Answer:
     return Answer(text, {"file": str(file), "calibration": json.loads(to_json(calibration))})
 
 
-def _needed_libraries(job: JobSpec) -> tuple[str, ...]:
+def needed_libraries(job: JobSpec) -> tuple[str, ...]:
+    """Optional libraries that the tracer of a job must not hide."""
     quantizes = any(uses_bitsandbytes(plan) for plan in semantic_plans(job))
     return (("bitsandbytes",) if quantizes else ()) + (("deepspeed",) if job.hardware.world_size > 1 else ())
 
 
-def _trace_cache(job: JobSpec) -> TraceCache:
+def trace_cache(job: JobSpec) -> TraceCache:
+    """Where a job's traces are kept."""
     return TraceCache(None if job.trace_cache == "off" else Path(job.trace_cache or cache_folder("traces")))
 
 
@@ -203,11 +204,12 @@ def plan_answer(job: JobSpec) -> Answer:
     choice = plan_job(job)
     seconds = time.perf_counter() - began
     document = plan_document(choice, library_versions(), seconds, "")
-    failure = None if choice.feasible else NoPlanFits(choice.reason, _smallest_change(choice))
+    failure = None if choice.feasible else NoPlanFits(choice.reason, smallest_change(choice))
     return Answer(tables.plan_text(job, choice, seconds), document, failure)
 
 
-def _smallest_change(choice: PlanChoice) -> str:
+def smallest_change(choice: PlanChoice) -> str:
+    """What would make a job fit that has no plan."""
     nearest = choice.nearest
     assert nearest is not None  # something exceeds the budget, or a plan was found
     return (
@@ -231,7 +233,7 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     show(tables.plan_text(job, choice, seconds))
     if choice.plan is None or choice.estimate is None:
         document = plan_document(choice, library_versions(), seconds, "")
-        return Answer("", document, NoPlanFits(choice.reason, _smallest_change(choice)))
+        return Answer("", document, NoPlanFits(choice.reason, smallest_change(choice)))
     root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
     paths = RunPaths(root.resolve())
     document = plan_document(choice, library_versions(), seconds, str(paths.root))
@@ -336,8 +338,8 @@ def _predict_as_run(order: WorkerOrder, measurement: MemoryMeasurement) -> Memor
     if (largest.micro_batch_size, largest.length) == (plan.micro_batch_size, plan.max_length):
         return None
     as_run = replace(plan, micro_batch_size=largest.micro_batch_size, max_length=largest.length)
-    with Tracer(_needed_libraries(order.job)) as tracer:
-        return Forecaster(order.job, tracer, _trace_cache(order.job)).estimate(as_run, exact=True)
+    with Tracer(needed_libraries(order.job)) as tracer:
+        return Forecaster(order.job, tracer, trace_cache(order.job)).estimate(as_run, exact=True)
 
 
 def _step_as_run(order: WorkerOrder, outcome: WorkerOutcome) -> StepTime | None:
@@ -346,42 +348,10 @@ def _step_as_run(order: WorkerOrder, outcome: WorkerOutcome) -> StepTime | None:
     if order.predicted_step is None or tokens is None or tokens == plan.tokens_per_step:
         return None
     as_run = replace(plan, max_length=round(plan.max_length * tokens / plan.tokens_per_step))
-    with Tracer(_needed_libraries(order.job)) as tracer:
+    with Tracer(needed_libraries(order.job)) as tracer:
         rates = device_rates(order.job.hardware, cache_folder("rates"))
-        forecaster = Forecaster(order.job, tracer, _trace_cache(order.job), 0, rates)
+        forecaster = Forecaster(order.job, tracer, trace_cache(order.job), 0, rates)
         return forecaster.step_time(as_run)
-
-
-def memory_answer(job: JobSpec) -> Answer:
-    """`action=memory`: where the memory of a plan goes, or of the past run in `run_dir`."""
-    began = time.perf_counter()
-    measured: Timeline | None = None
-    plot = Path(job.plot) if job.plot else None
-    if job.run_dir:
-        paths = RunPaths(Path(job.run_dir).resolve())
-        order = previous_run(paths.root)
-        job, plan, text, document = order.job, order.plan, f"run       {paths.root}", {}
-        timeline = paths.timeline(0)
-        measured = read_document(timeline, Timeline) if timeline.exists() else None
-        plot = plot or paths.plot
-    else:
-        job = resolve(job, detect_cuda())
-        choice = plan_job(job)
-        seconds = time.perf_counter() - began
-        text = tables.plan_text(job, choice, seconds)
-        document = plan_document(choice, library_versions(), seconds, "")
-        if choice.plan is None:
-            return Answer(text, document, NoPlanFits(choice.reason, _smallest_change(choice)))
-        plan = choice.plan
-    with Tracer(_needed_libraries(job)) as tracer:
-        bill = build_bill(Forecaster(job, tracer, _trace_cache(job)).stream(plan))
-    text += "\n\n" + bill_text(bill, measured)
-    if plot is not None:
-        from launcher.report.plot import write_plot  # noqa: PLC0415  # the plotting library takes half a second
-
-        write_plot(bill, measured, f"{job.recipe}: {tables.plan_words(plan)}", plot)
-        text += f"\n\nplot      {plot}"
-    return Answer(text, {**document, "bill": bill_document(bill, measured), "plot": str(plot or "")})
 
 
 def report_answer(job: JobSpec) -> Answer:

@@ -201,7 +201,7 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
         ("planner.pin.attention=flash", "sdpa, eager, flash_attention_2"),
         ("planner.pin.loss=fused", "chunked, plain, liger"),
         ("planner.objective=price", "speed, memory, cost"),
-        ("action=explain", "run, plan, report, memory, status, calibrate"),
+        ("action=explains", "run, plan, report, memory, explain, status, calibrate"),
         ("output=xml", "text, json"),
         ("launch.cluster=pbs", "local, manual, slurm, skypilot, kubernetes"),
     ],

@@ -23,21 +23,21 @@ def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
     hardware = job.hardware
     product = f" ({hardware.product})" if hardware.product else ""
     lines = [
-        _wrapped("job      ", f"{job.recipe}: {job.model.path} on {hardware.name}{product}"),
+        wrapped("job      ", f"{job.recipe}: {job.model.path} on {hardware.name}{product}"),
         f"memory    {format_bytes(choice.capacity_bytes)} usable, {format_bytes(choice.headroom_bytes)} headroom",
     ]
     if choice.plan is None or choice.estimate is None:
-        lines.append(_wrapped("no plan  ", choice.reason))
+        lines.append(wrapped("no plan  ", choice.reason))
     else:
         lines += [
-            _wrapped("plan     ", plan_words(choice.plan)),
-            _wrapped("because  ", choice.reason),
+            wrapped("plan     ", plan_words(choice.plan)),
+            wrapped("because  ", choice.reason),
             *_speed_lines(choice.step, hardware),
             "",
             *_estimate_lines(choice.estimate),
             *_per_weight(choice.estimate, job.model.num_parameters),
         ]
-    lines += [_wrapped("note     ", note) for note in choice.notes]
+    lines += [wrapped("note     ", note) for note in choice.notes]
     if choice.rejected:
         lines += [
             "",
@@ -76,14 +76,14 @@ def _speed_lines(step: StepTime | None, hardware: HardwareSpec) -> list[str]:
     """Predicted speed, and on what it rests."""
     if step is None:
         words = "not known for this device; `launch action=calibrate` measures the one that is here"
-        return [_wrapped("speed    ", words)]
+        return [wrapped("speed    ", words)]
     on_several = hardware.world_size > 1
     label = "calibrated" if step.is_calibrated else "estimate, not calibrated"
     words = (
         f"{step.tokens_per_second:,.0f} tokens/s{' per device' if on_several else ''}, {format_step(step.seconds)} per "
         f"step with every sequence at its full length ({label}: {step.rates})"
     )
-    lines = [_wrapped("speed    ", words)]
+    lines = [wrapped("speed    ", words)]
     if hardware.price_per_hour is not None:
         dollars = dollars_per_million_tokens(step, hardware.price_per_hour)
         lines.append(f"cost      ${dollars:,.2f} per million tokens")
@@ -94,7 +94,7 @@ def _rejection(plan: Plan, reason: str) -> str:
     words = [engine_words(plan)] if plan.engine is not Engine.NONE else []
     words += [plan.method.value + (f" r{plan.rank}" if plan.rank else ""), f"length {plan.max_length}"]
     words += [f"micro batch {plan.micro_batch_size}", f"checkpointing {plan.activation_checkpointing.value}"]
-    return _wrapped("  -", ", ".join(words) + ": " + reason)
+    return wrapped("  -", ", ".join(words) + ": " + reason)
 
 
 def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
@@ -108,7 +108,7 @@ def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
     words = "not known: no run on this kind of device has been measured yet"
     if estimate.interval is not None:
         words = _interval_words(estimate.interval)
-    lines.append(_wrapped("expected ", words))
+    lines.append(wrapped("expected ", words))
     lines += ["", f"what is alive at the highest moment ({peak.phase.value})"]
     parts = sorted(peak.by_category_bytes.items(), key=lambda item: -item[1])
     rows = [
@@ -134,7 +134,7 @@ def _beside_the_device(estimate: MemoryEstimate) -> list[str]:
         parts = sorted(host.by_category_bytes.items(), key=lambda item: -item[1])
         words = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
         pinned = f"; {format_bytes(host.pinned_bytes)} of it pinned" if host.pinned_bytes else ""
-        lines.append(_wrapped("host     ", f"{format_bytes(host.peak_bytes)}: {words}{pinned}"))
+        lines.append(wrapped("host     ", f"{format_bytes(host.peak_bytes)}: {words}{pinned}"))
     if disk is not None:
         count = (
             "as many checkpoints as are due" if disk.num_checkpoints is None else str(disk.num_checkpoints)
@@ -144,7 +144,7 @@ def _beside_the_device(estimate: MemoryEstimate) -> list[str]:
             words += f", {count} x checkpoint {format_bytes(disk.checkpoint_bytes)}"
         if disk.merged_bytes:
             words += f", merged model {format_bytes(disk.merged_bytes)}"
-        lines.append(_wrapped("disk     ", f"{format_bytes(disk.total_bytes)}: {words}"))
+        lines.append(wrapped("disk     ", f"{format_bytes(disk.total_bytes)}: {words}"))
     return lines
 
 
@@ -186,7 +186,7 @@ def run_text(record: RunRecord) -> str:
     outcome = record.outcome
     lines = [f"run       {record.run_dir}", f"outcome   {outcome.status.value} after {outcome.steps} steps"]
     if outcome.message:
-        lines.append(_wrapped("         ", outcome.message.splitlines()[0]))
+        lines.append(wrapped("         ", outcome.message.splitlines()[0]))
     if outcome.first_loss is not None and outcome.last_loss is not None:
         lines.append(f"loss      {outcome.first_loss:.4f} at first, {outcome.last_loss:.4f} at last")
     if outcome.tokens_per_second is not None and outcome.step_seconds is not None:
@@ -209,7 +209,7 @@ def run_text(record: RunRecord) -> str:
     if record.predicted_as_run is not None:
         shapes = ", ".join(f"{shape.micro_batch_size} x {shape.length}" for shape in record.measured.shapes)
         lines.append(
-            _wrapped(
+            wrapped(
                 "note     ",
                 f"the metered batches were {shapes} tokens and the prediction above is for them; the plan "
                 f"allows for {record.plan.micro_batch_size} x {record.plan.max_length}, whose predicted peak is "
@@ -302,7 +302,7 @@ def aligned(rows: Sequence[Sequence[str]], num_words: int = 1) -> list[str]:
     ]
 
 
-def _wrapped(label: str, text: str) -> str:
+def wrapped(label: str, text: str) -> str:
     """A label and a text, wrapped to the width under the text's own column."""
     indent = len(label) + 1
     lines, line = [], label
