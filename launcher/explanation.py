@@ -1,19 +1,10 @@
-"""What is said about a plan beyond its memory: what each knob buys, what more memory would, and how tight it is."""
+"""What is said about a plan beyond its memory: what each knob buys, and what more memory would."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-from launcher.plan import Plan
-
-
-class Grade(StrEnum):
-    """How a plan sits on its device."""
-
-    COMFORTABLE = "comfortable"
-    TIGHT = "tight"
-    SQUEEZED = "squeezed"
+from launcher.plan import Plan, Squeeze
 
 
 @dataclass(frozen=True)
@@ -54,22 +45,6 @@ class AtCapacity:
     """Predicted; None where nobody knows how fast the device is."""
     reason: str
     """Why this plan, or why none."""
-
-
-@dataclass(frozen=True)
-class Squeeze:
-    """How tight a plan is, and what to change for a job that must run for weeks."""
-
-    grade: Grade
-    """In one word."""
-    free_bytes: int
-    """What the device has left at the highest moment, at the upper end of what is expected."""
-    free_share: float
-    """The same, of what is usable."""
-    savers: tuple[str, ...]
-    """Memory savers that the plan needs."""
-    advice: str
-    """What to change; empty when nothing has to be."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from launcher.job import (
     Attention,
@@ -154,6 +155,30 @@ def nearest(rejected: Iterable[Rejection]) -> Rejection | None:
     )
 
 
+class Grade(StrEnum):
+    """How a plan sits on its device."""
+
+    COMFORTABLE = "comfortable"
+    TIGHT = "tight"
+    SQUEEZED = "squeezed"
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """How tight a plan is, and what to change for a job that must run for weeks."""
+
+    grade: Grade
+    """In one word."""
+    free_bytes: int
+    """What the device has left at the highest moment, at the upper end of what is expected."""
+    free_share: float
+    """The same, of what is usable."""
+    savers: tuple[str, ...]
+    """Memory savers that the plan needs."""
+    advice: str = ""
+    """What to change; empty when nothing has to be, or nobody asked."""
+
+
 @dataclass(frozen=True)
 class PlanChoice:
     """The outcome of a search.
@@ -185,6 +210,8 @@ class PlanChoice:
     """The same of the runner-up."""
     notes: tuple[str, ...] = ()
     """What a person should know about this choice."""
+    squeeze: Squeeze | None = None
+    """How tight the plan is; None when nothing fits, or nobody asked."""
 
     @property
     def nearest(self) -> Rejection | None:

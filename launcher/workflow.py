@@ -21,6 +21,7 @@ from launcher.job import Attention, JobSpec
 from launcher.knob_limits import knob_limits
 from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import PlanChoice
+from launcher.planner.explain import squeeze
 from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import (
     CONVENTION,
@@ -124,7 +125,10 @@ def plan_job(job: JobSpec) -> PlanChoice:
             same = like(recorded, job.hardware.kind, plan.method)
             found = interval(estimate.peak_allocated_bytes, same, job.model.architecture["model_type"])
             estimates[name] = replace(estimate, interval=found)
-    return replace(choice, **estimates, notes=(*choice.notes, *note))  # type: ignore[arg-type]  # the names are above
+    choice = replace(choice, **estimates, notes=(*choice.notes, *note))  # type: ignore[arg-type]  # the names are above
+    if choice.plan is None or choice.estimate is None:
+        return choice
+    return replace(choice, squeeze=squeeze(choice.plan, choice.estimate, choice.capacity_bytes))
 
 
 def with_headroom(job: JobSpec, past: Sequence[Residual]) -> tuple[JobSpec, tuple[str, ...]]:

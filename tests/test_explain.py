@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.explanation import Change, Grade
+from launcher.explanation import Change
 from launcher.job import (
     Checkpointing,
     ChoicesSpec,
@@ -23,7 +23,7 @@ from launcher.job import (
     PlannerSpec,
 )
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
-from launcher.plan import Plan, PlanChoice
+from launcher.plan import Grade, Plan, PlanChoice
 from launcher.planner.explain import explain, marginal_changes, savers, squeeze, verdict
 from launcher.planner.search import search
 from launcher.report.explanation import explanation_document, explanation_text

@@ -13,12 +13,21 @@ import numpy as np
 import pytest
 
 from launcher.documents import read_document
+from launcher.hardware import DeviceKind
 from launcher.memory import Phase
 from launcher.planner.allocator import AllocatorMode, replay
+from launcher.planner.interval import EVIDENCE, read_residuals
 from launcher.planner.tracer import Tracer
 from scripts.gpu_validation.jobs import by_name
 from scripts.gpu_validation.predict import predict
-from scripts.gpu_validation.results import Results, comparable, peak_error_percent, table, with_prediction
+from scripts.gpu_validation.results import (
+    Results,
+    comparable,
+    peak_error_percent,
+    residuals,
+    table,
+    with_prediction,
+)
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MEASURED = DOCS / "accuracy" / "2026-11-26-h200.json"
@@ -75,6 +84,12 @@ def test_a_prediction_is_what_the_card_took(name: str, measured: Results, tracer
     assert (
         abs(peak_error_percent(replace(today, predicted=result.predicted))) <= WITHIN_PERCENT
     )  # docs/gpu.md
+
+
+def test_the_planners_intervals_rest_on_the_file(measured: Results) -> None:
+    kept = [item for item in read_residuals(EVIDENCE) if item in residuals(measured)]
+    assert len(kept) == len(residuals(measured)) == 44
+    assert {item.device_kind for item in kept} == {DeviceKind.CUDA}
 
 
 def test_the_page_shows_the_file(measured: Results) -> None:

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from launcher.engine_limits import engine_limits
 from launcher.errors import LauncherError
-from launcher.explanation import AtCapacity, Change, Explanation, Grade, Squeeze
+from launcher.explanation import AtCapacity, Change, Explanation
 from launcher.job import Checkpointing, Engine, JobSpec, Loss, Method, Optimizer
 from launcher.memory import MemoryEstimate, Phase
-from launcher.plan import Plan, PlanChoice
+from launcher.plan import Grade, Plan, PlanChoice, Squeeze
 from launcher.planner.forecast import Forecaster
 from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, semantic_plans
 from launcher.units import format_bytes
@@ -248,7 +248,7 @@ def savers(plan: Plan) -> tuple[str, ...]:
 
 
 def squeeze(
-    plan: Plan, estimate: MemoryEstimate, capacity_bytes: int, changes: tuple[Change, ...]
+    plan: Plan, estimate: MemoryEstimate, capacity_bytes: int, changes: tuple[Change, ...] | None = None
 ) -> Squeeze:
     """How tight a plan is: by what is free at the upper end of what is expected, and by the savers it needs.
 
@@ -256,11 +256,11 @@ def squeeze(
         plan: The plan.
         estimate: Its memory.
         capacity_bytes: Usable bytes of the device.
-        changes: The marginal table.
+        changes: The marginal table, for advice; None: nobody asks for it.
     """
     expected = estimate.peak_device_bytes
     if estimate.interval is not None:
-        expected = max(expected, estimate.interval.high_bytes)
+        expected += max(0, estimate.interval.high_bytes - estimate.peak_allocated_bytes)
     free = capacity_bytes - expected
     share = free / capacity_bytes
     used = savers(plan)
@@ -270,7 +270,8 @@ def squeeze(
     elif share < SQUEEZED_SHARE and len(used) >= MANY_SAVERS:
         grade = Grade.SQUEEZED
     wanted = round(COMFORTABLE_SHARE * capacity_bytes) - free
-    return Squeeze(grade, free, share, used, "" if grade is Grade.COMFORTABLE else _advice(changes, wanted))
+    advice = "" if grade is Grade.COMFORTABLE or changes is None else _advice(changes, wanted)
+    return Squeeze(grade, free, share, used, advice)
 
 
 def _advice(changes: tuple[Change, ...], wanted_bytes: int) -> str:

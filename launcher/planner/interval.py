@@ -20,7 +20,7 @@ from launcher.job import Method
 from launcher.memory import Interval
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
-"""Recorded residuals: written by scripts/accuracy.py and scripts/published.py."""
+"""Recorded residuals: written by scripts/accuracy.py, scripts/published.py and scripts/gpu_validation."""
 COVERAGE = 0.95
 """Probability with which a measurement lies below the upper end of an interval; and above the lower one."""
 CONVENTION = 0.05

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.cluster import SubmittedJob
 from launcher.memory import MemoryEstimate, MemoryMeasurement
-from launcher.plan import Plan, PlanChoice
+from launcher.plan import Plan, PlanChoice, Squeeze
 from launcher.run_record import RunRecord
 from launcher.step_time import StepTime
 
@@ -36,11 +36,17 @@ def plan_document(
             for item in choice.rejected
         ],
         "num_considered": choice.num_considered,
+        "squeeze": None if choice.squeeze is None else squeeze_fields(choice.squeeze),
         "notes": list(choice.notes),
         "run_dir": run_dir,
         "versions": dict(versions),
         "planning_seconds": planning_seconds,
     }
+
+
+def squeeze_fields(squeeze: Squeeze) -> dict[str, Any]:
+    """How tight a plan is, as plain values."""
+    return {**asdict(squeeze), "grade": squeeze.grade.value, "savers": list(squeeze.savers)}
 
 
 def handed_over_fields(command: str, job: SubmittedJob | None) -> dict[str, Any]:

@@ -6,15 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.explanation import AtCapacity, Change, Explanation
-from launcher.report.documents import plan_fields
-from launcher.report.tables import aligned, plan_words, wrapped
+from launcher.report.documents import plan_fields, squeeze_fields
+from launcher.report.tables import aligned, plan_words, squeeze_words, wrapped
 from launcher.units import format_bytes
 
 
 def explanation_text(explanation: Explanation) -> str:
     """What each knob buys, what other memories would, the verdict, and the grade."""
     squeeze = explanation.squeeze
-    savers = ", ".join(squeeze.savers) or "none"
     lines = [
         "one knob turned, everything else as it is",
         *aligned([_heads(), *map(_row, explanation.changes)]),
@@ -29,11 +28,7 @@ def explanation_text(explanation: Explanation) -> str:
     lines += [
         "",
         wrapped("verdict  ", explanation.verdict),
-        wrapped(
-            "grade    ",
-            f"{squeeze.grade.value}: {format_bytes(squeeze.free_bytes)} ({squeeze.free_share:.1%}) stay free at "
-            f"the upper end of what is expected; memory savers in use: {savers}",
-        ),
+        wrapped("grade    ", squeeze_words(squeeze)),
     ]
     if squeeze.advice:
         lines.append(wrapped("to relax ", squeeze.advice))
@@ -42,7 +37,6 @@ def explanation_text(explanation: Explanation) -> str:
 
 def explanation_document(explanation: Explanation) -> dict[str, Any]:
     """An explanation as plain values."""
-    squeeze = explanation.squeeze
     return {
         "changes": [
             {
@@ -62,7 +56,7 @@ def explanation_document(explanation: Explanation) -> dict[str, Any]:
             for item in explanation.capacities
         ],
         "verdict": explanation.verdict,
-        "squeeze": {**asdict(squeeze), "grade": squeeze.grade.value},
+        "squeeze": squeeze_fields(explanation.squeeze),
     }
 
 

@@ -8,7 +8,7 @@ from launcher.cluster import SubmittedJob
 from launcher.hardware import HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.memory import RESIDENT, Category, Interval, MemoryEstimate, MemoryMeasurement, Phase
-from launcher.plan import Plan, PlanChoice
+from launcher.plan import Grade, Plan, PlanChoice, Squeeze
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord
 from launcher.step_time import StepTime, dollars_per_million_tokens
@@ -33,6 +33,7 @@ def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
             wrapped("plan     ", plan_words(choice.plan)),
             wrapped("because  ", choice.reason),
             *_speed_lines(choice.step, hardware),
+            *([wrapped("grade    ", squeeze_words(choice.squeeze))] if choice.squeeze else []),
             "",
             *_estimate_lines(choice.estimate),
             *_per_weight(choice.estimate, job.model.num_parameters),
@@ -50,6 +51,20 @@ def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
     lines.append("")
     lines.append(f"planned in {format_seconds(planning_seconds)}")
     return "\n".join(lines)
+
+
+def squeeze_words(squeeze: Squeeze) -> str:
+    """How tight a plan is."""
+    savers = ", ".join(squeeze.savers) or "none"
+    hint = (
+        ""
+        if squeeze.grade is Grade.COMFORTABLE or squeeze.advice
+        else "; `action=explain` says what relaxes it"
+    )
+    return (
+        f"{squeeze.grade.value}: {format_bytes(squeeze.free_bytes)} ({squeeze.free_share:.1%}) stay free at the upper "
+        f"end of what is expected; memory savers in use: {savers}{hint}"
+    )
 
 
 def plan_words(plan: Plan) -> str:

@@ -3,6 +3,7 @@
     python -m scripts.gpu_validation --out results.json          all jobs, most informative first, for nine minutes
     python -m scripts.gpu_validation --out results.json          again: what is left, and once more what failed
     python -m scripts.gpu_validation --table results.json        the comparison as a markdown table
+    python -m scripts.gpu_validation --evidence results.json     what the planner's intervals rest on, from a results file
     python -m scripts.gpu_validation --repredict results.json    today's predictions in place of those in the file
     python -m scripts.gpu_validation --dry-run --hardware h100_80g   only predicts, on any machine
     python -m scripts.gpu_validation --cpu --out results.json    two tiny jobs on a CPU, through the same code
@@ -17,16 +18,18 @@ It needs torch, transformers, peft, accelerate, pyyaml and nvidia-ml-py, and wha
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from launcher.documents import read_document
 from launcher.errors import LauncherError
-from scripts.gpu_validation.jobs import CPU_JOBS, JOBS, ValidationJob
+from scripts.gpu_validation.jobs import CPU_JOBS, JOBS, ROOT, ValidationJob
 from scripts.gpu_validation.orders import Answer
-from scripts.gpu_validation.results import PHASES, Results, summary, table
+from scripts.gpu_validation.results import PHASES, Results, residuals, summary, table
 from scripts.gpu_validation.schedule import (
     Order,
     detect_hardware,
@@ -54,6 +57,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="only predict")
     parser.add_argument("--hardware", default="h100_80g", help="for --dry-run: a file of conf/hardware")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a results file")
+    parser.add_argument(
+        "--evidence", type=Path, metavar="FILE", help="make the planner's evidence of a results file"
+    )
     parser.add_argument("--repredict", type=Path, metavar="FILE", help="predict a results file's jobs again")
     return parser
 
@@ -71,12 +77,15 @@ def main() -> int:
                 return _print_dry_run(jobs, options.hardware, Path(folder))
             if options.table is not None:
                 results = read_document(options.table, Results)
+            elif options.evidence is not None:
+                results = read_document(options.evidence, Results)
+                _write_evidence(results, options.evidence.stem)
             elif options.repredict is not None:
                 results = predict_again(options.repredict, Path(folder))
             elif options.out is not None:
                 results = _validate(options, jobs, Path(folder))
             else:
-                parser.error("one of --out, --table, --repredict and --dry-run is needed")
+                parser.error("one of --out, --table, --evidence, --repredict and --dry-run is needed")
     except LauncherError as failure:
         print(failure, file=sys.stderr)
         return failure.exit_code
@@ -95,6 +104,11 @@ def _validate(options: argparse.Namespace, jobs: tuple[ValidationJob, ...], fold
         timelines=not (options.cpu or options.no_timelines),
     )
     return validate(order, folder, lambda words: print(words, file=sys.stderr, flush=True))
+
+
+def _write_evidence(results: Results, name: str) -> None:
+    text = json.dumps([asdict(residual) for residual in residuals(results)], indent=1) + "\n"
+    (ROOT / "launcher" / "planner" / "evidence" / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def _print_dry_run(jobs: tuple[ValidationJob, ...], hardware_name: str, folder: Path) -> int:

@@ -9,8 +9,10 @@ from enum import StrEnum
 from itertools import combinations
 
 from launcher.hardware import HardwareSpec
+from launcher.job import Method
 from launcher.memory import Category, Phase
-from scripts.gpu_validation.jobs import ValidationJob
+from launcher.planner.interval import Residual
+from scripts.gpu_validation.jobs import ValidationJob, architecture
 
 MAX_ATTEMPTS = 2
 """A job that failed is tried again by the next call, once."""
@@ -265,6 +267,17 @@ def pairs_in_order(results: Sequence[JobResult]) -> tuple[int, int]:
         if abs(one[0] - other[0]) > 0.05 * max(one[0], other[0])
     ]
     return sum(apart), len(apart)
+
+
+def residuals(results: Results) -> list[Residual]:
+    """What the planner's intervals rest on: the peaks of every job that was measured, beside today's predictions."""
+    found = []
+    for result in comparable(results):
+        model_type = str(architecture(result.options)["model_type"])
+        found.append(
+            Residual(results.hardware.kind, Method(result.options.method), model_type, *peaks_bytes(result))
+        )
+    return found
 
 
 def comparable(results: Results) -> list[JobResult]:
