@@ -32,6 +32,11 @@ class MatrixFlops:
     """fp32 inputs rounded to TF32."""
 
 
+CUDNN_FIRST = ("9", "10")
+"""Generations on which torch takes cuDNN's attention first (`check_prefer_cudnn_attention`, torch 2.11 and later;
+aten/native/transformers/cuda/sdp_utils.cpp): Hopper, and Blackwell of data centres."""
+
+
 @dataclass(frozen=True)
 class HardwareSpec:
     """One kind of device, and how many of it."""
@@ -93,3 +98,8 @@ class HardwareSpec:
     def world_size(self) -> int:
         """Devices over all nodes."""
         return self.num_devices * self.num_nodes
+
+    @property
+    def prefers_cudnn_attention(self) -> bool:
+        """Whether torch takes cuDNN's attention before its flash kernel."""
+        return self.kind is DeviceKind.CUDA and self.compute_capability.partition(".")[0] in CUDNN_FIRST

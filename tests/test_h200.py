@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from launcher.documents import read_document
 from launcher.hardware import DeviceKind
 from launcher.memory import Phase
 from launcher.planner.allocator import AllocatorMode, replay
+from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import EVIDENCE, read_residuals
+from launcher.planner.stream import Stream
+from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
-from scripts.gpu_validation.jobs import by_name
+from launcher.units import MIB
+from scripts.gpu_validation.jobs import by_name, plan_of, spec_of
 from scripts.gpu_validation.predict import predict
 from scripts.gpu_validation.results import (
     Results,
@@ -70,6 +75,48 @@ def test_the_allocators_model_reserves_what_the_card_reserved(path: Path) -> Non
     (peak,) = replay(np.array(record["sizes_bytes"]), events, phases, AllocatorMode.EXPANDABLE)
     assert peak.reserved_bytes == highest_reserved(record)
     assert peak.allocated_bytes >= record["peak_bytes"]  # rounded to 512 bytes a block
+
+
+SAME_ORDER = {
+    "qwen2_5_7b-bf16-sdpa": 1.0,
+    "llama3_1_8b-bf16-eager": 0.999,
+    "llama3_2_3b-bf16_mixed-sdpa": 0.96,
+}
+"""How much of the order of a step's allocations is the same, by timeline. Under autocast casts come in another order."""
+
+
+@pytest.mark.parametrize("name", SAME_ORDER)
+def test_a_traced_step_allocates_what_the_card_did_in_the_same_order(
+    name: str, measured: Results, tracer: Tracer
+) -> None:
+    record = json.loads(
+        gzip.decompress(MEASURED.with_suffix("").joinpath(f"timeline-{name}.json.gz").read_bytes())
+    )
+    begins, ends = [place for place, _ in record["phases"]], [place for place, _ in record["phases"][1:]]
+    (step,) = [number for number, (_, phase) in enumerate(record["phases"]) if phase == "train_step"][1:2]
+    happened = large_births(record["sizes_bytes"], record["events"][begins[step] : ends[step]])
+    job = by_name()[record["job"]]
+    forecaster = Forecaster(spec_of(job, measured.hardware), tracer, TraceCache(None))
+    stream = forecaster.stream(plan_of(job))
+    second = second_step(stream)
+    predicted = large_births(stream.sizes_bytes.tolist(), stream.events[second].tolist())
+    assert len(happened) > 3000
+    matcher = SequenceMatcher(None, happened, predicted, autojunk=False)
+    assert matcher.ratio() >= SAME_ORDER[name]
+
+
+def large_births(sizes: list[int], events: list[int]) -> list[int]:
+    """Sizes in KiB of the blocks of 1 MiB and more, in the order of their births; cuDNN's workspaces end uneven."""
+    return [sizes[event - 1] // 1024 for event in events if event > 0 and sizes[event - 1] >= MIB]
+
+
+def second_step(stream: Stream) -> slice:
+    """The events of the second training step."""
+    number = tuple(Phase).index(Phase.TRAIN_STEP)
+    changes = np.flatnonzero(np.diff(stream.phases, prepend=-1))
+    starts = [int(place) for place in changes if stream.phases[place] == number]
+    after = [int(place) for place in changes if place > starts[1]]
+    return slice(starts[1], after[0])
 
 
 def test_there_are_timelines() -> None:

@@ -11,15 +11,12 @@ import torch
 import transformers.modeling_flash_attention_utils as transformers_flash
 import transformers.modeling_utils as transformers_modeling
 
-from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.hardware import HardwareSpec
 from launcher.planner.replaced import replaced
 
 aten = torch.ops.aten
 FLASH_HEAD_SIZE_MAX = 256
 """Largest head size of FlashAttention-2."""
-CUDNN_CAPABILITIES = ("9", "10")
-"""Generations of devices on which torch takes cuDNN's attention first (`check_prefer_cudnn_attention`, torch 2.11;
-aten/native/transformers/cuda/sdp_utils.cpp): Hopper, and Blackwell of data centres."""
 FLASH_TILE, EFFICIENT_TILE = 128, 32
 """Tokens up to whose multiples the two kernels round lengths of what they keep for themselves."""
 
@@ -174,14 +171,6 @@ def twins(*, rounds: bool) -> Mapping[Any, Callable[..., Any]]:
     }
 
 
-def prefers_cudnn(hardware: HardwareSpec) -> bool:
-    """Whether torch takes cuDNN's attention first on a device."""
-    return (
-        hardware.kind is DeviceKind.CUDA
-        and hardware.compute_capability.partition(".")[0] in CUDNN_CAPABILITIES
-    )
-
-
 def attention(hardware: HardwareSpec) -> Callable[..., torch.Tensor]:
     """`scaled_dot_product_attention` with CUDA's choice of kernel (aten/native/transformers/cuda/sdp_utils.cpp).
 
@@ -192,7 +181,7 @@ def attention(hardware: HardwareSpec) -> Callable[..., torch.Tensor]:
     and transformers leaves it to torch to repeat them, flash attention alone can (torch 2.9 to 2.13): elsewhere, as in
     fp32, torch computes all scores.
     """
-    supports_flash, cudnn_first = hardware.supports_flash_attention, prefers_cudnn(hardware)
+    supports_flash, cudnn_first = hardware.supports_flash_attention, hardware.prefers_cudnn_attention
 
     def scaled_dot_product_attention(
         query: torch.Tensor,

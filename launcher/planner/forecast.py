@@ -337,8 +337,11 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
         hardware=HardwareSpec(),
     )
     shapeless = replace(plan, micro_batch_size=1, gradient_accumulation_steps=1, max_length=8)
+    facts = job.hardware
     hardware = HardwareSpec(
-        kind=job.hardware.kind, supports_flash_attention=job.hardware.supports_flash_attention
+        kind=facts.kind,
+        supports_flash_attention=facts.supports_flash_attention,
+        compute_capability=facts.compute_capability if facts.prefers_cudnn_attention else "",
     )
     return Subject(reduced, shapeless, hardware)
 
