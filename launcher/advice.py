@@ -1,22 +1,26 @@
-"""What one may ask about a plan without running it: where its memory goes, and what each knob would change."""
+"""What one may ask about a plan without running it: its memory, what each knob would change, which device is best."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from launcher.documents import read_document
-from launcher.errors import NoPlanFits
+from launcher.errors import ConfigError, NoPlanFits
+from launcher.explanation import OnCard
 from launcher.job import JobSpec
 from launcher.memory import Timeline
 from launcher.planner.bill import build_bill
+from launcher.planner.cards import cheapest, on_card, ranked
 from launcher.planner.explain import explain
 from launcher.planner.forecast import Forecaster
 from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
 from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
+from launcher.report.cards import cards_document, cards_text
 from launcher.report.documents import plan_document
 from launcher.report.explanation import explanation_document, explanation_text
 from launcher.run.cache import cache_folder
@@ -88,3 +92,32 @@ def explain_answer(job: JobSpec) -> Answer:
     document = plan_document(choice, library_versions(), seconds, "")
     text = tables.plan_text(job, choice, seconds) + "\n\n" + explanation_text(explanation)
     return Answer(text, {**document, "explanation": explanation_document(explanation)})
+
+
+def cards_answer(jobs: Sequence[JobSpec]) -> Answer:
+    """The same job planned for several devices, and which of them is fastest and cheapest for it.
+
+    Args:
+        jobs: The job on each device.
+    """
+    cards = []
+    for job in jobs:
+        try:
+            resolved = resolve(job, ())
+            cards.append(on_card(resolved, plan_job(resolved)))
+        except ConfigError as refusal:  # a row, and no reason to leave out the others
+            cards.append(_refused(job, refusal.message))
+    best_first = ranked(cards)
+    cheap = cheapest(best_first)
+    fits = any(card.plan is not None for card in cards)
+    failure = (
+        None if fits else NoPlanFits("no device fits the job", "shorter data.max_length, or another method")
+    )
+    return Answer(cards_text(best_first, cheap), cards_document(best_first, cheap), failure)
+
+
+def _refused(job: JobSpec, reason: str) -> OnCard:
+    hardware = job.hardware
+    return OnCard(
+        hardware.name, hardware.world_size, None, reason, -1, None, hardware.memory_bytes, None, None, None
+    )

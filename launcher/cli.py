@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from launcher.config import group_choices, groups, load_job
+from launcher.config import group_choices, groups, listed_hardware, load_job
 from launcher.errors import ConfigError, Interrupted, LauncherError
 from launcher.job import Action, JobSpec, Output
 
@@ -18,6 +19,10 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
                               plan for a device you don't have
   launch action=memory recipe=llama_lora hardware=a100_40g
                               where every GiB of that plan goes, and when
+  launch action=explain recipe=llama_lora hardware=a100_40g
+                              what each knob buys, and more memory
+  launch action=plan recipe=llama_lora hardware=any
+                              which device is best for a job
   launch action=report        past runs, predicted and measured
   launch action=status run_dir=<run>
                               where a run stands, on this machine or a cluster
@@ -58,8 +63,10 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write(help_text() + "\n")
         return 0
     try:
-        job = load_job(arguments)
-        return _act(job)
+        names, others = listed_hardware(arguments)
+        if names:
+            return _compare([load_job([*others, f"hardware={name}"]) for name in names])
+        return _act(load_job(arguments))
     except KeyboardInterrupt:
         return _fail(Interrupted("stopped"))
     except LauncherError as failure:
@@ -69,8 +76,7 @@ def run(arguments: Sequence[str]) -> int:
 def _act(job: JobSpec) -> int:
     from launcher import advice, workflow  # noqa: PLC0415  # --help and configuration errors must not wait for the planner
 
-    as_text = job.output is Output.TEXT
-    show = _print_line if as_text else _log_line
+    show = _print_line if job.output is Output.TEXT else _log_line
     if job.action is Action.PLAN:
         answer = workflow.plan_answer(job)
     elif job.action is Action.REPORT:
@@ -85,11 +91,28 @@ def _act(job: JobSpec) -> int:
         answer = workflow.calibrate_answer(show)
     else:
         answer = workflow.run_answer(job, show)
-    if as_text and answer.text:
-        _print_line(answer.text)
-    elif not as_text:
-        sys.stdout.write(json.dumps(answer.document) + "\n")
-    return 0 if answer.failure is None else _fail(answer.failure)
+    return _show(answer.text, answer.document, answer.failure, job.output)
+
+
+def _compare(jobs: Sequence[JobSpec]) -> int:
+    from launcher import advice  # noqa: PLC0415  # as above
+
+    if jobs[0].action is not Action.PLAN:
+        raise ConfigError(
+            f"action={jobs[0].action} with several devices: they can be planned for, and nothing else",
+            "action=plan",
+        )
+    answer = advice.cards_answer(jobs)
+    return _show(answer.text, answer.document, answer.failure, jobs[0].output)
+
+
+def _show(text: str, document: Mapping[str, Any], failure: LauncherError | None, output: Output) -> int:
+    """Prints what an action had to say; returns the exit code."""
+    if output is Output.TEXT and text:
+        _print_line(text)
+    elif output is Output.JSON:
+        sys.stdout.write(json.dumps(document) + "\n")
+    return 0 if failure is None else _fail(failure)
 
 
 def _print_line(line: str) -> None:

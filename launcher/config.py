@@ -84,7 +84,7 @@ PEER_SPELLINGS: Mapping[str, str] = {
 """How other launchers spell our keys (LLaMA-Factory, Axolotl, TRL, torchtune, ms-swift, Unsloth; read 2026-11)."""
 
 HINT = "`launch --help` lists the groups; launcher/job.py explains every key"
-OPEN_KEYS = ("model.architecture", "hardware.sources")
+OPEN_KEYS = ("model.architecture", "hardware.sources", "planner.prices")
 """Mappings whose keys are not ours."""
 
 
@@ -107,6 +107,31 @@ def groups() -> tuple[str, ...]:
         "recipe",
         *sorted(folder.name for folder in (config_root() / "conf").iterdir() if folder.is_dir()),
     )
+
+
+def listed_hardware(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The devices of `hardware=[one,other]` or `hardware=any`, and the other arguments; no devices where one is named.
+
+    Raises:
+        ConfigError: When a device is unknown.
+    """
+    listed = [item for item in arguments if item.startswith("hardware=[") or item == "hardware=any"]
+    if not listed:
+        return (), tuple(arguments)
+    known = tuple(str(entry["name"]) for entry in hardware_entries() if entry["kind"] in ("cuda", "rocm"))
+    words = listed[-1].partition("=")[2]
+    names = (
+        known
+        if words == "any"
+        else tuple(name.strip() for name in words.strip("[]").split(",") if name.strip())
+    )
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ConfigError(
+            f"`{listed[-1]}`: {', '.join(unknown) or 'no device'} can't be compared",
+            f"legal are any, and lists of {', '.join(known)}",
+        )
+    return tuple(dict.fromkeys(names)), tuple(item for item in arguments if item not in listed)
 
 
 def load_job(arguments: Sequence[str]) -> JobSpec:
@@ -138,6 +163,10 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
 def _missing_values(job: JobSpec) -> Iterator[str]:
     if job.action is Action.RUN and not job.resume and not job.data.path:
         yield "`data.path` is empty: a run needs examples, `data.path=<file, folder or hub id>`"
+    devices = group_choices("hardware")
+    for name in job.planner.prices:
+        if name not in devices:
+            yield "`planner.prices`: " + _unknown_choice("hardware", name, devices)
     if job.action is Action.STATUS and not job.run_dir:
         yield "`action=status` needs the run: `run_dir=<run directory>`"
 
@@ -204,7 +233,7 @@ def _translate(override: Override, argument: str) -> list[str]:
 
 
 def _is_open(key: str) -> bool:
-    return key.startswith(tuple(f"{name}." for name in OPEN_KEYS))
+    return key in OPEN_KEYS or key.startswith(tuple(f"{name}." for name in OPEN_KEYS))
 
 
 def _check_override(override: Override, argument: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.plan import Plan, Squeeze
+from launcher.plan import Grade, Plan, Squeeze
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,29 @@ class Explanation:
     """Whether memory is this job's problem, in one sentence."""
     squeeze: Squeeze
     """How tight it is."""
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """A job on one kind of device, among others."""
+
+    hardware: str
+    """Name of the device."""
+    num_devices: int
+    """How many."""
+    plan: Plan | None
+    """The plan; None: none fits, or the device can't carry the job out."""
+    reason: str
+    """Why this plan, or why none."""
+    position: int
+    """Of the plan's method, length and rank among the job's combinations, best first; -1 without a plan."""
+    peak_device_bytes: int | None
+    """Highest bytes on a device."""
+    capacity_bytes: int
+    """Usable bytes of a device."""
+    tokens_per_second: float | None
+    """Predicted, of all devices together; None where nobody knows how fast they are."""
+    dollars_per_million_tokens: float | None
+    """None without a price."""
+    grade: Grade | None
+    """How tight the plan is."""

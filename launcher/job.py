@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from launcher.cluster import LaunchSpec
 from launcher.hardware import HardwareSpec
@@ -252,6 +252,8 @@ class PlannerSpec:
     """Share of the usable memory kept free; `auto` asks the runs measured here, and keeps 0.05 while they are few."""
     objective: Objective = Objective.SPEED
     """`speed` (tokens per second), `memory` (lowest peak), or `cost` (dollars per token, from your price per hour)."""
+    prices: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
+    """US dollars per device and hour, by name of the hardware, `{l4_24g: 0.8}`: to compare devices by price."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,8 @@ class JobSpec:
     """Name of the recipe the job came from."""
     action: Action = Action.RUN
     """`plan` stops after the plan; `run` runs it too; `report` lists past runs; `status`: how far the run in `run_dir`
-    is; `memory`: where the memory of a plan, or of the past run in `run_dir`, goes; `calibrate` measures this machine's
+    is; `memory`: where the memory of a plan, or of the past run in `run_dir`, goes; `explain`: what each knob buys, and
+    whether more memory would help; `calibrate` measures this machine's
     device, for the step times of later plans."""
     output: Output = Output.TEXT
     """`text` for people, `json` for programs."""
