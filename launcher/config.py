@@ -32,7 +32,6 @@ from launcher.job import Action, DataFormat, JobSpec, Loss, Task
 NOT_BUILT: Mapping[str, str] = {
     "launch.rehearse": "rehearsal is not built yet; this version launches once",
     "launch.max_replans": "rehearsal and replanning are not built yet; this version launches once",
-    "action=explain": "not built yet; `action=memory` shows where memory goes",
 }
 """Keys and values of the documented contract that no version has yet, and what to say of them."""
 PEER_SPELLINGS: Mapping[str, str] = {

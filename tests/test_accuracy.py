@@ -14,7 +14,7 @@ import pytest
 from scripts import accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK_JOBS = 7
+QUICK_JOBS = 5
 CI_JOBS = [
     pytest.param(job, marks=() if number < QUICK_JOBS else pytest.mark.thorough, id=job.name)
     for number, job in enumerate(accuracy.JOBS[: accuracy.NUM_CI_JOBS])

@@ -120,6 +120,7 @@ def test_run_reconciles_and_is_reported(job: list[str], tmp_path: Path) -> None:
     assert status["measured"] == document["measured"]
 
 
+@pytest.mark.thorough
 def test_padded_batches_are_predicted_as_they_ran(job: list[str], tiny: Path, tmp_path: Path) -> None:
     ragged = tmp_path / "ragged.jsonl"
     rows = [{"text": "word " * (3 + 5 * (number % 7))} for number in range(24)]

@@ -392,6 +392,7 @@ def test_hardware_by_name_and_without_a_card() -> None:
     assert here.kind is DeviceKind.CPU and here.memory_bytes > GIB
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_tiny_jobs_run_for_real_and_are_not_run_again(tmp_path: Path) -> None:
     out = tmp_path / "results.json"

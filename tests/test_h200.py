@@ -51,6 +51,10 @@ JOBS = (
 )
 
 
+QUICK = (1, 3, 4, 8)
+"""Numbers of the jobs that stand for the others."""
+
+
 @pytest.fixture(scope="module")
 def tracer() -> Iterator[Tracer]:
     with Tracer(needed=("bitsandbytes",)) as opened:
@@ -123,7 +127,13 @@ def test_there_are_timelines() -> None:
     assert len(TIMELINES) == 3
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if number in QUICK else pytest.mark.thorough)
+        for number, name in enumerate(JOBS)
+    ],
+)
 def test_a_prediction_is_what_the_card_took(name: str, measured: Results, tracer: Tracer) -> None:
     result = next(job for job in measured.jobs if job.name == name)
     today = with_prediction(result, predict(by_name()[name], measured.hardware, tracer))

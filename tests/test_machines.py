@@ -187,6 +187,7 @@ def test_two_machines_train_together(machines: tuple[str, str], tiny: Path, tmp_
     assert remaining(pair.paths) == []
 
 
+@pytest.mark.thorough
 def test_a_rank_that_dies_on_the_other_machine_is_named_and_all_end(
     machines: tuple[str, str], tiny: Path, tmp_path: Path
 ) -> None:

@@ -164,6 +164,7 @@ def tell(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
+@pytest.mark.thorough
 @needs_slurm
 def test_a_job_on_two_nodes_trains_and_reports(slurm: Path, tiny: Path, nasty_path: Path) -> None:
     batch = submitted(nasty_path / "100%j\nof it", tiny)
