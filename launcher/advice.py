@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,13 @@ from launcher.planner.bill import build_bill
 from launcher.planner.cards import cheapest, on_card, ranked
 from launcher.planner.explain import explain
 from launcher.planner.forecast import Forecaster
-from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
 from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
 from launcher.report.cards import cards_document, cards_text
-from launcher.report.documents import plan_document
 from launcher.report.explanation import explanation_document, explanation_text
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
-from launcher.run.detect import detect_cuda
 from launcher.run.ledger import previous_run
 from launcher.run_paths import RunPaths
 from launcher.workflow import (
@@ -33,54 +29,44 @@ from launcher.workflow import (
     find_plan,
     needed_libraries,
     plan_job,
+    planned,
     resolve,
-    smallest_change,
     trace_cache,
 )
 
 
 def memory_answer(job: JobSpec) -> Answer:
     """`action=memory`: where the memory of a plan goes, or of the past run in `run_dir`."""
-    began = time.perf_counter()
     measured: Timeline | None = None
     plot = Path(job.plot) if job.plot else None
     if job.run_dir:
         paths = RunPaths(Path(job.run_dir).resolve())
         order = previous_run(paths.root)
-        job, plan, text, document = order.job, order.plan, f"run       {paths.root}", {}
+        job, plan, answer = order.job, order.plan, Answer(f"run       {paths.root}", {})
         timeline = paths.timeline(0)
         measured = read_document(timeline, Timeline) if timeline.exists() else None
         plot = plot or paths.plot
     else:
-        job = resolve(job, detect_cuda())
-        choice = plan_job(job)
-        seconds = time.perf_counter() - began
-        text = tables.plan_text(job, choice, seconds)
-        document = plan_document(choice, library_versions(), seconds, "")
+        job, choice, answer = planned(job)
         if choice.plan is None:
-            return Answer(text, document, NoPlanFits(choice.reason, smallest_change(choice)))
+            return answer
         plan = choice.plan
     with Tracer(needed_libraries(job)) as tracer:
         bill = build_bill(Forecaster(job, tracer, trace_cache(job)).stream(plan))
-    text += "\n\n" + bill_text(bill, measured)
+    text = answer.text + "\n\n" + bill_text(bill, measured)
     if plot is not None:
         from launcher.report.plot import write_plot  # noqa: PLC0415  # the plotting library takes half a second
 
         write_plot(bill, measured, f"{job.recipe}: {tables.plan_words(plan)}", plot)
         text += f"\n\nplot      {plot}"
-    return Answer(text, {**document, "bill": bill_document(bill, measured), "plot": str(plot or "")})
+    return Answer(text, {**answer.document, "bill": bill_document(bill, measured), "plot": str(plot or "")})
 
 
 def explain_answer(job: JobSpec) -> Answer:
     """`action=explain`: what each knob buys, whether more memory would help, and how tight the plan is."""
-    began = time.perf_counter()
-    job = resolve(job, detect_cuda())
-    choice = plan_job(job)
+    job, choice, answer = planned(job)
     if choice.plan is None:
-        seconds = time.perf_counter() - began
-        document = plan_document(choice, library_versions(), seconds, "")
-        failure = NoPlanFits(choice.reason, smallest_change(choice))
-        return Answer(tables.plan_text(job, choice, seconds), document, failure)
+        return answer
     settled = replace(job.planner, headroom=choice.headroom_bytes / choice.capacity_bytes)
     job = replace(job, planner=settled)
     libraries = {*needed_libraries(job), "bitsandbytes"}  # quantised methods are among the changes
@@ -88,10 +74,8 @@ def explain_answer(job: JobSpec) -> Answer:
         rates = device_rates(job.hardware, cache_folder("rates"))
         forecaster = Forecaster(job, tracer, trace_cache(job), rates=rates)
         explanation = explain(job, choice, forecaster, find_plan)
-    seconds = time.perf_counter() - began
-    document = plan_document(choice, library_versions(), seconds, "")
-    text = tables.plan_text(job, choice, seconds) + "\n\n" + explanation_text(explanation)
-    return Answer(text, {**document, "explanation": explanation_document(explanation)})
+    text = answer.text + "\n\n" + explanation_text(explanation)
+    return Answer(text, {**answer.document, "explanation": explanation_document(explanation)})
 
 
 def cards_answer(jobs: Sequence[JobSpec]) -> Answer:

@@ -201,15 +201,20 @@ def trace_cache(job: JobSpec) -> TraceCache:
     return TraceCache(None if job.trace_cache == "off" else Path(job.trace_cache or cache_folder("traces")))
 
 
-def plan_answer(job: JobSpec) -> Answer:
-    """`action=plan`."""
+def planned(job: JobSpec) -> tuple[JobSpec, PlanChoice, Answer]:
+    """Plans a job for what its configuration names, and says so: the resolved job, its plan, and the answer."""
     began = time.perf_counter()
     job = resolve(job, detect_cuda())
     choice = plan_job(job)
     seconds = time.perf_counter() - began
     document = plan_document(choice, library_versions(), seconds, "")
     failure = None if choice.feasible else NoPlanFits(choice.reason, smallest_change(choice))
-    return Answer(tables.plan_text(job, choice, seconds), document, failure)
+    return job, choice, Answer(tables.plan_text(job, choice, seconds), document, failure)
+
+
+def plan_answer(job: JobSpec) -> Answer:
+    """`action=plan`."""
+    return planned(job)[2]
 
 
 def smallest_change(choice: PlanChoice) -> str:
