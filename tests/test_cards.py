@@ -18,7 +18,7 @@ from launcher.plan import Grade
 from launcher.planner.cards import cheapest, on_card, ranked
 from launcher.planner.search import search
 from launcher.report.cards import cards_document, cards_text
-from tests.test_search import FakeForecaster, Law, job_with
+from tests.imagined import FakeForecaster, Law, job_with
 
 LAW = Law()
 JOB = replace(job_with(10**9), planner=PlannerSpec(headroom=0.0, prices={"imagined": 3.6}))

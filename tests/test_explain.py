@@ -27,7 +27,7 @@ from launcher.plan import Grade, Plan, PlanChoice
 from launcher.planner.explain import explain, marginal_changes, savers, squeeze, verdict
 from launcher.planner.search import search
 from launcher.report.explanation import explanation_document, explanation_text
-from tests.test_search import FakeForecaster, Law, job_with
+from tests.imagined import FakeForecaster, Law, job_with
 from tests.tiny_job import write_tiny_model
 
 LAW = Law()

@@ -1,0 +1,177 @@
+"""An imagined model whose memory and time follow a law, so that searches can be tried against brute force and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import (
+    Checkpointing,
+    DataSpec,
+    JobSpec,
+    Method,
+    MethodSpec,
+    PlannerSpec,
+    TrainingSpec,
+)
+from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
+from launcher.plan import Plan
+from launcher.planner.forecast import Forecaster
+from launcher.step_time import StepTime
+
+MODES = (Checkpointing.NONE, Checkpointing.SELECTIVE, Checkpointing.FULL, Checkpointing.OFFLOAD)
+
+
+@dataclass(frozen=True)
+class Law:
+    """Memory of an imagined model, bytes."""
+
+    parameters: int = 1_000_000
+    per_rank: int = 4_000
+    per_token_kept: int = 500
+    per_token_recomputed: int = 90
+    logits_per_token: int = 60
+    tile: int = 256
+    context: int = 20_000
+    surplus: int = 0
+    """What the true shape needs beyond what the regime's skyline says."""
+    token_seconds: float = 1e-6
+    batch_seconds: float = 1e-4
+    """Time of a micro batch, however small."""
+    cache_tokens: int = 10**9
+    """Tokens per micro batch beyond which each takes half as long again, as on a CPU with a cache."""
+    recompute: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4)
+    """What each mode adds to the time of a token."""
+    knows_speed: bool = True
+
+    def price(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        """Both phases of a plan."""
+        tokens = plan.micro_batch_size * plan.max_length
+        trained = self.parameters if plan.method is Method.FULL else self.per_rank * plan.rank
+        share = (1.0, 0.5, 0.0, -0.5)[MODES.index(plan.activation_checkpointing)]
+        per_token = self.per_token_recomputed + round(
+            share
+            * (self.per_token_kept - self.per_token_recomputed if share > 0 else self.per_token_recomputed)
+        )
+        always = {
+            Category.PARAMETERS: self.parameters,
+            Category.OPTIMIZER_STATE: 2 * trained,
+            Category.INPUTS: 3 * tokens * plan.gradient_accumulation_steps,
+        }
+        step = always | {
+            Category.GRADIENTS: trained if plan.gradient_accumulation_steps > 1 else 0,
+            Category.ACTIVATIONS: tokens * per_token,
+            Category.LOGITS_AND_LOSS: self.logits_per_token * min(tokens, self.tile),
+            Category.TEMPORARIES: self.surplus if exact else 0,
+        }
+        update = always | {Category.GRADIENTS: trained, Category.TEMPORARIES: trained // 2}
+        return MemoryEstimate(
+            phases=(
+                PhasePeak(Phase.TRAIN_STEP, sum(step.values()), step),
+                PhasePeak(Phase.OPTIMIZER_STEP, sum(update.values()), update),
+            ),
+            resident_bytes={Category.GRADIENTS: trained},
+            context_bytes=self.context,
+        )
+
+    def step(self, plan: Plan) -> StepTime | None:
+        """Time of a plan."""
+        if not self.knows_speed:
+            return None
+        tokens = plan.micro_batch_size * plan.max_length
+        more = 1 + self.recompute[MODES.index(plan.activation_checkpointing)]
+        slower = 1.5 if tokens > self.cache_tokens else 1.0
+        batch = self.batch_seconds + tokens * self.token_seconds * slower
+        update = 1e-9 * self.parameters
+        return StepTime(
+            batch * more,
+            batch * more * 1.001,
+            update,
+            plan.gradient_accumulation_steps,
+            plan.tokens_per_step,
+            "",
+            True,
+        )
+
+    def seconds(self, plan: Plan) -> float:
+        step = self.step(plan)
+        assert step is not None
+        return step.seconds
+
+    def peak(self, plan: Plan) -> int:
+        """Device peak at the true shape."""
+        return self.price(plan, exact=True).peak_device_bytes
+
+
+class FakeForecaster(Forecaster):
+    """Prices by a law; remembers which traces that would have taken."""
+
+    def __init__(self, law: Law) -> None:
+        self.law = law
+        self.traced: list[tuple[object, ...]] = []
+        self.traced_exactly: list[Plan] = []
+
+    def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
+        for plan in plans:
+            if exact and plan not in self.traced_exactly:
+                self.traced_exactly.append(plan)
+            elif not exact and self._regime(plan) not in self.traced:
+                self.traced.append(self._regime(plan))
+
+    def is_prepared(self, plan: Plan) -> bool:
+        return self._regime(plan) in self.traced
+
+    def lower_bound_bytes(self, plan: Plan) -> int:
+        accumulating = replace(plan, gradient_accumulation_steps=2)
+        if plan.gradient_accumulation_steps != 1 or not self.is_prepared(accumulating):
+            return 0
+        known = self.law.price(accumulating)
+        bound = known.peak_device_bytes - known.resident_bytes[Category.GRADIENTS]
+        bound -= known.peak.by_category_bytes[Category.INPUTS]
+        assert bound <= self.law.price(plan).peak_device_bytes
+        return bound
+
+    def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        self.prepare([plan], exact=exact)
+        return self.law.price(plan, exact=exact)
+
+    @property
+    def knows_speed(self) -> bool:
+        return self.law.knows_speed
+
+    def step_time(self, plan: Plan, *, exact: bool = False) -> StepTime | None:
+        self.prepare([plan], exact=exact)
+        return self.law.step(plan)
+
+    def step_floor_seconds(self, plan: Plan) -> float:
+        if not self.knows_speed:
+            return 0.0
+        modes = MODES[: MODES.index(plan.activation_checkpointing) + 1]
+        alike = [replace(plan, activation_checkpointing=mode) for mode in modes]
+        other = 2 if plan.gradient_accumulation_steps == 1 else plan.gradient_accumulation_steps
+        known = [
+            item
+            for item in alike
+            if self.is_prepared(item) or self.is_prepared(replace(item, gradient_accumulation_steps=other))
+        ]
+        return max((self.law.seconds(item) for item in known), default=0.0)
+
+    def _regime(self, plan: Plan) -> tuple[object, ...]:
+        """What one trace answers for: every batch above 1 and every length on one side of the tile."""
+        over = plan.micro_batch_size * plan.max_length > self.law.tile
+        accumulates = plan.gradient_accumulation_steps > 1
+        single = plan.micro_batch_size == 1
+        return plan.method, plan.rank, plan.activation_checkpointing, single, over, accumulates
+
+
+def job_with(
+    memory_bytes: int, planner: PlannerSpec | None = None, batch: int = 8, length: int = 64
+) -> JobSpec:
+    return JobSpec(
+        method=MethodSpec(rank=16),
+        data=DataSpec(max_length=length),
+        training=TrainingSpec(global_batch_size=batch),
+        hardware=HardwareSpec(name="imagined", kind=DeviceKind.CUDA, memory_bytes=memory_bytes),
+        planner=planner or PlannerSpec(headroom=0.0),
+    )
