@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -279,6 +282,15 @@ def test_residents_belong_to_the_modules_that_have_the_parameters() -> None:
 def test_a_trace_with_symbols_has_no_stream() -> None:
     shape = TracedShape(13, 227, batch_is_symbol=True, length_is_symbol=True)
     assert trace.record(build_subject("llama", FULL_DEPTH[0][1]), shape, 2, 1).stream is None
+
+
+def test_what_a_trace_says_is_read_without_torch() -> None:
+    profile = traced(build_subject("llama", FULL_DEPTH[0][1]), 2, 1, 40, 1)
+    program = "import pickle, sys; pickle.load(sys.stdin.buffer); sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=pickle.dumps(profile), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def repeated(layers: Iterable[int]) -> Stream:

@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launcher.memory import Category, Phase
 from launcher.planner import worst_case
+from launcher.planner.blocks import Region
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.profile import build_profile
-from launcher.planner.tape import Region, Tape
+from launcher.planner.tape import Tape
 
 BATCH, LENGTH = 13, 227
 SHAPE = TracedShape(BATCH, LENGTH, batch_is_symbol=True, length_is_symbol=True)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from launcher.memory import PINNED, Category
+from launcher.planner.blocks import Block, Event, Region
 from launcher.planner.polynomial import CONSTANT, Exponents
 from launcher.planner.skyline import Instant, Profile
 from launcher.planner.stream import CATEGORIES, PHASES, Stream, in_order_of_births
-from launcher.planner.tape import Block, Event, Region
 
 SMALL_BYTES = 1 << 16
 """Blocks up to this size do not identify an instant: stacked norms, one per tensor, grow with depth."""

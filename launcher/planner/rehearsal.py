@@ -32,6 +32,7 @@ from launcher.merge import drop_optimizer
 from launcher.optimizers import optimizer_tensors
 from launcher.plan import Plan
 from launcher.planner.attribution import Attribution
+from launcher.planner.blocks import Block, Region
 from launcher.planner.checkpoint import (
     FakeFiles,
     checkpoint_folder,
@@ -46,7 +47,7 @@ from launcher.planner.materialize import initialize_dora, materialize, weight_te
 from launcher.planner.polynomial import Exponents
 from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
 from launcher.planner.skyline import Profile
-from launcher.planner.tape import OFF_DEVICE, Block, Region, Tape
+from launcher.planner.tape import OFF_DEVICE, Tape
 from launcher.planner.work import Stage
 from launcher.vision import BlankImages, image_shape
 

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from launcher.engines import local_tensors
 from launcher.memory import Category, Phase
+from launcher.planner.blocks import Block, Event, Region
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
 from launcher.planner.recorder import WorkRecorder
@@ -40,46 +40,6 @@ STORAGE_USES = 2
 """Uses of a storage during a dispatch when nobody else holds it: the tensor and the dispatch."""
 PART_PHASES = (Phase.LOAD, Phase.OPTIMIZER_STEP, Phase.SAVE)
 """Phases in which what is as large as a rank's part is one, or a copy of one."""
-
-
-class Region(StrEnum):
-    """Where in the training step an allocation happened."""
-
-    OUTSIDE = "outside"
-    BACKBONE = "backbone"
-    HEAD = "head"
-    BACKWARD = "backward"
-    RECOMPUTE = "recompute"
-
-
-@dataclass(slots=True)
-class Block:
-    """One storage, from its birth to its release."""
-
-    num_bytes: int
-    size: dict[Exponents, int]
-    operation: str
-    phase: Phase
-    region: Region
-    category: Category | None = None
-    alive: bool = True
-    module: str = ""
-    """Path of the module that it was made for; empty when there is none, or nobody asked."""
-    on_host: bool = False
-    """Whether it is in host memory while the job runs on a GPU."""
-    is_part: bool = False
-    """Whether it is a rank's part of something that all ranks share: the more ranks, the smaller."""
-
-
-@dataclass(slots=True)
-class Event:
-    """A birth or a release, in the order of time."""
-
-    block: Block
-    birth: bool
-    instant: int
-    """Number of the operation that allocated; releases belong to the operation before them."""
-    phase: Phase
 
 
 @dataclass
