@@ -16,6 +16,7 @@ from launcher.planner.cards import cheapest, on_card, ranked
 from launcher.planner.explain import explain
 from launcher.planner.forecast import Forecaster
 from launcher.planner.tracer import Tracer
+from launcher.planning import find_plan, needed_libraries, plan_job, resolve, trace_cache
 from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
 from launcher.report.cards import cards_document, cards_text
@@ -24,15 +25,7 @@ from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
 from launcher.run.ledger import previous_run
 from launcher.run_paths import RunPaths
-from launcher.workflow import (
-    Answer,
-    find_plan,
-    needed_libraries,
-    plan_job,
-    planned,
-    resolve,
-    trace_cache,
-)
+from launcher.workflow import Answer, planned
 
 
 def memory_answer(job: JobSpec) -> Answer:

@@ -35,9 +35,9 @@ from launcher.planner.objective import Price, Ranking
 from launcher.planner.space import batch_splits, checkpointing_modes, semantic_plans
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
+from launcher.planning import resolve
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
-from launcher.workflow import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = (

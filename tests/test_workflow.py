@@ -9,7 +9,7 @@ from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind
 from launcher.job import Method
 from launcher.planner.interval import CONVENTION, RUNS_FOR_HEADROOM, Residual
-from launcher.workflow import resolve, with_headroom
+from launcher.planning import resolve, with_headroom
 
 
 @pytest.mark.parametrize(

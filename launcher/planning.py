@@ -1,0 +1,162 @@
+"""From a job to its plan: what this machine and past runs say of it, then the search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.cluster_limits import cluster_limits
+from launcher.config import catalogue_entry, hardware_entries
+from launcher.errors import ConfigError
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Attention, JobSpec
+from launcher.knob_limits import knob_limits
+from launcher.memory import MemoryEstimate
+from launcher.plan import Plan, PlanChoice
+from launcher.planner.explain import squeeze
+from launcher.planner.forecast import Forecaster
+from launcher.planner.interval import (
+    CONVENTION,
+    EVIDENCE,
+    RUNS_FOR_HEADROOM,
+    Residual,
+    headroom_fraction,
+    interval,
+    like,
+    read_residuals,
+)
+from launcher.planner.search import search
+from launcher.planner.space import headroom_bytes, semantic_plans
+from launcher.planner.trace_cache import TraceCache
+from launcher.planner.tracer import Tracer, uses_bitsandbytes
+from launcher.run.cache import cache_folder
+from launcher.run.calibrate import device_rates
+from launcher.run.detect import DetectedDevice, detect_cpu_memory_bytes, is_installed, resolve_hardware
+from launcher.run.fetch import parse_packaged_path
+from launcher.run.ledger import find_records
+from launcher.run.model_facts import resolve_model
+
+
+def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
+    """Fills in what the job leaves to this machine and to the model's own config.
+
+    Raises:
+        ConfigError: When job and hardware contradict each other.
+    """
+    hardware = resolve_hardware(job.hardware, hardware_entries(), devices, detect_cpu_memory_bytes())
+    resolved = replace(job, hardware=hardware, model=resolve_model(job.model, catalogue_entry))
+    found = _contradictions(job, hardware)
+    if found:
+        raise ConfigError("; ".join(what for what, _ in found), "; ".join(hint for _, hint in found))
+    return resolved
+
+
+def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str]]:
+    """What job and hardware can't both have, each with a hint."""
+    pin = job.planner.pin
+    packaged = parse_packaged_path(job.model.path) is not None
+    found = [(True, *limit) for limit in cluster_limits(job, packaged)]
+    found += [
+        (
+            bool(getattr(pin, name)),
+            f"planner.pin.{name}=true: this version predicts no offload",
+            f"leave planner.pin.{name} unset",
+        )
+        for name in ("offload_optimizer", "offload_parameters")
+    ]
+    return [
+        *((what, hint) for is_found, what, hint in found if is_found),
+        *knob_limits(job, hardware, is_installed),
+    ]
+
+
+def plan_job(job: JobSpec) -> PlanChoice:
+    """Finds the best plan of a resolved job, with the headroom and the interval that measured runs ask for."""
+    job, note = with_headroom(job, _past_residuals(Path("runs")))
+    choice = find_plan(job)
+    recorded = read_residuals(EVIDENCE)
+    estimates = {
+        name: with_interval(estimate, plan, job, recorded)
+        for name, plan, estimate in (
+            ("estimate", choice.plan, choice.estimate),
+            ("runner_up_estimate", choice.runner_up, choice.runner_up_estimate),
+        )
+        if plan is not None and estimate is not None
+    }
+    choice = replace(choice, **estimates, notes=(*choice.notes, *note))  # type: ignore[arg-type]  # the names are above
+    if choice.plan is None or choice.estimate is None:
+        return choice
+    return replace(choice, squeeze=squeeze(choice.plan, choice.estimate, choice.capacity_bytes))
+
+
+def with_interval(
+    estimate: MemoryEstimate, plan: Plan, job: JobSpec, recorded: Sequence[Residual]
+) -> MemoryEstimate:
+    """An estimate with the interval that recorded residuals of the same kind give it."""
+    same = like(recorded, job.hardware.kind, plan.method)
+    found = interval(estimate.peak_allocated_bytes, same, job.model.architecture["model_type"])
+    return replace(estimate, interval=found)
+
+
+def with_headroom(job: JobSpec, past: Sequence[Residual]) -> tuple[JobSpec, tuple[str, ...]]:
+    """Settles `planner.headroom=auto`, and says on what it rests.
+
+    Args:
+        job: The job.
+        past: What earlier runs took of the device, beside what was predicted.
+    """
+    if job.planner.headroom != "auto":
+        return job, ()
+    kind = job.hardware.kind
+    here = [residual for residual in past if residual.device_kind is kind]
+    fraction = headroom_fraction(here)
+    if fraction is None:
+        fraction = CONVENTION
+        note = (
+            f"headroom {CONVENTION:.0%} is a convention: {len(here)} runs on {kind.value} were measured here, "
+            f"{RUNS_FOR_HEADROOM} make an interval"
+        )
+    else:
+        note = f"headroom {fraction:.2%} is what {len(here)} measured runs on {kind.value} ask for"
+    return replace(job, planner=replace(job.planner, headroom=fraction)), (note,)
+
+
+def _past_residuals(folder: Path) -> tuple[Residual, ...]:
+    """What the runs below a folder took of their devices, beside what was predicted for them."""
+    residuals = []
+    for record in find_records(folder).records:
+        taken = [] if record.measured is None else [phase.device_bytes for phase in record.measured.phases]
+        known = [num_bytes for num_bytes in taken if num_bytes]
+        if known:
+            predicted = (record.predicted_as_run or record.predicted).peak_device_bytes
+            kind = DeviceKind.CPU if record.hardware == "cpu" else DeviceKind.CUDA
+            residuals.append(Residual(kind, record.plan.method, record.model, predicted, max(known)))
+    return tuple(residuals)
+
+
+def find_plan(job: JobSpec) -> PlanChoice:
+    """Searches the plans of a resolved job whose headroom is a number."""
+    with Tracer(needed_libraries(job)) as tracer:
+        budget = job.hardware.memory_bytes - headroom_bytes(job)
+        rates = device_rates(job.hardware, cache_folder("rates"))
+        forecaster = Forecaster(job, tracer, trace_cache(job), budget, rates)
+        first = next(semantic_plans(job))
+        if job.planner.pin.attention or forecaster.supports_sdpa(first):
+            return search(job, forecaster)
+        pin = replace(job.planner.pin, attention=Attention.EAGER)
+        choice = search(replace(job, planner=replace(job.planner, pin=pin)), forecaster)
+        model_type = job.model.architecture["model_type"]
+        note = f"attention is eager: transformers has no scaled-dot-product attention for {model_type}"
+        return replace(choice, notes=(*choice.notes, note))
+
+
+def needed_libraries(job: JobSpec) -> tuple[str, ...]:
+    """Optional libraries that the tracer of a job must not hide."""
+    quantizes = any(uses_bitsandbytes(plan) for plan in semantic_plans(job))
+    return (("bitsandbytes",) if quantizes else ()) + (("deepspeed",) if job.hardware.world_size > 1 else ())
+
+
+def trace_cache(job: JobSpec) -> TraceCache:
+    """Where a job's traces are kept."""
+    return TraceCache(None if job.trace_cache == "off" else Path(job.trace_cache or cache_folder("traces")))
