@@ -86,6 +86,12 @@ class LaunchSpec:
     """SkyPilot: its name of the device, as `sky gpus list` prints it; empty: found by the name of the hardware."""
     infra: str = ""
     """SkyPilot: where to run, as `kubernetes` or `aws/us-east-1`; empty: where it is cheapest."""
+    rehearse: bool = True
+    """Whether a run begins with a rehearsal in processes of its own: two steps of the longest examples, an evaluation
+    batch, a generation if the job has one, and a save; each compared with the prediction. Nothing of it stays."""
+    max_replans: Annotated[int, Ge(0), Le(16)] = 2
+    """Out of memory: how many more plans are tried, each smaller than the one that failed, with the same global batch
+    and every knob that changes the result; from the last checkpoint. On one machine, where `launch` itself waits."""
 
 
 _ELSEWHERE: Final = (Cluster.SLURM, Cluster.SKYPILOT, Cluster.KUBERNETES)

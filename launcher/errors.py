@@ -8,6 +8,7 @@ LauncherError
 ├── DataError              5   the training data or the weights can't be read
 ├── LaunchError            6   the process, the device or the run directory failed
 └── Interrupted          130   the user stopped the run
+    └── Terminated       143   a scheduler did
 """
 
 from __future__ import annotations
@@ -74,3 +75,9 @@ class Interrupted(LauncherError):
     """The user stopped the run; a checkpoint was saved if the training had begun."""
 
     exit_code = 130
+
+
+class Terminated(Interrupted):
+    """A scheduler, or somebody else, sent SIGTERM; a checkpoint was saved if the training had begun."""
+
+    exit_code = 143

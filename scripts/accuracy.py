@@ -306,8 +306,9 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
     from launcher.plan import Plan  # noqa: PLC0415
     from launcher.planner import trace  # noqa: PLC0415
     from launcher.planner.estimate import read_estimate  # noqa: PLC0415
+    from launcher.worker.ingredients import Ingredients  # noqa: PLC0415
     from launcher.worker.progress import Progress  # noqa: PLC0415
-    from launcher.worker.train import Ingredients, train  # noqa: PLC0415
+    from launcher.worker.train import train  # noqa: PLC0415
 
     torch.manual_seed(0)
     precision = Precision(job.precision)

@@ -1,8 +1,8 @@
 """Predicted against measured order of plans: twelve plans of SmolLM2-135M with LoRA, on this machine's CPU.
 
-Each plan trains in a process of its own: the same workload, real tensors, random weights. Its step time is the median
-of the steps after the first. Predictions come from traces and from the calibration of this CPU (`launch
-action=calibrate`), never from a step that was timed.
+Each plan trains in a process of its own: the same workload, real tensors, random weights. Its step time is the shortest
+of the steps after the first: on a shared machine that is what repeats, and what the calibration takes too. Predictions
+come from traces and from the calibration of this CPU (`launch action=calibrate`), never from a step that was timed.
 
     python -m scripts.speed_check             prints the table
     python -m scripts.speed_check --write     also writes docs/accuracy/<date>-speed.json and docs/speed.md
@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,7 +73,7 @@ def predict(job: JobSpec, plans: Sequence[Plan]) -> list[Price]:
 
 
 def measure(job: JobSpec, plan: Plan) -> float:
-    """Median time of a step, in a process of its own."""
+    """Shortest time of a step, in a process of its own."""
     text = json.dumps({"job": to_json(job), "plan": to_json(plan)})
     child = subprocess.run(
         [sys.executable, "-m", "scripts.speed_check", "--child"],
@@ -87,7 +86,7 @@ def measure(job: JobSpec, plan: Plan) -> float:
     if child.returncode:
         raise SystemExit(child.stderr)
     times: list[float] = json.loads(child.stdout.splitlines()[-1])
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def train_here(job: JobSpec, plan: Plan) -> list[float]:

@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from launcher import workload
+from launcher.checkpoints import last_checkpoint
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Attention,
@@ -36,8 +37,9 @@ from launcher.plan import Plan
 from launcher.planner import trace
 from launcher.planner.estimate import read_estimate
 from launcher.planner.rehearsal import blank_tokenizer
+from launcher.worker.ingredients import Ingredients
 from launcher.worker.progress import Progress
-from launcher.worker.train import Ingredients, train
+from launcher.worker.train import train
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -148,7 +150,8 @@ def trained(case: Case, folder: Path, steps: int, *, resume: bool) -> MemoryMeas
         model=folder / "model",
         merged=folder / "merged",
     )
-    _, measurement = train(case.job, case.plan, ingredients, Progress(), lambda line: None, resume)
+    begin = last_checkpoint(folder / "checkpoints") if resume else None
+    _, measurement = train(case.job, case.plan, ingredients, Progress(), lambda line: None, begin)
     return measurement
 
 

@@ -52,6 +52,8 @@ def job(tiny: Path, cache: Path) -> list[str]:
         "training.report_to=[]",
         "hardware=cpu",
         f"trace_cache={cache}",
+        "launch.rehearse=false",
+        "launch.max_replans=0",
     ]
 
 
@@ -248,27 +250,6 @@ def test_bad_data_ends_with_its_own_code(job: list[str], tmp_path: Path) -> None
     result = launch([*arguments, f"data.path={broken}"], tmp_path)
     assert result.returncode == 5
     assert "broken.jsonl" in result.stderr and "2" in result.stderr
-
-
-def test_a_worker_without_memory_ends_with_its_own_code(job: list[str], tmp_path: Path) -> None:
-    """Attention scores of 8 x 4 heads x 2048 x 2048 floats, several per layer, do not fit into 2 GiB."""
-    result = launch(
-        [
-            *job,
-            "data.max_length=2048",
-            "training.global_batch_size=8",
-            "planner.pin.micro_batch_size=8",
-            "planner.pin.attention=eager",
-            "planner.pin.activation_checkpointing=none",
-            "hardware.memory_bytes=1000000000000",
-        ],
-        tmp_path,
-        data_limit_bytes=2 << 30,
-    )
-    assert result.returncode == 4, result.stderr
-    assert "can't allocate memory" in result.stderr and "planner.headroom" in result.stderr
-    (record,) = (tmp_path / "runs").glob("*/record.json")
-    assert json.loads(record.read_text())["outcome"]["status"] == "out_of_memory"
 
 
 @pytest.fixture(scope="module")

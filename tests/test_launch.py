@@ -18,13 +18,15 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checkpoints import seal
+from launcher.cluster import LaunchSpec
 from launcher.documents import read_document, to_json
 from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Precision
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
-from launcher.run import endings, launch, supervise
+from launcher.run import endings, launch, node, supervise
 from launcher.run.endings import log_tail, raise_for_outcome
 from launcher.run.launch import launch_worker, prepare_run
 from launcher.run_paths import RunPaths
@@ -32,7 +34,7 @@ from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 
 DONE = WorkerOutcome(Status.DONE, "", 3, 2.0, 1.0, 4.5, 100.0, 0.5, 1)
 ORDER = WorkerOrder(
-    job=JobSpec(hardware=HardwareSpec(name="cpu", kind=DeviceKind.CPU)),
+    job=JobSpec(hardware=HardwareSpec(name="cpu", kind=DeviceKind.CPU), launch=LaunchSpec(rehearse=False)),
     plan=Plan(
         method=Method.FULL,
         rank=0,
@@ -80,7 +82,7 @@ class Stage:
 
     def launch(self, command: tuple[str, ...], grace_seconds: float = 30.0) -> WorkerOutcome:
         """Launches a command as the worker, and checks that nothing of its group remains."""
-        self.monkeypatch.setattr(launch, "worker_command", lambda paths, plan, node: command)
+        self.monkeypatch.setattr(node, "worker_command", lambda paths, plan, node: command)
         try:
             return launch_worker(self.paths, ORDER, self._show, grace_seconds)
         finally:
@@ -315,7 +317,8 @@ SAVES = f"""
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_interrupt_lets_the_worker_save(number: int, stage: Stage) -> None:
     stage.on_line = lambda line: interrupt(number) if line == "training" else None
-    assert stage.play(SAVES) == INTERRUPTED
+    ended = Status.TERMINATED if number == signal.SIGTERM else Status.INTERRUPTED
+    assert stage.play(SAVES) == replace(INTERRUPTED, status=ended)
     assert stage.shown == ["training", "saving"]
 
 
@@ -389,6 +392,7 @@ def test_the_second_interrupt_does_not_wait(stage: Stage, monkeypatch: pytest.Mo
     monkeypatch.setattr(supervise, "TERM_GRACE_SECONDS", 0.5)
     (stage.paths.checkpoints / "checkpoint-3").mkdir(parents=True)
     (stage.paths.checkpoints / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    seal(stage.paths.checkpoints / "checkpoint-3")
 
     def press(line: str) -> None:
         interrupt()

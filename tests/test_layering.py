@@ -1,7 +1,7 @@
 """Proves that modules import only what their layer may, heavy libraries have one door each, and nothing grows huge.
 
     nouns  <  workload  <  planner/ | run/ | worker/ | report/  <  config
-        <  planning  <  reconciliation  <  workflow  <  advice  <  cli
+        <  planning  <  reconciliation, recovery  <  workflow  <  advice  <  cli
 
 The four folders meet through nouns and through files in a run directory, never by importing each other.
 """
@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "launcher"
 NOUNS = {
+    "checkpoints",
     "cluster",
     "cluster_limits",
     "documents",
@@ -50,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"nouns"},
     "planning": {"nouns", "planner", "run", "config"},
     "reconciliation": {"nouns", "planner", "run", "planning"},
-    "workflow": {"nouns", "planner", "report", "run", "config", "planning", "reconciliation"},
+    "recovery": {"nouns", "planner", "run", "planning"},
+    "workflow": {"nouns", "planner", "report", "run", "config", "planning", "reconciliation", "recovery"},
     "advice": {"nouns", "planner", "report", "run", "planning", "workflow"},
     "cli": {"nouns", "config", "workflow", "advice"},
 }
@@ -197,7 +199,7 @@ def test_every_module_has_a_layer() -> None:
         NOUNS
         | FOLDERS
         | WORKLOAD
-        | {"config", "planning", "reconciliation", "workflow", "advice", "cli", "__init__"}
+        | {"config", "planning", "reconciliation", "recovery", "workflow", "advice", "cli", "__init__"}
     )
     assert {name.split(".")[0] for name in MODULES} == known
 

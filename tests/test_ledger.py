@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
+from launcher.checkpoints import damage, last_checkpoint, publish, seal, set_torn_aside
 from launcher.documents import write_document
 from launcher.errors import ConfigError, LaunchError
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Precision
@@ -158,8 +160,9 @@ def make_checkpoint(paths: RunPaths, steps: int, finished: bool = True) -> None:
     """Makes a folder that looks like a checkpoint of the trainer."""
     folder = paths.checkpoints / f"checkpoint-{steps}"
     folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
     if finished:
-        (folder / "trainer_state.json").write_text("{}")
+        seal(folder)
 
 
 def test_a_run_with_a_checkpoint_gives_back_its_order(tmp_path: Path) -> None:
@@ -180,17 +183,61 @@ def test_a_run_without_a_checkpoint_cannot_be_continued(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     write_document(paths.worker, ORDER)
     (paths.checkpoints / "checkpoint-last").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
         previous_run(tmp_path)
 
 
-def test_a_half_written_last_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_torn_checkpoints_are_passed_over(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     write_document(paths.worker, ORDER)
-    make_checkpoint(paths, 9)
     make_checkpoint(paths, 10, finished=False)
-    with pytest.raises(LaunchError, match="checkpoint-10` was not written to the end"):
+    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
         previous_run(tmp_path)
+    for steps in (7, 8, 9):
+        make_checkpoint(paths, steps)
+    assert previous_run(tmp_path) == ORDER
+    (paths.checkpoints / "checkpoint-9" / "trainer_state.json").write_text("[]")  # as long as it was
+    (paths.checkpoints / ".partial" / "checkpoint-11").mkdir(parents=True)
+    notes = set_torn_aside(paths.checkpoints)
+    assert [note.partition(":")[0] for note in notes] == [
+        "passing over checkpoint-10",
+        "passing over checkpoint-9",
+    ]
+    assert "not written to the end" in notes[0] and "does not match its digest" in notes[1]
+    left = sorted(path.name for path in paths.checkpoints.iterdir())
+    assert left == ["checkpoint-7", "checkpoint-8", "torn-checkpoint-10", "torn-checkpoint-9"]
+    assert last_checkpoint(paths.checkpoints) == paths.checkpoints / "checkpoint-8"
+    assert set_torn_aside(paths.checkpoints) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        (lambda folder: (folder / "rng_state.pth").write_text("12"), "has 2 bytes, not 3"),
+        (lambda folder: (folder / "seal.json").write_text("{"), "can't be read"),
+        (lambda folder: (folder / "seal.json").unlink(), "not written to the end"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_said(
+    change: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rng_state.pth").write_text("123")
+    seal(tmp_path)
+    assert damage(tmp_path) == ""
+    change(tmp_path)
+    assert words in damage(tmp_path, digests=False)
+
+
+def test_a_checkpoint_takes_its_place_at_once(tmp_path: Path) -> None:
+    for text in ("first", "second"):  # a run that went back comes to the same step again
+        partial = tmp_path / ".partial" / "checkpoint-3"
+        partial.mkdir(parents=True)
+        (partial / "state").write_text(text)
+        seal(partial)
+        place = publish(partial, tmp_path)
+        assert (place / "state").read_text() == text and damage(place) == ""
+        assert not partial.exists()
 
 
 def test_a_damaged_order_is_a_launch_error(tmp_path: Path) -> None:

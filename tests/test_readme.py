@@ -82,7 +82,8 @@ def test_the_file_map_names_every_module() -> None:
 def test_exit_codes_are_the_contracts() -> None:
     from launcher import errors
 
-    codes = {kind.exit_code for kind in errors.LauncherError.__subclasses__()}
+    kinds: list[type[errors.LauncherError]] = [*errors.LauncherError.__subclasses__(), errors.Terminated]
+    codes = {kind.exit_code for kind in kinds}
     listed = re.search(r"Exit codes: (.*?)\. `output", README, flags=re.DOTALL)
     assert listed is not None
     assert codes | {0} == {int(code) for code in re.findall(r"\d+", listed.group(1))}

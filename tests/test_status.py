@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checkpoints import seal
 from launcher.cluster import SubmittedJob
 from launcher.documents import write_document
 from launcher.errors import ConfigError, LaunchError
@@ -121,6 +122,7 @@ def test_progress_is_the_last_that_was_logged(run: tuple[RunPaths, WorkerOrder])
         (paths.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
     for step in (9, 10):
         (paths.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        seal(paths.checkpoints / f"checkpoint-{step}")
     write_document(paths.submitted, SubmittedJob("17", "big"))
     status = run_status(paths, order, ask=lambda job: "PENDING" if job.job_id == "17" else "")
     assert (status.step, status.max_steps, status.loss) == (3, 4, 1.5)

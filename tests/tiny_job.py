@@ -93,7 +93,7 @@ def tiny_order(
         data=DataSpec(path=str(model / "train.jsonl"), format=DataFormat.TEXT, max_length=192, packing=True),
         training=replace(optimisation, **(training or {})),
         hardware=HardwareSpec(name="cpu", kind=DeviceKind.CPU, num_devices=num_devices, num_nodes=num_nodes),
-        launch=launch or LaunchSpec(),
+        launch=replace(launch or LaunchSpec(), rehearse=False),
     )
     plan = Plan(
         method=method,

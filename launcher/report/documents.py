@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from launcher.cluster import SubmittedJob
 from launcher.memory import MemoryEstimate, MemoryMeasurement
 from launcher.plan import Plan, PlanChoice, Squeeze
-from launcher.run_record import RunRecord
+from launcher.run_record import Rehearsal, Replan, RunRecord
 from launcher.step_time import StepTime
 
 
@@ -71,7 +71,12 @@ def run_fields(record: RunRecord) -> dict[str, Any]:
             if record.predicted_as_run is None
             else predicted_fields(record.predicted_as_run, record.predicted_step_as_run)
         ),
-        "outcome": {**asdict(record.outcome), "status": record.outcome.status.value},
+        "outcome": {
+            **asdict(record.outcome),
+            "status": record.outcome.status.value,
+            "phase": record.outcome.phase.value if record.outcome.phase else None,
+        },
+        **rehearsal_fields(record.rehearsal, record.replans),
         "run_dir": record.run_dir,
     }
 
@@ -153,4 +158,35 @@ def measured_fields(measured: MemoryMeasurement, record: RunRecord) -> dict[str,
         "tokens_per_second": record.outcome.tokens_per_second,
         "meter": measured.meter,
         "shapes": [[shape.micro_batch_size, shape.length] for shape in measured.shapes],
+    }
+
+
+def rehearsal_fields(rehearsal: Rehearsal | None, replans: Sequence[Replan]) -> dict[str, Any]:
+    """What rehearsal and recoveries add to a run's document."""
+    shown = None
+    if rehearsal is not None:
+        predicted, measured = rehearsal.predicted, rehearsal.measured
+        shown = {
+            "predicted_by_phase_bytes": {peak.phase.value: peak.allocated_bytes for peak in predicted.phases},
+            "measured_by_phase_bytes": {
+                phase.phase.value: phase.allocated_bytes for phase in measured.phases
+            },
+            "shapes": [[shape.micro_batch_size, shape.length] for shape in measured.shapes],
+            "seconds": rehearsal.seconds,
+            "findings": [{**vars(finding), "phase": finding.phase.value} for finding in rehearsal.findings],
+        }
+    return {
+        "rehearsal": shown,
+        "replans": [
+            {
+                "phase": replan.phase.value if replan.phase else None,
+                "message": replan.message,
+                "in_rehearsal": replan.in_rehearsal,
+                "failed": plan_fields(replan.failed),
+                "taken": plan_fields(replan.taken),
+                "change": replan.change,
+                "from_step": replan.from_step,
+            }
+            for replan in replans
+        ],
     }

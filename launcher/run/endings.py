@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn
 
-from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
+from launcher.checkpoints import last_checkpoint
+from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, Terminated, WorkerOutOfMemory
 from launcher.plan import Plan
 from launcher.run.ranks import KilledRank, deciding_outcome, killed_rank, rank_tail, read_outcomes
 from launcher.run.supervise import Ending
@@ -26,6 +27,7 @@ KILLED_BELOW: Final = re.compile(r"died with <Signals\.(\w+): \d+>")
 """How Python words it in the log when a signal ends accelerate's child; accelerate itself exits with 1."""
 ERRORS: Final[Mapping[Status, type[LauncherError]]] = {
     Status.INTERRUPTED: Interrupted,
+    Status.TERMINATED: Terminated,
     Status.OUT_OF_MEMORY: WorkerOutOfMemory,
     Status.DATA_ERROR: DataError,
     Status.FAILED: LaunchError,
@@ -40,6 +42,13 @@ def read_outcome(paths: RunPaths, plan: Plan, ending: Ending) -> WorkerOutcome:
         LaunchError: When they ended without saying how.
         WorkerOutOfMemory: When the kernel ended one of them for want of memory.
     """
+    outcome = _read_outcome(paths, plan, ending)
+    if outcome.status is Status.INTERRUPTED and ending.terminated:
+        return replace(outcome, status=Status.TERMINATED)
+    return outcome
+
+
+def _read_outcome(paths: RunPaths, plan: Plan, ending: Ending) -> WorkerOutcome:
     outcomes = read_outcomes(paths, plan.world_size)
     if plan.world_size == 1 and outcomes:
         return outcomes[0]
@@ -58,7 +67,7 @@ def read_outcome(paths: RunPaths, plan: Plan, ending: Ending) -> WorkerOutcome:
     killed_by = _signal_name(ending.exit_code, tail)
     hint = f"the whole log is `{paths.log}`"
     if ending.interrupted or killed_by == "SIGINT":
-        raise Interrupted(
+        raise (Terminated if ending.terminated else Interrupted)(
             "stopped before the worker had saved anything of its last steps", _resume_hint(paths)
         )
     how = f"signal {killed_by}" if killed_by else f"exit code {ending.exit_code}"
@@ -107,7 +116,7 @@ def raise_for_outcome(outcome: WorkerOutcome, paths: RunPaths, world_size: int =
             )
         return
     message, _, own_hint = outcome.message.partition("\n\nhint: ")
-    if outcome.status is Status.INTERRUPTED:
+    if outcome.status in (Status.INTERRUPTED, Status.TERMINATED):
         own_hint = _resume_hint(paths)
     elif outcome.status is Status.OUT_OF_MEMORY:
         own_hint = own_hint or "a higher `planner.headroom` plans with more room"
@@ -144,6 +153,6 @@ def _signal_name(exit_code: int, tail: tuple[str, ...]) -> str:
 
 
 def _resume_hint(paths: RunPaths) -> str:
-    if any(paths.checkpoints.glob("checkpoint-*/trainer_state.json")):
+    if last_checkpoint(paths.checkpoints) is not None:
         return f"`launch resume={paths.root}` continues from the last checkpoint"
     return "there is no checkpoint to continue from"

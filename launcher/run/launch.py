@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster import DEFAULT_PORT, Cluster, Node
-from launcher.documents import write_document, write_text
+from launcher.documents import to_json, write_text
 from launcher.engine_config import deepspeed_text
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, LauncherError, LaunchError
 from launcher.job import Engine
-from launcher.run.endings import read_outcome
 from launcher.run.node import clear_leftovers, main_address, note_failure, run_node
+from launcher.run.rehearse import rehearsal_order
 from launcher.run.render import (
     accelerate_config,
     command_script,
@@ -26,7 +26,6 @@ from launcher.run.render import (
     worker_environment,
 )
 from launcher.run.slurm import batch_script
-from launcher.run.supervise import supervise
 from launcher.run.task_files import skypilot_text, train_job_text
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder, WorkerOutcome
@@ -84,15 +83,46 @@ def require_disk(root: Path, needed_bytes: int) -> None:
         )
 
 
+def rewrite_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
+    """Gives a run directory another order; what was trained so far stays.
+
+    Raises:
+        LaunchError: When it can't be written.
+    """
+    try:
+        shutil.rmtree(paths.rehearsal.root, ignore_errors=True)
+        for file, text in _texts(paths, paths, order, document).items():
+            write_text(file, text)
+    except OSError as failure:
+        raise LaunchError(
+            f"`{paths.root}` can't be written: {failure}", "see that its disk has room"
+        ) from failure
+
+
 def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
     """Writes the files of the run directory `paths` into the folder `at`; takes them back if one can't be."""
-    hardware, plan = order.job.hardware, order.plan
-    texts = {
-        at.plan: json.dumps(document, indent=2) + "\n",
-        at.accelerate_config: accelerate_config(hardware, plan, paths),
-    }
-    if plan.engine is Engine.DEEPSPEED:
-        texts[at.deepspeed_config] = deepspeed_text(order.job, plan)
+    texts = _texts(at, paths, order, document)
+    scripts = {at.node_command(node): text for node, text in _scripts(paths, order).items()}
+    try:
+        for file, text in {**scripts, **texts}.items():
+            write_text(file, text)
+        for file in scripts:
+            file.chmod(_executable(file.stat().st_mode))
+    except BaseException:
+        shutil.rmtree(at.rehearsal.root, ignore_errors=True)
+        for file in (*texts, *scripts):
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _texts(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> dict[Path, str]:
+    """Files of the folder `at` that follow from an order; the order itself comes last."""
+    texts = {at.job: to_json(order.job) + "\n", at.plan: json.dumps(document, indent=2) + "\n"}
+    if order.job.launch.rehearse:
+        rehearsed = rehearsal_order(order)
+        texts |= _configurations(at.rehearsal, paths.rehearsal, rehearsed)
+        texts[at.rehearsal.worker] = to_json(rehearsed) + "\n"
+    texts |= _configurations(at, paths, order)
     cluster = order.job.launch.cluster
     if cluster is Cluster.SLURM:
         texts[at.batch_script] = batch_script(paths, order, import_path(os.environ), os.getcwd())
@@ -100,18 +130,15 @@ def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document
         texts[at.skypilot_task] = skypilot_text(paths, order)
     elif cluster is Cluster.KUBERNETES:
         texts[at.train_job] = train_job_text(paths, order)
-    scripts = {at.node_command(node): text for node, text in _scripts(paths, order).items()}
-    try:
-        write_document(at.job, order.job)
-        for file, text in {**texts, **scripts}.items():
-            write_text(file, text)
-        for file in scripts:
-            file.chmod(_executable(file.stat().st_mode))
-        write_document(at.worker, order)
-    except BaseException:
-        for file in (at.job, at.worker, *texts, *scripts):
-            file.unlink(missing_ok=True)
-        raise
+    return {**texts, at.worker: to_json(order) + "\n"}
+
+
+def _configurations(at: RunPaths, paths: RunPaths, order: WorkerOrder) -> dict[Path, str]:
+    """Files of the folder `at` that accelerate and DeepSpeed read."""
+    texts = {at.accelerate_config: accelerate_config(order.job.hardware, order.plan, paths)}
+    if order.plan.engine is Engine.DEEPSPEED:
+        texts[at.deepspeed_config] = deepspeed_text(order.job, order.plan)
+    return texts
 
 
 def _scripts(paths: RunPaths, order: WorkerOrder) -> dict[int, str]:
@@ -151,6 +178,7 @@ def launch_worker(
     order: WorkerOrder,
     show: Callable[[str], None],
     grace_seconds: float | None = None,
+    rehearsed: Callable[[], None] = lambda: None,
 ) -> WorkerOutcome:
     """Runs the worker of a prepared run to its end; why it failed is left in the run directory too.
 
@@ -159,31 +187,31 @@ def launch_worker(
         order: What the worker does.
         show: Called with every line that the worker reports.
         grace_seconds: How long an interrupted worker may take to save; None: as the job says.
+        rehearsed: Called when a rehearsal has ended well.
 
     Raises:
         Interrupted: When it was stopped before it could say how it ended.
         LaunchError: When it ended without saying how.
     """
-    clear_leftovers(paths, order.plan)
+    clear_leftovers(paths, order.plan, show)
     try:
         grace = float(order.job.launch.grace_seconds) if grace_seconds is None else grace_seconds
-        return _launch(paths, order, show, grace)
+        return _launch(paths, order, show, grace, rehearsed)
     except LauncherError as failure:
         note_failure(paths, 0, failure)
         raise
 
 
 def _launch(
-    paths: RunPaths, order: WorkerOrder, show: Callable[[str], None], grace_seconds: float
+    paths: RunPaths,
+    order: WorkerOrder,
+    show: Callable[[str], None],
+    grace_seconds: float,
+    rehearsed: Callable[[], None],
 ) -> WorkerOutcome:
-    plan = order.plan
     first, *others = nodes_of(order)
+    for node in others:
+        show(f"node {node.rank}    sh {paths.node_command(node.rank)}")
     if others:
-        for node in others:
-            show(f"node {node.rank}    sh {paths.node_command(node.rank)}")
         show(f"waiting for {len(others)} nodes, at most {order.job.launch.connect_seconds} s")
-        return run_node(paths, order, first, show, grace_seconds)
-    environment = {**os.environ, **worker_environment(order.job.hardware, os.environ, plan)}
-    command = worker_command(paths, plan, first)
-    ending = supervise(command, environment, paths.log, paths.pid(0), show, grace_seconds)
-    return read_outcome(paths, plan, ending)
+    return run_node(paths, order, first, show, grace_seconds, rehearsed)

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Final
 
+from launcher.checkpoints import last_checkpoint
 from launcher.documents import read_document, write_document
 from launcher.errors import ConfigError, LaunchError
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord, WorkerOrder
-
-CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
-"""Name of a checkpoint folder, as transformers' `get_last_checkpoint` recognises it."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +68,16 @@ def previous_run(root: Path) -> WorkerOrder:
     """The order of a run that is to be continued.
 
     Raises:
-        ConfigError: When the folder is no run directory, or holds no checkpoint.
-        LaunchError: When its order can't be read, or its last checkpoint was not written to the end.
+        ConfigError: When the folder is no run directory, or holds no whole checkpoint.
+        LaunchError: When its order can't be read.
     """
     paths = RunPaths(root)
     if not paths.worker.is_file():
         raise ConfigError(f"`resume={root}` is not a run directory", "it must hold worker.json")
-    last = last_checkpoint(paths.checkpoints)
-    if last is None:
+    if last_checkpoint(paths.checkpoints) is None:
         raise ConfigError(
-            f"`resume={root}` holds no checkpoint",
+            f"`resume={root}` holds no whole checkpoint",
             "set `training.save_steps` so that a run leaves some; an interrupted run saves one by itself",
-        )
-    if not (last / "trainer_state.json").is_file():
-        raise LaunchError(
-            f"`{last}` was not written to the end: it has no trainer_state.json",
-            "delete it to continue from the checkpoint before, if there is one",
         )
     return read_document(paths.worker, WorkerOrder)
 
@@ -114,19 +105,3 @@ def _first_cause(failure: Exception) -> str:
     """One line of what went wrong; for a document, what its reader said first."""
     cause = failure.__cause__ or failure
     return " ".join(line.strip() for line in str(cause).splitlines()[:3])
-
-
-def last_checkpoint(folder: Path, complete: bool = False) -> Path | None:
-    """The checkpoint that the trainer would continue from: the one with the most steps; None when there is none.
-
-    Args:
-        folder: Where checkpoints lie.
-        complete: Leaves out those that were not written to the end.
-    """
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.is_dir() and CHECKPOINT.fullmatch(path.name)
-        if not complete or (path / "trainer_state.json").is_file()
-    ]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -35,6 +35,9 @@ class Meeting(Protocol):
     def reason_to_stop(self) -> str:
         """Why the run has to end now; empty while it goes on."""
 
+    def gather_again(self, seconds: float) -> None:
+        """Waits until every machine has come so far, or until there is a reason to stop."""
+
     def leave(self, failure: str) -> None:
         """Says that this machine's part has ended, and why not well; empty: well."""
 
@@ -45,6 +48,9 @@ class Alone:
     def reason_to_stop(self) -> str:
         """See `Meeting`."""
         return ""
+
+    def gather_again(self, seconds: float) -> None:
+        """See `Meeting`."""
 
     def leave(self, failure: str) -> None:
         """See `Meeting`."""
@@ -87,6 +93,7 @@ class MainMeeting:
         self._hosts = {0: hello.host}
         self._lines: list[Line] = []
         self._ended: set[int] = set()
+        self._arrived: set[int] = set()
         self._reason = ""
         listen(node.port).close()  # torchrun opens it later, and would fail less clearly
         self._listener = listen(node.control_port)
@@ -96,6 +103,18 @@ class MainMeeting:
     def reason_to_stop(self) -> str:
         """See `Meeting`."""
         return self._reason
+
+    def gather_again(self, seconds: float) -> None:
+        """See `Meeting`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._reason or len(self._arrived) == self._num_nodes - 1, seconds)
+            late = sorted(set(self._hosts) - {0} - self._arrived)
+            self._arrived.clear()
+        if late and not self._reason:
+            names = ", ".join(f"{number} on host {self._hosts[number]}" for number in late)
+            self._stop(f"nodes {names} did not end their rehearsal within {seconds:.0f} s of node 0")
+        for line in self._lines:
+            line.send({"go": True})
 
     def leave(self, failure: str) -> None:
         """See `Meeting`; a good end waits for the others'."""
@@ -136,6 +155,10 @@ class MainMeeting:
                 self._stop(problem)
             with self._changed:
                 self._hosts[hello.node] = hello.host
+                self._changed.notify_all()
+        elif "arrived" in message:
+            with self._changed:
+                self._arrived.add(line.node)
                 self._changed.notify_all()
         elif "ended" in message:
             if message["ended"]:
@@ -190,6 +213,17 @@ class NodeMeeting:
     def reason_to_stop(self) -> str:
         """See `Meeting`."""
         return self._reason
+
+    def gather_again(self, seconds: float) -> None:
+        """See `Meeting`."""
+        self._may_go.clear()
+        if self._reason:
+            return
+        self._line.send({"arrived": True})
+        if not self._may_go.wait(seconds):
+            self._reason = (
+                self._reason or f"the other nodes did not end their rehearsal within {seconds:.0f} s"
+            )
 
     def leave(self, failure: str) -> None:
         """See `Meeting`."""

@@ -22,16 +22,18 @@ from typing import Final
 
 import psutil
 
+from launcher.checkpoints import set_torn_aside
 from launcher.cluster import Cluster, Node
 from launcher.documents import read_document, write_document
 from launcher.errors import Interrupted, LauncherError, LaunchError
 from launcher.plan import Plan
 from launcher.run.endings import raise_for_outcome, read_outcome
 from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting
+from launcher.run.rehearse import MARK, discard_results, is_due
 from launcher.run.render import worker_command, worker_environment
 from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
 from launcher.run_paths import RunPaths
-from launcher.run_record import WorkerOrder, WorkerOutcome
+from launcher.run_record import Status, WorkerOrder, WorkerOutcome
 from launcher.run_status import NodeFailure
 
 COMPARED: Final = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
@@ -46,8 +48,9 @@ def run_node(
     node: Node,
     show: Callable[[str], None],
     grace_seconds: float = SAVE_GRACE_SECONDS,
+    rehearsed: Callable[[], None] = lambda: None,
 ) -> WorkerOutcome:
-    """Runs one machine's workers from the meeting with the other machines to the common end.
+    """Runs one machine's workers from the meeting with the other machines to the common end; first their rehearsal.
 
     Args:
         paths: The run directory, in a folder that all machines share.
@@ -55,27 +58,66 @@ def run_node(
         node: This machine.
         show: Called with every line that the workers report; only rank 0 does.
         grace_seconds: How long interrupted workers may take to save.
+        rehearsed: Called when a rehearsal has ended well.
 
     Raises:
         LauncherError: When machines don't meet, or the run ended without an outcome.
     """
+    acts = (paths.rehearsal, paths) if is_due(paths) else (paths,)
     meeting = meet(paths, order, node)
-    ending: Ending | None = None
     failure = f"node {node.rank} on host {socket.gethostname()} was ended"
     try:
-        environment = {**os.environ, **worker_environment(order.job.hardware, os.environ, order.plan)}
-        environment |= _network_environment(node, environment)
-        command = worker_command(paths, order.plan, node)
-        pid = paths.pid(node.rank * order.plan.num_devices)
-        log = paths.node_log(node.rank)
-        is_slurm = order.job.launch.cluster is Cluster.SLURM
-        stop = meeting.reason_to_stop
-        ending = supervise(command, environment, log, pid, show, grace_seconds, stop, shields=is_slurm)
-        failure = _failure(paths, order, ending)
+        for act in acts:
+            task = order if act == paths else read_document(act.worker, WorkerOrder)
+            shown = show if act == paths else lambda line: show(MARK + line)
+            ending = _supervised(act, task, node, meeting, shown, grace_seconds)
+            failure = _failure(act, task, ending)
+            if act == paths or failure or ending.exit_code or ending.interrupted:
+                break
+            meeting.gather_again(float(order.job.launch.connect_seconds))
+            if node.rank == 0:
+                rehearsed()
+                discard_results(act)
     finally:
         meeting.leave(failure)
     lost = meeting.reason_to_stop() if ending.exit_code or ending.stopped_because else ""
-    return read_outcome(paths, order.plan, replace(ending, stopped_because=ending.stopped_because or lost))
+    ending = replace(ending, stopped_because=ending.stopped_because or lost)
+    return read_outcome(paths, order.plan, ending) if act == paths else _bad_rehearsal(act, task, ending)
+
+
+def _supervised(
+    paths: RunPaths,
+    order: WorkerOrder,
+    node: Node,
+    meeting: Meeting,
+    show: Callable[[str], None],
+    grace_seconds: float,
+) -> Ending:
+    """Runs this machine's workers of a run, or of its rehearsal."""
+    environment = {**os.environ, **worker_environment(order.job.hardware, os.environ, order.plan)}
+    environment |= _network_environment(node, environment)
+    command = worker_command(paths, order.plan, node)
+    pid = paths.pid(node.rank * order.plan.num_devices)
+    is_slurm = order.job.launch.cluster is Cluster.SLURM
+    stop = meeting.reason_to_stop
+    return supervise(
+        command, environment, paths.node_log(node.rank), pid, show, grace_seconds, stop, shields=is_slurm
+    )
+
+
+def _bad_rehearsal(paths: RunPaths, order: WorkerOrder, ending: Ending) -> WorkerOutcome:
+    """How a rehearsal ended that did not end well: so does the run, before its first step."""
+    try:
+        outcome = read_outcome(paths, order.plan, ending)
+    except LauncherError as failure:
+        raise type(failure)(f"in the rehearsal: {failure.message}", failure.hint) from failure
+    message = f"in the rehearsal: {outcome.message}"
+    if outcome.status in (Status.INTERRUPTED, Status.TERMINATED):
+        message = "stopped in the rehearsal, before the first step"
+    elif outcome.status is Status.DONE:  # the workers were done, and what started them failed
+        message = f"the rehearsal ended with exit code {ending.exit_code}; its log is `{paths.log}`"
+        return replace(outcome, status=Status.FAILED, message=message, steps=0)
+    return replace(outcome, message=message, steps=0)
 
 
 def _failure(paths: RunPaths, order: WorkerOrder, ending: Ending) -> str:
@@ -174,10 +216,19 @@ def note_failure(paths: RunPaths, rank: int, failure: LauncherError) -> None:
             write_document(paths.failure(rank), NodeFailure(failure.exit_code, failure.message))
 
 
-def clear_leftovers(paths: RunPaths, plan: Plan) -> None:
-    """Removes what an earlier run in the same directory left of its end; the log of machine 0 is continued."""
+def clear_leftovers(paths: RunPaths, plan: Plan, show: Callable[[str], None] = lambda line: None) -> None:
+    """Removes what an earlier run in the same directory left of its end; the log of machine 0 is continued.
+
+    Checkpoints that are not whole are set aside, and `show` is called with each.
+    """
+    for note in set_torn_aside(paths.checkpoints):
+        show(note)
+    if is_due(paths):
+        clear_leftovers(paths.rehearsal, plan)
+        discard_results(paths.rehearsal)
+        paths.rehearsal.findings.unlink(missing_ok=True)
     ranks, nodes = range(plan.world_size), range(plan.num_nodes)
-    of_ranks = (paths.outcome, paths.measured, paths.pid, paths.host)
+    of_ranks = (paths.outcome, paths.measured, paths.pid, paths.host, paths.phase)
     leftovers = [file(rank) for file in of_ranks for rank in ranks] + [paths.failure(node) for node in nodes]
     for leftover in (*leftovers, *(paths.node_log(node) for node in nodes if node)):
         leftover.unlink(missing_ok=True)
@@ -208,7 +259,7 @@ def main(argv: Sequence[str]) -> int:
         if order.plan.num_nodes == 1:
             node = Node(port=order.job.launch.main_port)
         if node.rank == 0:  # before the machines meet: none of the others has begun
-            clear_leftovers(paths, order.plan)
+            clear_leftovers(paths, order.plan, show)
         grace_seconds = float(order.job.launch.grace_seconds)
         outcome = run_node(paths, order, node, show, grace_seconds)
         raise_for_outcome(outcome, paths, order.plan.world_size)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from launcher.documents import read_document
+from launcher.memory import Phase
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOutcome
 
@@ -46,6 +47,13 @@ def read_outcomes(paths: RunPaths, world_size: int) -> tuple[WorkerOutcome, ...]
     """The outcomes that ranks left, in order."""
     files = [paths.outcome(rank) for rank in range(world_size)]
     return tuple(read_document(file, WorkerOutcome) for file in files if file.exists())
+
+
+def noted_phase(paths: RunPaths, rank: int) -> Phase | None:
+    """The phase that a rank was in last; None where it noted none."""
+    with suppress(OSError, ValueError):
+        return Phase(paths.phase(rank).read_text(encoding="ascii"))
+    return None
 
 
 def deciding_outcome(outcomes: Sequence[WorkerOutcome], world_size: int) -> WorkerOutcome | None:

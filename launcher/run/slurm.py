@@ -45,8 +45,9 @@ while :; do  # a signal ends `wait` early
 done
 """
 REQUEUE: Final = """\
-# interrupted (130), and not by scancel, which would have ended the job: queued again, it continues from its checkpoint
-if [ "$code" -eq 130 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+# asked to stop (130, 143), and not by scancel, which would have ended the job: queued again it goes on from there
+state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+if [ "$state" = RUNNING ] && { [ "$code" -eq 130 ] || [ "$code" -eq 143 ]; }; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

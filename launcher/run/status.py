@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import psutil
 
+from launcher.checkpoints import last_checkpoint
 from launcher.cluster import SubmittedJob
 from launcher.documents import read_document
-from launcher.errors import ConfigError
-from launcher.run.ledger import last_checkpoint
+from launcher.errors import ConfigError, Interrupted, Terminated
 from launcher.run.ranks import deciding_outcome, read_outcomes
 from launcher.run.slurm import slurm_state
 from launcher.run_paths import RunPaths
@@ -33,9 +33,13 @@ QUEUED: Final = (
 UNDER_WAY: Final = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 """Slurm's words for jobs that have not begun, and for those that have (squeue's manual, 22.05 to 25.05); any other word
 means an end."""
-ENDS: Final = {Status.DONE: RunState.FINISHED, Status.INTERRUPTED: RunState.INTERRUPTED}
-INTERRUPTED: Final = 130
-"""The exit code of what was asked to stop."""
+ENDS: Final = {
+    Status.DONE: RunState.FINISHED,
+    Status.INTERRUPTED: RunState.INTERRUPTED,
+    Status.TERMINATED: RunState.INTERRUPTED,
+}
+INTERRUPTED: Final = (Interrupted.exit_code, Terminated.exit_code)
+"""Exit codes of what was asked to stop."""
 
 
 def ordered_run(root: Path) -> tuple[RunPaths, WorkerOrder]:
@@ -70,7 +74,7 @@ def run_status(
     noted = [read_document(file, NodeFailure) for file in failures if file.exists()]
     state, message = decide(outcomes, noted, ranks, job is not None, word)
     logged = _last_logged(paths.metrics)
-    checkpoint = last_checkpoint(paths.checkpoints, complete=True)
+    checkpoint = last_checkpoint(paths.checkpoints)
     return RunStatus(
         run_dir=str(paths.root),
         cluster=order.job.launch.cluster,
@@ -110,8 +114,8 @@ def decide(
     if any(rank.is_alive for rank in ranks) or (under_way and not failures and len(outcomes) < len(ranks)):
         return RunState.RUNNING, ""
     if failures:  # a launcher knows which rank drew the others after it
-        worst = min(failures, key=lambda failure: failure.exit_code == INTERRUPTED)
-        return RunState.INTERRUPTED if worst.exit_code == INTERRUPTED else RunState.FAILED, worst.message
+        worst = min(failures, key=lambda failure: failure.exit_code in INTERRUPTED)
+        return RunState.INTERRUPTED if worst.exit_code in INTERRUPTED else RunState.FAILED, worst.message
     found = deciding_outcome(outcomes, len(ranks))
     if found is not None:
         return ENDS.get(found.status, RunState.FAILED), found.message

@@ -30,6 +30,7 @@ TERM_GRACE_SECONDS: Final = 5.0
 REPEAT_SECONDS: Final = 0.5
 """Interrupts closer together than this count as one: wrappers pass on what the terminal also sent."""
 POLL_SECONDS: Final = 0.2
+INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAMILY_SECONDS: Final = 1.0
 """How often the descendants are counted."""
 KERNEL_COUNTERS: Final = Path("/proc/vmstat")
@@ -55,6 +56,8 @@ class Ending:
     """Processes of this machine that the kernel ended meanwhile for want of memory."""
     stopped_because: str = ""
     """Why it was ended from outside (see `should_stop`); empty when it was not."""
+    terminated: bool = False
+    """Whether what asked it to stop first was SIGTERM, as schedulers send it."""
 
 
 def supervise(
@@ -86,7 +89,8 @@ def supervise(
     Raises:
         LaunchError: When the command can't be started.
     """
-    with log.open("ab") as stream, _interrupts() as interrupts:
+    numbers: list[int] = []
+    with log.open("ab") as stream, _interrupts(numbers) as interrupts:
         began_at, kills_before, reason = stream.tell(), memory_kills(), ""
         with _start(command, environment, shields) as child:
             relay, family = _Relay(child, stream, show), Family(child)
@@ -95,7 +99,9 @@ def supervise(
             finally:
                 family.end()
             relay.finish()
-    return Ending(child.returncode, bool(interrupts), began_at, memory_kills() - kills_before, reason)
+    kills = memory_kills() - kills_before
+    terminated = numbers[:1] == [signal.SIGTERM]
+    return Ending(child.returncode, bool(interrupts), began_at, kills, reason, terminated)
 
 
 def memory_kills() -> int:
@@ -127,21 +133,25 @@ def _start(command: Sequence[str], environment: Mapping[str, str], shields: bool
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[float]]:
-    """Gathers the times of interrupts, instead of letting them cut through whatever is going on."""
+def _interrupts(numbers: list[int]) -> Iterator[list[float]]:
+    """Gathers the times of interrupts, instead of letting them cut through whatever is going on.
+
+    Args:
+        numbers: Gets the signals' numbers.
+    """
     times: list[float] = []
 
     def note(number: int, frame: object) -> None:
         now = time.monotonic()
         if not times or now - times[-1] > REPEAT_SECONDS:
             times.append(now)
+            numbers.append(number)
 
     if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
         yield times
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.getsignal(number) for number in numbers}
-    heeded = [number for number in numbers if previous[number] != signal.SIG_IGN]  # nohup ignores hang-ups
+    previous = {number: signal.getsignal(number) for number in INTERRUPTS}
+    heeded = [number for number in INTERRUPTS if previous[number] != signal.SIG_IGN]  # nohup ignores hang-ups
     try:
         for number in heeded:
             signal.signal(number, note)

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from launcher.memory import StepShape
+from launcher.memory import Phase, StepShape
 from launcher.plan import Plan
 from launcher.units import format_bytes
 from launcher.worker.engine import all_stop_now
@@ -34,7 +34,19 @@ class Progress:
     stop_asked: bool = False
     is_stopped: bool = False
     shapes: set[StepShape] = field(default_factory=set)
+    """Shapes of the first training batches."""
+    evaluation_shapes: set[StepShape] = field(default_factory=set)
     gradient_bytes: int = 0
+    phase: Phase = Phase.LOAD
+    """The phase that the loop is in."""
+    phase_file: Path | None = None
+    """Where it is noted, for those who wonder about a process that is gone."""
+
+    def enter(self, phase: Phase) -> None:
+        """The loop enters a phase."""
+        self.phase = phase
+        if self.phase_file is not None:
+            self.phase_file.write_text(phase.value, encoding="ascii")
 
 
 class ProgressCallback(TrainerCallback):

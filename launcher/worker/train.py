@@ -16,19 +16,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -36,22 +30,23 @@ from transformers import (
 
 from launcher import workload
 from launcher.callbacks import GenerationCallback, PhaseCallback
+from launcher.checkpoints import last_checkpoint
 from launcher.documents import read_document, write_document
 from launcher.engines import engine, engine_arguments, gather_when_saving, prepare_trainer
 from launcher.errors import DataError, LauncherError
-from launcher.hardware import DeviceKind
-from launcher.job import JobSpec, Task
+from launcher.job import JobSpec
 from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
-from launcher.worker.data import load_examples, require_chat_template, split_examples
+from launcher.worker.checkpoints import save_aside
 from launcher.worker.engine import (
     connect,
     leave_together,
     rank,
     world_size,
 )
+from launcher.worker.ingredients import Ingredients, prepare
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
@@ -60,12 +55,10 @@ from launcher.worker.meter import (
     resident_peak_bytes,
 )
 from launcher.worker.progress import Progress, ProgressCallback
-from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.signals import heed_parent_alone
-from launcher.worker.tasks import check_images, data_of_task, fitted
-from launcher.worker.weights import convert_gguf
+from launcher.worker.tasks import check_images
 
 EXIT_CODES = {
     Status.DONE: 0,
@@ -78,47 +71,18 @@ CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """How torch's CPU allocator words it, in a plain RuntimeError (c10/core/impl/alloc_cpu.cpp)."""
 
 
-@dataclass(frozen=True)
-class Ingredients:
-    """What one training needs besides job and plan."""
-
-    load: Callable[[], nn.Module]
-    """Reads the model's weights; run under the meter."""
-    train_dataset: Dataset
-    """Training rows."""
-    eval_dataset: Dataset | None
-    """Held-out rows."""
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
-    """Tokenizer of the model; of one that sees images its processor."""
-    changes: Mapping[str, Any]
-    """Changes to the trainer's arguments."""
-    output_dir: Path
-    """Where checkpoints go."""
-    adapt: Callable[[nn.Module], nn.Module] = lambda model: model
-    """Attaches adapters; run under the meter."""
-    metrics: Path | None = None
-    """Where metrics.jsonl goes."""
-    prompts: tuple[Batch, ...] = ()
-    """What to generate from."""
-    generations: Path | None = None
-    """Where generated text goes."""
-    timeline: Path | None = None
-    """Where the metered step goes."""
-    model: Path | None = None
-    """Where the trained weights or adapter go; None: nowhere."""
-    merged: Path | None = None
-    """Where the merged model goes, if the job asks for one."""
-
-
 def train(
     job: JobSpec,
     plan: Plan,
     ingredients: Ingredients,
     progress: Progress,
     report: Callable[[str], None],
-    resume: bool = False,
+    resume: Path | None = None,
 ) -> tuple[Trainer, MemoryMeasurement]:
-    """Loads, trains, and measures. The only training in this project; the tracer runs the same workload."""
+    """Loads, trains, and measures, from a checkpoint (`resume`) or from the beginning.
+
+    The only training in this project; the tracer runs the same workload.
+    """
     # the arguments come first: with them accelerate connects the processes, and transformers learns to shard weights
     changes = {**ingredients.changes, **engine_arguments(plan)}
     arguments = workload.training_arguments(job, plan, ingredients.output_dir, changes)
@@ -134,6 +98,7 @@ def train(
     def enter(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER_STEP and not progress.gradient_bytes:
             progress.gradient_bytes = weigh_gradients(model, trainer.optimizer)
+        progress.enter(phase)
         meter.enter(phase, max(0, trainer.state.global_step - progress.first_step))
 
     callbacks: list[TrainerCallback] = [
@@ -143,28 +108,19 @@ def train(
     if ingredients.prompts:
         write = _generation_writer(ingredients, report)
         callbacks.append(GenerationCallback(enter, ingredients.prompts, job.generation, write))
-    trainer = workload.build_trainer(
-        model,
-        job,
-        plan,
-        arguments,
-        ingredients.train_dataset,
-        ingredients.eval_dataset,
-        ingredients.tokenizer,
-        callbacks,
-    )
+    rows = (ingredients.train_dataset, ingredients.eval_dataset)
+    trainer = workload.build_trainer(model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks)
     built.append(trainer)
+    ingredients.settle(trainer)
     prepare_trainer(trainer, plan, enter)
     check_images(trainer, job)
     _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
     _count_tokens(model, progress)
-    if resume:
+    save_aside(trainer, ingredients.output_dir)
+    if resume is not None:
         enter(Phase.RESUME)
-    trainer.train(resume_from_checkpoint=resume or None)
-    resident = {
-        **weigh_residents(model, trainer.optimizer),
-        Category.GRADIENTS: progress.gradient_bytes,
-    }
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    resident = {**weigh_residents(model, trainer.optimizer), Category.GRADIENTS: progress.gradient_bytes}
     if not progress.is_stopped:
         gather_when_saving(trainer, plan)
         merged = ingredients.merged if job.method.merge else None
@@ -184,10 +140,15 @@ def _measured(
         meter=meter.name,
         phases=phases,
         resident_bytes=resident,
-        shapes=tuple(sorted(progress.shapes, key=lambda shape: (shape.micro_batch_size, shape.length))),
+        shapes=_in_order(progress.shapes),
+        evaluation_shapes=_in_order(progress.evaluation_shapes),
         host_peak_bytes=resident_peak_bytes(),
         disk_bytes=saved_bytes(ingredients.output_dir, ingredients.model, ingredients.merged),
     )
+
+
+def _in_order(shapes: set[StepShape]) -> tuple[StepShape, ...]:
+    return tuple(sorted(shapes, key=lambda shape: (shape.micro_batch_size, shape.length)))
 
 
 def _generation_writer(
@@ -210,9 +171,12 @@ def _watch_batches(trainer: Trainer, progress: Progress, meter: Meter, num_batch
     def collate_and_note(examples: list[Any]) -> Any:
         batch = collate(examples)
         meter.receive(value for value in batch.values() if isinstance(value, torch.Tensor))
-        if remaining[0] > 0:
+        shape = StepShape(*batch["input_ids"].shape)
+        if progress.phase is Phase.EVALUATION:
+            progress.evaluation_shapes.add(shape)
+        elif remaining[0] > 0:
             remaining[0] -= 1
-            progress.shapes.add(StepShape(*batch["input_ids"].shape))
+            progress.shapes.add(shape)
         return batch
 
     trainer.data_collator = collate_and_note
@@ -226,61 +190,10 @@ def _count_tokens(model: nn.Module, progress: Progress) -> None:
     model.register_forward_pre_hook(count, with_kwargs=True)
 
 
-def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
-    """Reads data, tokenizer and config; nothing of the model's weights yet."""
-    job, plan = order.job, order.plan
-    source = order.weights
-    if order.converted:
-        source = str(convert_gguf(Path(source), Path(order.converted)))
-    try:
-        sees = job.model.task is Task.IMAGE_TEXT_TO_TEXT
-        processing_class = AutoProcessor if sees else AutoTokenizer
-        tokenizer = processing_class.from_pretrained(source, revision=job.model.revision)
-        config = workload.model_config(source, job.model)
-    except (OSError, ValueError) as failure:
-        raise DataError(
-            f"the model at `{source}` can't be read: {failure}",
-            "check `model.path`; a hub id needs the network (and, for gated models, an accepted licence)",
-        ) from failure
-    data = data_of_task(job.data, job.model)
-    train_rows, eval_rows = split_examples(load_examples(data), data, job.evaluation)
-    train_rows = fitted(train_rows, job, data.path)
-    eval_rows = fitted(eval_rows, job, job.evaluation.path or data.path)
-    require_chat_template(tokenizer, train_rows)
-
-    def load() -> nn.Module:
-        return workload.build_model(config, plan, source, job)
-
-    prompts: tuple[Batch, ...] = ()
-    if job.generation.enabled:
-        prompts = prompt_batches(tokenizer, train_rows if eval_rows is None else eval_rows, job.generation)
-    training = job.training
-    return Ingredients(
-        load=load,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        tokenizer=tokenizer,
-        changes={
-            "use_cpu": job.hardware.kind is DeviceKind.CPU,
-            "save_strategy": "steps" if training.save_steps else "no",
-            "save_steps": training.save_steps or 500,
-            "report_to": list(training.report_to),
-            "dataloader_pin_memory": job.hardware.kind is not DeviceKind.CPU,
-        },
-        output_dir=paths.checkpoints,
-        adapt=lambda model: workload.attach_adapters(model, job, plan),
-        metrics=paths.metrics,
-        prompts=prompts,
-        generations=paths.generations,
-        timeline=paths.timeline(rank()),
-        model=paths.model,
-        merged=paths.merged,
-    )
-
-
 def run(order: WorkerOrder, paths: RunPaths) -> Status:
     """Carries out an order and leaves its outcome in the run directory."""
-    progress = Progress()
+    progress = Progress(phase_file=paths.phase(rank()))
+    progress.enter(Phase.LOAD)
     listens = rank() == 0  # rank 0 tells the others, so that all stop after the same step
     signal.signal(
         signal.SIGINT, (lambda number, frame: _ask_to_stop(progress, frame)) if listens else signal.SIG_IGN
@@ -294,7 +207,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         began = time.perf_counter()
         with engine(order.plan, order.job.hardware.kind):
             _, measurement = train(
-                order.job, order.plan, ingredients, progress, _report, has_checkpoint(paths)
+                order.job, order.plan, ingredients, progress, _report, last_checkpoint(paths.checkpoints)
             )
         seconds = time.perf_counter() - began
         if progress.is_stopped:
@@ -317,11 +230,6 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     if status in (Status.DONE, Status.INTERRUPTED):
         leave_together()
     return status
-
-
-def has_checkpoint(paths: RunPaths) -> bool:
-    """Whether the run directory holds a checkpoint to continue from."""
-    return any(paths.checkpoints.glob("checkpoint-*/trainer_state.json"))
 
 
 def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
@@ -359,6 +267,7 @@ def _outcome(status: Status, message: str, seconds: float, progress: Progress) -
         host=socket.gethostname(),
         ended_at_seconds=time.time(),
         tokens_per_step=statistics.median(tokens) if tokens else None,
+        phase=progress.phase,
     )
 
 

@@ -29,8 +29,9 @@ from launcher.hardware import DeviceKind
 from launcher.job import JobSpec
 from launcher.memory import MemoryMeasurement
 from launcher.plan import Plan
+from launcher.worker.ingredients import Ingredients
 from launcher.worker.progress import Progress
-from launcher.worker.train import Ingredients, train
+from launcher.worker.train import train
 from scripts.gpu_validation.jobs import ValidationJob, architecture, by_name, plan_of, spec_of
 from scripts.gpu_validation.orders import RunOrder
 from scripts.gpu_validation.results import Outcome, PhaseBytes, Status
@@ -113,7 +114,7 @@ def _ingredients(
         train_dataset=_rows(job, steps * plan.micro_batch_size * plan.gradient_accumulation_steps),
         eval_dataset=_rows(job, 2 * plan.micro_batch_size) if job.evaluation else None,
         tokenizer=_tokenizer(),
-        # as launcher.worker.train.prepare, and rows that are tokens already
+        # as launcher.worker.ingredients.prepare, and rows that are tokens already
         changes={
             "use_cpu": on_cpu,
             "save_strategy": "steps" if job.save else "no",

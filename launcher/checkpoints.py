@@ -1,0 +1,152 @@
+"""Checkpoints on disk: written aside, sealed with a list of their files, renamed; torn ones are told from whole ones.
+
+checkpoints/.partial/checkpoint-12/      being written
+checkpoints/checkpoint-12/seal.json      whole: every file with its size and digest
+checkpoints/torn-checkpoint-9/           does not match its seal; never read again
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from launcher.documents import read_document, write_document
+from launcher.errors import LaunchError
+
+CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
+"""Name of a checkpoint folder, as transformers' `get_last_checkpoint` recognises it."""
+PARTIAL: Final = ".partial"
+"""Folder in which checkpoints are written."""
+SEAL: Final = "seal.json"
+TORN: Final = "torn-"
+"""What the name of a checkpoint begins with that does not match its seal."""
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """One file of a checkpoint."""
+
+    num_bytes: int
+    """Its size."""
+    sha256: str
+    """Its digest."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a checkpoint consists of, written when all of it was."""
+
+    files: Mapping[str, SealedFile]
+    """By path below the checkpoint's folder."""
+
+
+def seal(folder: Path) -> None:
+    """Makes sure that all of a checkpoint is on disk, and writes down what it is.
+
+    Raises:
+        OSError: When it can't be.
+    """
+    files = {}
+    for file in _files(folder):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+        files[file.relative_to(folder).as_posix()] = SealedFile(file.stat().st_size, digest)
+    write_document(folder / SEAL, Seal(files))
+    with (folder / SEAL).open("rb") as stream:
+        os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def publish(partial: Path, folder: Path) -> Path:
+    """Gives a sealed checkpoint its place beside the others, at once or not at all; returns the place."""
+    place = folder / partial.name
+    shutil.rmtree(place, ignore_errors=True)  # of the same step: the run went back, and came here again
+    partial.rename(place)
+    _sync_folder(folder)
+    return place
+
+
+def damage(folder: Path, *, digests: bool = True) -> str:
+    """What is wrong with a checkpoint; empty when it is whole.
+
+    Args:
+        folder: The checkpoint.
+        digests: Whether to read the files; else their sizes have to do.
+    """
+    if not (folder / SEAL).is_file():
+        return f"it has no {SEAL}: it was not written to the end"
+    try:
+        sealed = read_document(folder / SEAL, Seal)
+    except LaunchError:
+        return f"its {SEAL} can't be read"
+    for name, known in sealed.files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != known.num_bytes:
+            return f"{name} has {file.stat().st_size} bytes, not {known.num_bytes}"
+        if digests:
+            with file.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != known.sha256:
+                    return f"{name} does not match its digest"
+    return ""
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint with the most steps, by the sizes of its files; None when there is none.
+
+    Args:
+        folder: Where checkpoints lie.
+    """
+    found = sorted(_checkpoints(folder), key=step_of, reverse=True)
+    return next((path for path in found if not damage(path, digests=False)), None)
+
+
+def set_torn_aside(folder: Path) -> tuple[str, ...]:
+    """Renames checkpoints that are not whole, from the newest to the first whole one; returns what was wrong.
+
+    What was being written when a run ended is removed.
+
+    Args:
+        folder: Where checkpoints lie.
+    """
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    notes = []
+    for path in sorted(_checkpoints(folder), key=step_of, reverse=True):
+        wrong = damage(path)
+        if not wrong:
+            break
+        aside = path.with_name(TORN + path.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        notes.append(f"passing over {path.name}: {wrong}")
+    return tuple(notes)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint holds, by its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob("checkpoint-*") if path.is_dir() and CHECKPOINT.fullmatch(path.name))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes sure that the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,182 @@
+"""Out of memory: the next plan, with the same global batch and every knob that changes the result as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from launcher.checkpoints import last_checkpoint, step_of
+from launcher.documents import write_document
+from launcher.errors import WorkerOutOfMemory
+from launcher.job import ChoicesSpec, Engine, JobSpec
+from launcher.memory import MemoryEstimate, Phase
+from launcher.plan import Plan
+from launcher.planner.forecast import Forecaster
+from launcher.planner.interval import EVIDENCE, read_residuals
+from launcher.planner.tracer import Tracer
+from launcher.planning import find_plan, needed_libraries, trace_cache, with_interval
+from launcher.run.launch import launch_worker, rewrite_run
+from launcher.run.ranks import noted_phase
+from launcher.run.rehearse import is_due
+from launcher.run_paths import RunPaths
+from launcher.run_record import Replan, Status, WorkerOrder, WorkerOutcome
+
+SHRINK: Final = 0.9
+"""Share of the failed plan's predicted memory that the next plan may take: a convention. What failed by a little would
+fail again by a little less."""
+UNSHRINKABLE: Final = (Phase.LOAD, Phase.RESUME, Phase.SAVE, Phase.MERGE)
+"""Phases that a smaller micro batch does not make smaller."""
+
+
+def next_order(order: WorkerOrder, phase: Phase | None, is_continued: bool) -> tuple[WorkerOrder, str] | None:
+    """What to try when a plan ran out of memory, and what is different, in words; None when there is nothing.
+
+    Args:
+        order: What ran out of memory.
+        phase: Phase in which it did; None, unknown, counts as a step of training.
+        is_continued: Whether it goes on from a checkpoint: then the engine that wrote it must read it.
+
+    Raises:
+        UnsupportedByPlanner: When the tracer can't follow a plan.
+    """
+    if phase in (Phase.EVALUATION, Phase.GENERATION):
+        return _with_smaller_look(order, phase)
+    choice = find_plan(_restricted(order, is_continued))
+    if choice.plan is None or choice.estimate is None:
+        return None
+    taken, estimate = choice.plan, choice.estimate
+    if phase in UNSHRINKABLE and not _is_smaller(estimate, order.predicted, phase):
+        return None
+    estimate = with_interval(estimate, taken, order.job, read_residuals(EVIDENCE))
+    following = replace(order, plan=taken, predicted=estimate, predicted_step=choice.step)
+    return following, difference(order.plan, taken)
+
+
+def difference(before: Plan, after: Plan) -> str:
+    """What is different between two plans: `micro_batch_size 8 -> 4, gradient_accumulation_steps 2 -> 4`."""
+    changes = []
+    for name in before.__dataclass_fields__:
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            changes.append(f"{name} {getattr(old, 'value', old)} -> {getattr(new, 'value', new)}")
+    return ", ".join(changes)
+
+
+def _restricted(order: WorkerOrder, is_continued: bool) -> JobSpec:
+    """The job, on a device that the failed plan does not fit."""
+    job, plan = order.job, order.plan
+    pin = replace(job.planner.pin, method=plan.method, rank=plan.rank or None, max_length=plan.max_length)
+    if is_continued and plan.engine is not Engine.NONE:
+        pin = replace(
+            pin,
+            engine=plan.engine,
+            zero_stage=plan.zero_stage,
+            offload_optimizer=plan.offload_optimizer,
+            offload_parameters=plan.offload_parameters,
+        )
+    memory_bytes = min(job.hardware.memory_bytes, int(SHRINK * order.predicted.peak_device_bytes))
+    return replace(
+        job,
+        planner=replace(job.planner, pin=pin, choices=ChoicesSpec(), headroom=0.0),
+        hardware=replace(job.hardware, memory_bytes=memory_bytes),
+    )
+
+
+def _is_smaller(estimate: MemoryEstimate, failed: MemoryEstimate, phase: Phase) -> bool:
+    peak, before = estimate.phase(phase), failed.phase(phase)
+    return peak is not None and before is not None and peak.allocated_bytes < before.allocated_bytes
+
+
+def _with_smaller_look(order: WorkerOrder, phase: Phase) -> tuple[WorkerOrder, str] | None:
+    """A smaller batch to evaluate or to generate in; the training's stays."""
+    job, plan = order.job, order.plan
+    evaluation, generation = job.evaluation, job.generation
+    if phase is Phase.GENERATION:
+        if generation.batch_size == 1:
+            return None
+        size = generation.batch_size // 2
+        job = replace(job, generation=replace(generation, batch_size=size))
+        change = f"generation.batch_size {generation.batch_size} -> {size}"
+    elif evaluation.keep_logits and evaluation.accumulation_steps is None:
+        job = replace(job, evaluation=replace(evaluation, accumulation_steps=1))
+        change = "evaluation.accumulation_steps -> 1: kept logits wait in host memory"
+    else:
+        before = evaluation.batch_size or plan.micro_batch_size
+        if before == 1:
+            return None
+        job = replace(job, evaluation=replace(evaluation, batch_size=before // 2))
+        change = f"evaluation.batch_size {before} -> {before // 2}"
+    with Tracer(needed_libraries(job)) as tracer:
+        estimate = Forecaster(job, tracer, trace_cache(job)).estimate(plan, exact=True)
+    estimate = with_interval(estimate, plan, job, read_residuals(EVIDENCE))
+    return replace(order, job=job, predicted=estimate), change
+
+
+def run_to_the_end(
+    order: WorkerOrder,
+    paths: RunPaths,
+    show: Callable[[str], None],
+    rehearsed: Callable[[WorkerOrder], None],
+    describe: Callable[[WorkerOrder], dict[str, Any]],
+) -> tuple[WorkerOrder, WorkerOutcome, tuple[Replan, ...]]:
+    """Runs the worker of a prepared run; out of memory, again with the next plan, as often as the job allows.
+
+    Args:
+        order: What the worker does.
+        paths: The run directory.
+        show: Called with every line that the worker reports.
+        rehearsed: Called with the order whose rehearsal has ended well.
+        describe: The plan document of an order, for the run directory.
+
+    Returns:
+        The last order, how it ended, and the plans that ran out of memory before it.
+
+    Raises:
+        LauncherError: When a run ended without an outcome, and not for want of memory.
+    """
+    replans: list[Replan] = []
+    while True:
+        outcome = _outcome(order, paths, show, rehearsed)
+        is_over = outcome.status is not Status.OUT_OF_MEMORY or order.plan.num_nodes > 1
+        if is_over or len(replans) == order.job.launch.max_replans:
+            return order, outcome, tuple(replans)
+        in_rehearsal = is_due(paths) and not paths.rehearsal.findings.exists()
+        act = paths.rehearsal if in_rehearsal else paths
+        phase = outcome.phase or noted_phase(act, outcome.rank)
+        checkpoint = last_checkpoint(paths.checkpoints)
+        found = next_order(order, phase, checkpoint is not None)
+        if found is None:
+            return order, outcome, tuple(replans)
+        following, change = found
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        message = outcome.message.splitlines()[0]
+        replans.append(Replan(phase, message, in_rehearsal, order.plan, following.plan, change, step))
+        show(f"out of memory in {phase.value if phase else 'an unknown phase'}: {message}")
+        show(f"trying    {change}, {f'from the checkpoint of step {step}' if step else 'from the beginning'}")
+        order = following
+        rewrite_run(paths, order, describe(order))
+        write_document(paths.replans, tuple(replans))
+
+
+def _outcome(
+    order: WorkerOrder,
+    paths: RunPaths,
+    show: Callable[[str], None],
+    rehearsed: Callable[[WorkerOrder], None],
+) -> WorkerOutcome:
+    """How a run ended; that the kernel ended it for want of memory is an outcome too."""
+    try:
+        return launch_worker(paths, order, show, rehearsed=lambda: rehearsed(order))
+    except WorkerOutOfMemory as failure:
+        return WorkerOutcome(
+            status=Status.OUT_OF_MEMORY,
+            message=str(failure),
+            steps=0,
+            first_loss=None,
+            last_loss=None,
+            train_seconds=0.0,
+            tokens_per_second=None,
+            step_seconds=None,
+            world_size=order.plan.world_size,
+        )

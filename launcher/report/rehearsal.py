@@ -1,0 +1,60 @@
+"""What a rehearsal showed, what recoveries there were, and what was alive when memory ran out, for people."""
+
+from __future__ import annotations
+
+from launcher.memory import MemoryEstimate, Phase
+from launcher.report.tables import run_text, wrapped
+from launcher.run_record import Finding, Rehearsal, Replan, RunRecord
+from launcher.units import format_bytes, format_seconds, signed_percent
+
+
+def rehearsal_text(rehearsal: Rehearsal) -> str:
+    """A line for the whole, one for each phase's error, and one for each finding."""
+    measured = rehearsal.measured
+    largest = max(measured.shapes, key=lambda shape: shape.micro_batch_size * shape.length, default=None)
+    batch = f", largest batch {largest.micro_batch_size} x {largest.length}" if largest else ""
+    errors = [
+        f"{phase.phase.value} {signed_percent(peak.allocated_bytes, phase.allocated_bytes):+.2f} %"
+        for phase in measured.phases
+        if (peak := rehearsal.predicted.phase(phase.phase)) is not None
+    ]
+    lines = [
+        f"rehearsal in {format_seconds(rehearsal.seconds)}{batch}: peak "
+        f"{format_bytes(measured.peak_allocated_bytes)}",
+        wrapped("predicted", ", ".join(errors) + " off what was measured"),
+    ]
+    return "\n".join([*lines, *map(finding_text, rehearsal.findings)])
+
+
+def finding_text(finding: Finding) -> str:
+    """A finding in words."""
+    measured, predicted = format_bytes(finding.measured_bytes), format_bytes(finding.predicted_bytes)
+    return wrapped(
+        "finding  ",
+        f"{finding.phase.value} took {measured}, where {predicted} were predicted and at most "
+        f"{format_bytes(finding.expected_bytes)} expected: {format_bytes(finding.category_excess_bytes)} more of "
+        f"{finding.category} than predicted",
+    )
+
+
+def replan_text(replan: Replan) -> str:
+    """A recovery in words."""
+    where = replan.phase.value if replan.phase else "an unknown phase"
+    begun = f"from the checkpoint of step {replan.from_step}" if replan.from_step else "from the beginning"
+    what = " of the rehearsal" if replan.in_rehearsal else ""
+    return wrapped("recovered", f"out of memory in {where}{what}; {replan.change}, {begun}")
+
+
+def bill_at_failure(predicted: MemoryEstimate, phase: Phase | None) -> str:
+    """What was to be alive at the highest moment of the phase in which memory ran out."""
+    peak = predicted.phase(phase) if phase else None
+    peak = peak or predicted.peak
+    parts = sorted(peak.by_category_bytes.items(), key=lambda item: -item[1])
+    words = ", ".join(f"{name.value} {format_bytes(size)}" for name, size in parts if size)
+    return f"{peak.phase.value} was predicted to have {format_bytes(peak.allocated_bytes)} alive: {words}"
+
+
+def record_text(record: RunRecord) -> str:
+    """A finished run: predicted beside measured, then what the rehearsal found and what was recovered from."""
+    found = record.rehearsal.findings if record.rehearsal else ()
+    return "\n".join([run_text(record), *map(replan_text, record.replans), *map(finding_text, found)])

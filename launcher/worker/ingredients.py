@@ -1,0 +1,119 @@
+"""What one training needs besides job and plan: rows, tokenizer, weights, and where things go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, Trainer
+
+from launcher import workload
+from launcher.errors import DataError
+from launcher.hardware import DeviceKind
+from launcher.job import Task
+from launcher.run_paths import RunPaths
+from launcher.run_record import WorkerOrder
+from launcher.worker.data import load_examples, require_chat_template, split_examples
+from launcher.worker.engine import rank
+from launcher.worker.longest import keep_longest, most_text, num_batches_trained
+from launcher.worker.prompts import Batch, prompt_batches
+from launcher.worker.tasks import data_of_task, fitted
+from launcher.worker.weights import convert_gguf
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What one training needs besides job and plan."""
+
+    load: Callable[[], nn.Module]
+    """Reads the model's weights; run under the meter."""
+    train_dataset: Dataset
+    """Training rows."""
+    eval_dataset: Dataset | None
+    """Held-out rows."""
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
+    """Tokenizer of the model; of one that sees images its processor."""
+    changes: Mapping[str, Any]
+    """Changes to the trainer's arguments."""
+    output_dir: Path
+    """Where checkpoints go."""
+    settle: Callable[[Trainer], None] = lambda trainer: None
+    """Has the last word on the data, when the trainer has laid it out."""
+    adapt: Callable[[nn.Module], nn.Module] = lambda model: model
+    """Attaches adapters; run under the meter."""
+    metrics: Path | None = None
+    """Where metrics.jsonl goes."""
+    prompts: tuple[Batch, ...] = ()
+    """What to generate from."""
+    generations: Path | None = None
+    """Where generated text goes."""
+    timeline: Path | None = None
+    """Where the metered step goes."""
+    model: Path | None = None
+    """Where the trained weights or adapter go; None: nowhere."""
+    merged: Path | None = None
+    """Where the merged model goes, if the job asks for one."""
+
+
+def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
+    """Reads data, tokenizer and config; nothing of the model's weights yet."""
+    job, plan = order.job, order.plan
+    source = order.weights
+    if order.converted:
+        source = str(convert_gguf(Path(source), Path(order.converted)))
+    try:
+        sees = job.model.task is Task.IMAGE_TEXT_TO_TEXT
+        processing_class = AutoProcessor if sees else AutoTokenizer
+        tokenizer = processing_class.from_pretrained(source, revision=job.model.revision)
+        config = workload.model_config(source, job.model)
+    except (OSError, ValueError) as failure:
+        raise DataError(
+            f"the model at `{source}` can't be read: {failure}",
+            "check `model.path`; a hub id needs the network (and, for gated models, an accepted licence)",
+        ) from failure
+    data = data_of_task(job.data, job.model)
+    train_rows, eval_rows = split_examples(load_examples(data), data, job.evaluation)
+    train_rows = fitted(train_rows, job, data.path)
+    eval_rows = fitted(eval_rows, job, job.evaluation.path or data.path)
+    require_chat_template(tokenizer, train_rows)
+
+    def load() -> nn.Module:
+        return workload.build_model(config, plan, source, job)
+
+    prompts: tuple[Batch, ...] = ()
+    if job.generation.enabled:
+        prompts = prompt_batches(tokenizer, train_rows if eval_rows is None else eval_rows, job.generation)
+    if order.rehearses:
+        num_rows = plan.micro_batch_size * num_batches_trained(job, plan)
+        train_rows = most_text(train_rows, num_rows, num_rows * plan.max_length)
+        if eval_rows is not None and not job.evaluation.keep_logits:
+            num_rows = workload.evaluation_batch_size(job, plan) * plan.world_size
+            eval_rows = most_text(eval_rows, num_rows, num_rows * plan.max_length)
+        prompts = tuple(sorted(prompts, key=lambda batch: -batch[0].shape[1])[:1])
+    training = job.training
+    return Ingredients(
+        load=load,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        tokenizer=tokenizer,
+        changes={
+            "use_cpu": job.hardware.kind is DeviceKind.CPU,
+            "save_strategy": "steps" if training.save_steps else "no",
+            "save_steps": training.save_steps or 500,
+            "report_to": list(training.report_to),
+            "dataloader_pin_memory": job.hardware.kind is not DeviceKind.CPU,
+        },
+        output_dir=paths.checkpoints,
+        adapt=lambda model: workload.attach_adapters(model, job, plan),
+        settle=lambda trainer: keep_longest(trainer, job, plan) if order.rehearses else None,
+        metrics=paths.metrics,
+        prompts=prompts,
+        generations=paths.generations,
+        timeline=paths.timeline(rank()),
+        model=paths.model,
+        merged=paths.merged,
+    )

@@ -1,0 +1,94 @@
+"""The worst batches that the data holds: what a rehearsal trains and evaluates on."""
+
+# mypy: disable-error-code="import-untyped"
+# datasets has no type information
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
+
+from launcher.job import JobSpec
+from launcher.plan import Plan
+from launcher.workload import evaluation_batch_size
+
+CANDIDATES = 256
+"""Examples with the most text that are tokenised to find those with the most tokens: text and tokens don't rank alike,
+and to tokenise a whole data set takes minutes."""
+CHARACTERS_PER_TOKEN = 8
+"""More than texts have: so much text per token fills packed rows."""
+ROWS_AT_ONCE = 1000
+
+
+def most_text(rows: Dataset, num_rows: int, num_tokens: int) -> Dataset:
+    """The examples with the most text, longest first.
+
+    Args:
+        rows: Examples, as `launcher.worker.data` lays them out.
+        num_rows: How many are needed; `CANDIDATES` are taken at least, if there are as many.
+        num_tokens: How many tokens they must have together, if there are as many.
+    """
+    columns = [name for name in rows.column_names if name != "images"]
+    lengths: list[int] = []
+    for batch in rows.select_columns(columns).iter(ROWS_AT_ONCE):
+        lengths += [sum(map(num_characters, values)) for values in zip(*batch.values(), strict=True)]
+    ranked = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    sums = accumulate(lengths[index] for index in ranked)
+    short = sum(1 for total in sums if total < num_tokens * CHARACTERS_PER_TOKEN)
+    return rows.select(ranked[: max(CANDIDATES, num_rows, short + 1)])
+
+
+def num_characters(value: object) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(num_characters(item) for item in value.values())
+    return sum(map(num_characters, value)) if isinstance(value, list) else 0
+
+
+def worst_batches(rows: Dataset, batch_size: int, num_batches: int) -> Dataset:
+    """The batch of the longest examples, again and again; to be taken in this order.
+
+    Its last example is shorter than the first if any is: then the batch is padded, and has a mask.
+
+    Args:
+        rows: Examples as the trainer holds them: with token ids, or, where its collator makes these, longest first.
+        batch_size: Examples in a batch; some of them more than once where there are fewer.
+        num_batches: How many batches.
+    """
+    ranked = list(range(len(rows)))
+    chosen = [ranked[number % len(ranked)] for number in range(batch_size)]
+    if "input_ids" in rows.column_names:
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        ranked.sort(key=lambda index: -lengths[index])
+        chosen = [ranked[number % len(ranked)] for number in range(batch_size)]
+        shorter = [index for index in ranked if lengths[index] < lengths[ranked[0]]]
+        if shorter and batch_size > 1 and lengths[chosen[-1]] == lengths[chosen[0]]:
+            chosen[-1] = shorter[0]
+    return rows.select(chosen * num_batches)
+
+
+def num_batches_trained(job: JobSpec, plan: Plan) -> int:
+    """Micro batches that the steps of a rehearsal take, on all ranks."""
+    assert job.training.max_steps is not None  # a rehearsal's job says so
+    return job.training.max_steps * plan.gradient_accumulation_steps * plan.world_size
+
+
+def keep_longest(trainer: Trainer, job: JobSpec, plan: Plan) -> None:
+    """Leaves a trainer the worst batches that it holds: those of a few steps, and one of evaluation per rank.
+
+    Where an evaluation keeps the logits of all examples, all are kept.
+    """
+    held: Any = trainer
+    held.args.train_sampling_strategy = "sequential"
+    held.train_dataset = worst_batches(
+        held.train_dataset, plan.micro_batch_size, num_batches_trained(job, plan)
+    )
+    if held.eval_dataset is not None and not job.evaluation.keep_logits:
+        held.eval_dataset = worst_batches(
+            held.eval_dataset, evaluation_batch_size(job, plan), plan.world_size
+        )

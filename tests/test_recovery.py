@@ -1,0 +1,240 @@
+"""Rehearsals leave nothing behind, and jobs that run out of memory end all the same: real processes, a real limit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.job import Engine
+from launcher.memory import (
+    RESIDENT,
+    Category,
+    Interval,
+    MeasuredPhase,
+    MemoryEstimate,
+    MemoryMeasurement,
+    Phase,
+    PhasePeak,
+)
+from launcher.reconciliation import findings
+from launcher.recovery import difference
+from launcher.run.rehearse import rehearsal_order
+from launcher.units import MIB
+from tests.test_end_to_end import document_of, launch
+from tests.tiny_job import tiny_order, write_tiny_model
+
+LONG = 2048
+LIMIT_BYTES = 9 << 27
+"""Private memory that a process may hold: 1.125 GiB, half of it the libraries'."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random Llama and its byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny model")
+    write_tiny_model(folder)
+    return folder
+
+
+def write_rows(file: Path, lengths: list[int]) -> Path:
+    """Texts of so many bytes each."""
+    rows = [{"text": (f"{number} " * length)[: length - 1]} for number, length in enumerate(lengths)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def arguments(tiny: Path, cache: Path, data: Path) -> list[str]:
+    """A job whose batches are as long as their longest text."""
+    return [
+        f"'model.path={tiny}'".strip("'"),
+        f"data.path={data}",
+        "data.format=text",
+        "data.packing=false",
+        "training.precision=fp32",
+        "training.report_to=[]",
+        "hardware=cpu",
+        f"trace_cache={cache}",
+        "output=json",
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Traces that the tests share."""
+    return tmp_path_factory.mktemp("traces")
+
+
+def losses(run_dir: str) -> list[float]:
+    """Logged losses, step by step; of a step that was trained twice the last one."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    by_step = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def short_job(tiny: Path, cache: Path, folder: Path) -> list[str]:
+    """A job with every phase but merging."""
+    data = write_rows(folder / "rows.jsonl", [20 + 3 * number for number in range(40)])
+    return [
+        *arguments(tiny, cache, data),
+        "data.max_length=512",
+        "training.global_batch_size=4",
+        "training.max_steps=3",
+        "training.save_steps=3",
+        "evaluation=held_out",
+        "evaluation.num_examples=6",
+        "generation=samples",
+        "generation.prompt_length=40",
+        "generation.max_new_tokens=30",
+    ]
+
+
+def test_a_rehearsal_runs_the_longest_batch_and_is_put_away(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    result = launch([*short_job(tiny, cache, tmp_path), f"run_dir={tmp_path / 'run'}"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    document = document_of(result)
+    assert document["outcome"]["steps"] == 3 and document["replans"] == []
+    shown = document["rehearsal"]
+    assert shown["findings"] == []
+    assert max(length for _, length in shown["shapes"]) == 20 + 3 * 33, "the last six rows are held out"
+    for phase in ("load", "train_step", "optimizer_step", "evaluation", "generation", "save"):
+        predicted = shown["predicted_by_phase_bytes"][phase]
+        assert predicted == pytest.approx(shown["measured_by_phase_bytes"][phase], rel=0.03), phase
+    left = {path.name for path in (tmp_path / "run" / "rehearsal").iterdir()}
+    assert {"worker.log", "measured.rank0.json", "findings.json"} <= left
+    assert not left & {"checkpoints", "model", "generations.jsonl"}
+
+
+@pytest.mark.thorough
+def test_a_rehearsed_run_is_the_same_bit_for_bit(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("true", "false")]
+    for folder in folders:
+        job = [*short_job(tiny, cache, tmp_path), f"launch.rehearse={folder.name}", f"run_dir={folder}"]
+        assert launch(job, tmp_path).returncode == 0
+    weights = [(folder / "model" / "adapter_model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+    assert losses(str(folders[0])) == losses(str(folders[1]))
+
+
+def long_job(tiny: Path, cache: Path, folder: Path) -> list[str]:
+    """One long text among short ones: attention scores of 4 heads x 2048 x 2048 floats, kept in each of six layers."""
+    data = write_rows(folder / "rows.jsonl", [40] * 9 + [LONG] + [40] * 14)
+    return [
+        *arguments(tiny, cache, data),
+        f"data.max_length={LONG}",
+        "training.global_batch_size=4",
+        "training.max_steps=5",
+        "training.save_steps=1",
+        "planner.pin.attention=eager",
+        "hardware.memory_bytes=1000000000000",
+        "launch.rehearse=false",
+    ]
+
+
+def test_a_job_that_runs_out_of_memory_goes_on_with_the_next_plan(
+    tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The same job without a limit is what the loss curve must be."""
+    job = long_job(tiny, cache, tmp_path)
+    result = launch(job, tmp_path, data_limit_bytes=LIMIT_BYTES)
+    assert result.returncode == 0, result.stderr
+    document = document_of(result)
+    (replan,) = document["replans"]
+    assert replan["phase"] == "train_step"
+    assert replan["from_step"] > 0, "the long text is not in the first batch"
+    before, after = replan["failed"], replan["taken"]
+    assert before["activation_checkpointing"] == "none" and after["activation_checkpointing"] != "none"
+    for name in ("method", "rank", "max_length", "optimizer", "precision"):
+        assert before[name] == after[name]
+    assert document["plan"] == after and document["outcome"]["steps"] == 5
+    assert json.loads((Path(document["run_dir"]) / "plan.json").read_text())["plan"] == after
+    undisturbed = launch(job, tmp_path)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    expected = losses(document_of(undisturbed)["run_dir"])
+    assert losses(document["run_dir"]) == pytest.approx(expected, abs=1e-5)
+    shown = launch(["action=report", f"run_dir={document['run_dir']}"], tmp_path)
+    assert "recovered out of memory in train_step" in shown.stdout, shown.stdout
+
+
+@pytest.mark.thorough
+def test_an_evaluation_without_memory_shrinks_its_own_batch(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "held_out.jsonl", [LONG] * 4)
+    job = [
+        *arguments(tiny, cache, write_rows(tmp_path / "rows.jsonl", [40] * 24)),
+        f"data.max_length={LONG}",
+        "training.global_batch_size=4",
+        "training.max_steps=2",
+        "training.save_steps=1",
+        "planner.pin.attention=eager",
+        "hardware.memory_bytes=1000000000000",
+        "launch.rehearse=false",
+        "launch.max_replans=3",
+        "evaluation=held_out",
+        f"evaluation.path={held_out}",
+        "evaluation.steps=1",
+        "evaluation.batch_size=4",
+    ]
+    result = launch(job, tmp_path, data_limit_bytes=LIMIT_BYTES)
+    assert result.returncode == 0, result.stderr
+    document = document_of(result)
+    assert document["replans"] and {replan["phase"] for replan in document["replans"]} == {"evaluation"}
+    assert all(replan["taken"] == replan["failed"] == document["plan"] for replan in document["replans"])
+    assert document["replans"][0]["change"] == "evaluation.batch_size 4 -> 2"
+
+
+def test_a_rehearsal_is_the_order_in_short() -> None:
+    order = tiny_order(Path("/models/tiny"), Engine.DDP, gradient_accumulation_steps=8, micro_batch_size=3)
+    short = rehearsal_order(order)
+    assert short.rehearses and short.job.training.max_steps == 2
+    assert short.plan.gradient_accumulation_steps == 2 and short.plan.micro_batch_size == 3
+    assert short.job.training.global_batch_size == short.plan.global_batch_size == 12
+    assert short.job.training.save_steps is None and short.job.evaluation == order.job.evaluation
+    assert difference(order.plan, short.plan) == "gradient_accumulation_steps 8 -> 2"
+
+
+def measured(phases: dict[Phase, int], **resident: int) -> MemoryMeasurement:
+    weighed: dict[Category, int] = {category: resident.get(category.value, 0) for category in RESIDENT}
+    peaks = tuple(MeasuredPhase(phase, size, None, None) for phase, size in phases.items())
+    return MemoryMeasurement(0, "by hand", peaks, weighed, ())
+
+
+def test_findings_name_what_there_was_more_of() -> None:
+    def peak(phase: Phase, size: int) -> PhasePeak:
+        return PhasePeak(
+            phase, size, {Category.PARAMETERS: 600 * MIB, Category.ACTIVATIONS: size - 600 * MIB}
+        )
+
+    phases, parameters = (peak(Phase.TRAIN_STEP, 1000 * MIB), peak(Phase.SAVE, 700 * MIB)), 600 * MIB
+    high = Interval(990 * MIB, 1010 * MIB, 0.95, 20, is_new_architecture=False)
+    predicted = MemoryEstimate(phases, {Category.PARAMETERS: parameters}, 0, high)
+    seen = {Phase.TRAIN_STEP: 1010 * MIB, Phase.SAVE: 710 * MIB}
+    assert findings(predicted, measured(seen, parameters=parameters)) == ()
+    (found,) = findings(predicted, measured({**seen, Phase.SAVE: 710 * MIB + 1}, parameters=parameters))
+    assert (found.phase, found.expected_bytes, found.category) == (Phase.SAVE, 710 * MIB, "working_set")
+    (found,) = findings(predicted, measured({**seen, Phase.TRAIN_STEP: 1200 * MIB}, parameters=790 * MIB))
+    assert (found.category, found.category_excess_bytes) == ("parameters", 190 * MIB)
+    precise = replace(predicted, interval=replace(high, high_bytes=1000 * MIB))
+    assert findings(precise, measured({Phase.SAVE: 702 * MIB}, parameters=parameters)) == ()
+
+
+def test_what_can_shrink_no_further_ends_with_the_bill(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [LONG] * 8)
+    job: list[Any] = [
+        *arguments(tiny, cache, data),
+        f"data.max_length={LONG}",
+        "training.global_batch_size=8",
+        "training.max_steps=2",
+        "planner.pin.attention=eager",
+        "planner.pin.micro_batch_size=8",
+        "planner.pin.activation_checkpointing=none",
+        "hardware.memory_bytes=1000000000000",
+    ]
+    result = launch(job, tmp_path, data_limit_bytes=2 << 30)
+    assert result.returncode == 4, result.stderr
+    assert "in the rehearsal" in result.stderr and "can't allocate memory" in result.stderr
+    assert "train_step was predicted to have" in result.stderr and "activations" in result.stderr
+    document = document_of(result)
+    assert document["replans"] == [] and document["outcome"]["phase"] == "train_step"
