@@ -131,6 +131,11 @@ class RunPaths:
         return self.root / "findings.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by the launcher that runs in the directory."""
+        return self.root / "launcher.lock"
+
+    @property
     def replans(self) -> Path:
         """The plans that ran out of memory, and what was tried next."""
         return self.root / "replans.json"

@@ -172,6 +172,69 @@ def test_what_fails_halfway_leaves_nothing(
     assert list(tmp_path.rglob("*")) == ([root] if exists else [])
 
 
+def test_of_two_launches_for_one_folder_one_is_refused(tmp_path: Path) -> None:
+    """Each finds the folder empty, or not there, and none has the other's files."""
+    program = """
+        import json, sys, time
+        from pathlib import Path
+        from launcher.documents import from_json
+        from launcher.errors import LaunchError
+        from launcher.run.launch import prepare_run
+        from launcher.run_paths import RunPaths
+        from launcher.run_record import WorkerOrder
+        order = from_json(WorkerOrder, sys.stdin.read())
+        time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
+        try:
+            prepare_run(RunPaths(Path(sys.argv[1])), order, {})
+        except LaunchError as failure:
+            sys.exit(failure.message)
+    """
+    begin = str(time.time() + 4)
+    for name in ("there", "new"):
+        if name == "there":
+            (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / name), begin]
+        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        racers = [subprocess.Popen(command, **pipes) for _ in range(3)]  # type: ignore[call-overload]
+        said = [racer.communicate(to_json(ORDER))[1] for racer in racers]
+        assert sorted(racer.returncode for racer in racers) == [0, 1, 1], said
+        assert read_document(RunPaths(tmp_path / name).worker, WorkerOrder) == ORDER
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_run_directory_has_one_launcher(stage: Stage) -> None:
+    program = """
+        import sys, time
+        from pathlib import Path
+        from launcher.run.lock import sole_launcher
+        from launcher.run_paths import RunPaths
+        with sole_launcher(RunPaths(Path(sys.argv[1]))):
+            print("held", flush=True)
+            time.sleep(300)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(stage.paths.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(LaunchError, match=f"another launch, process {holder.pid}"):
+            stage.play("end()")
+        holder.kill()
+    assert stage.play("end()") == DONE
+
+
+def test_workers_of_a_launcher_that_is_gone_are_ended(stage: Stage) -> None:
+    """The lock went with the launcher that was killed; its worker trains on."""
+    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", str(stage.paths.root)])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    stage.paths.pid(0).write_text(str(orphan.pid))
+    assert stage.play("end()") == DONE
+    orphan.wait(10)
+    assert stage.shown == [f"ending process {orphan.pid}: the launcher that started it is gone"]
+    stage.paths.pid(0).write_text(str(other.pid))  # numbers are given again
+    assert stage.play("end()") == DONE and other.poll() is None
+    other.kill()
+    other.wait()
+
+
 # ------------------------------------------------------------------------------------------------ good ends
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from launcher.engine_config import deepspeed_text
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, LauncherError, LaunchError
 from launcher.job import Engine
+from launcher.run.lock import end_orphans, sole_launcher
 from launcher.run.node import clear_leftovers, main_address, note_failure, run_node
 from launcher.run.rehearse import rehearsal_order
 from launcher.run.render import (
@@ -47,20 +49,34 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
     root = paths.root
     partial = RunPaths(root.with_name(f".{root.name}.{os.getpid()}.partial"))
     try:
-        if root.exists() and any(root.iterdir()):
-            raise LaunchError(
-                f"`{root}` exists and is not empty",
-                "choose another `run_dir`, or continue it with `resume=<run dir>`",
-            )
         if root.exists():
-            _write_run_files(paths, paths, order, document)
+            _fill(paths, order, document)
         else:
             _write_run_files(partial, paths, order, document)
             partial.root.rename(root)
+    except FileExistsError as failure:
+        raise LaunchError(
+            f"`{root}` exists and is not empty",
+            "choose another `run_dir`, or continue it with `resume=<run dir>`",
+        ) from failure
     except OSError as failure:
+        if failure.errno == errno.ENOTEMPTY:  # another launch was there first
+            raise LaunchError(f"`{root}` exists and is not empty", "choose another `run_dir`") from failure
         raise LaunchError(f"`{root}` can't be written: {failure}", "choose another `run_dir`") from failure
     finally:
         shutil.rmtree(partial.root, ignore_errors=True)
+
+
+def _fill(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
+    """Writes a run directory into an empty folder; FileExistsError when it isn't empty, or another launch does."""
+    if any(paths.root.iterdir()):
+        raise FileExistsError
+    paths.lock.touch(exist_ok=False)  # of two launches that found it empty one comes first
+    try:
+        _write_run_files(paths, paths, order, document)
+    except BaseException:
+        paths.lock.unlink()
+        raise
 
 
 def require_disk(root: Path, needed_bytes: int) -> None:
@@ -193,13 +209,15 @@ def launch_worker(
         Interrupted: When it was stopped before it could say how it ended.
         LaunchError: When it ended without saying how.
     """
-    clear_leftovers(paths, order.plan, show)
-    try:
-        grace = float(order.job.launch.grace_seconds) if grace_seconds is None else grace_seconds
-        return _launch(paths, order, show, grace, rehearsed)
-    except LauncherError as failure:
-        note_failure(paths, 0, failure)
-        raise
+    grace = float(order.job.launch.grace_seconds) if grace_seconds is None else grace_seconds
+    with sole_launcher(paths):
+        end_orphans(paths, order.plan.world_size, show)
+        clear_leftovers(paths, order.plan, show)
+        try:
+            return _launch(paths, order, show, grace, rehearsed)
+        except LauncherError as failure:
+            note_failure(paths, 0, failure)
+            raise
 
 
 def _launch(

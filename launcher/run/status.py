@@ -9,12 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
-
 from launcher.checkpoints import last_checkpoint
 from launcher.cluster import SubmittedJob
 from launcher.documents import read_document
 from launcher.errors import ConfigError, Interrupted, Terminated
+from launcher.run.lock import works_on
 from launcher.run.ranks import deciding_outcome, read_outcomes
 from launcher.run.slurm import slurm_state
 from launcher.run_paths import RunPaths
@@ -137,15 +136,7 @@ def _process(paths: RunPaths, rank: int) -> RankProcess:
         return RankProcess(rank, host, None, None)
     if host and host != socket.gethostname():
         return RankProcess(rank, host, int(pid), None)
-    return RankProcess(rank, host, int(pid), _works_on(int(pid), paths.root))
-
-
-def _works_on(pid: int, root: Path) -> bool:
-    """Whether a process runs and is of this run: numbers are given again."""
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and str(root) in process.cmdline()
-    return False
+    return RankProcess(rank, host, int(pid), works_on(int(pid), paths.root))
 
 
 def _text(file: Path) -> str:
