@@ -23,7 +23,7 @@ from launcher.report.cards import cards_document, cards_text
 from launcher.report.explanation import explanation_document, explanation_text
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
-from launcher.run.ledger import previous_run
+from launcher.run.status import ordered_run
 from launcher.run_paths import RunPaths
 from launcher.workflow import Answer, planned
 
@@ -34,7 +34,7 @@ def memory_answer(job: JobSpec) -> Answer:
     plot = Path(job.plot) if job.plot else None
     if job.run_dir:
         paths = RunPaths(Path(job.run_dir).resolve())
-        order = previous_run(paths.root)
+        _, order = ordered_run(paths.root)
         job, plan, answer = order.job, order.plan, Answer(f"run       {paths.root}", {})
         timeline = paths.timeline(0)
         measured = read_document(timeline, Timeline) if timeline.exists() else None

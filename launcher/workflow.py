@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoints import last_checkpoint
 from launcher.cluster import Cluster
 from launcher.documents import read_document, to_json
 from launcher.errors import LauncherError, LaunchError, NoPlanFits, WorkerOutOfMemory
@@ -98,7 +99,8 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     if job.resume:
         paths = RunPaths(Path(job.resume).resolve())
         order = previous_run(paths.root)
-        show(f"resuming {paths.root}")
+        last = last_checkpoint(paths.checkpoints)
+        show(f"resuming  {paths.root}, {'from the beginning' if last is None else f'after {last.name}'}")
         return _start(order, paths, json.loads(paths.plan.read_text(encoding="utf-8")), show)
     began = time.perf_counter()
     devices = detect_cuda()

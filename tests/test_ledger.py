@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -10,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoints import damage, last_checkpoint, publish, seal, set_torn_aside
-from launcher.documents import write_document
+from launcher.documents import to_json, write_document
 from launcher.errors import ConfigError, LaunchError
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Precision
 from launcher.memory import (
@@ -24,6 +30,7 @@ from launcher.memory import (
 )
 from launcher.plan import Plan
 from launcher.run.ledger import find_records, new_run_dir, previous_run, write_record
+from launcher.run.ledger_file import NAME, read_rows
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord, Status, WorkerOrder, WorkerOutcome
 
@@ -153,6 +160,98 @@ def test_no_folder_no_runs(tmp_path: Path) -> None:
     assert find_records(tmp_path / "runs").records == ()
 
 
+# ----------------------------------------------------------------------------------------------------- ledger
+
+WRITER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from launcher.documents import from_json
+from launcher.run.ledger import write_record
+from launcher.run_paths import RunPaths
+from launcher.run_record import RunRecord
+record = from_json(RunRecord, sys.stdin.read())
+print("ready", flush=True)
+number = 0
+while number < int(sys.argv[3]):
+    root = Path(sys.argv[1]) / f"{sys.argv[2]}-{number}"
+    write_record(RunPaths(root), replace(record, run_dir=str(root)))
+    number += 1
+"""
+
+
+def writer(folder: Path, name: str, num_records: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, str(folder), name, str(num_records)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None
+    child.stdin.write(to_json(RECORD))
+    child.stdin.close()
+    return child
+
+
+def test_eight_launches_write_at_once(tmp_path: Path) -> None:
+    children = [writer(tmp_path, f"writer{number}", 10) for number in range(8)]
+    assert [child.wait(120) for child in children] == [0] * 8
+    for child in children:
+        child.stdout.close()  # type: ignore[union-attr]  # it is a pipe
+    assert len(read_rows(tmp_path)) == 80
+    found = find_records(tmp_path)
+    assert len(found.records) == 80 and found.notes == ()
+
+
+def test_a_kill_in_the_middle_of_a_write_loses_nothing_that_was_written(tmp_path: Path) -> None:
+    for number in range(3):
+        child = writer(tmp_path, f"killed{number}", 1_000_000)
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        time.sleep(0.2 + 0.05 * number)
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    rows = read_rows(tmp_path)
+    on_disk = {str(path.parent) for path in tmp_path.glob("*/record.json")}
+    missing = on_disk - {row.run_dir for row in rows}
+    assert len(rows) > 10 and len(missing) <= 3, "of each writer at most the record that was on its way"
+    assert {record.run_dir for record in find_records(tmp_path).records} == on_disk
+    assert {row.run_dir for row in read_rows(tmp_path)} == on_disk, "what was missing has been taken in"
+
+
+def test_the_ledger_remembers_runs_whose_directories_are_gone(tmp_path: Path) -> None:
+    record = make_record(tmp_path / "a", RECORD.started)
+    shutil.rmtree(tmp_path / "a")
+    assert find_records(tmp_path).records == (record,)
+
+
+def test_an_older_schema_is_taken_over(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / NAME)) as connection:
+        connection.execute("create table runs (run_dir text, record text, remark text)")
+        connection.execute("insert into runs values ('/gone', ?, 'old')", (to_json(RECORD),))
+        connection.commit()
+    record = make_record(tmp_path / "a", "2027-01-01T00:00:00+00:00")
+    assert find_records(tmp_path).records == (record, RECORD)
+
+
+def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / NAME)) as connection:
+        connection.execute("pragma user_version=99")
+        connection.commit()
+    before = (tmp_path / NAME).read_bytes()
+    record = make_record(tmp_path / "a", RECORD.started)
+    found = find_records(tmp_path)
+    assert found.records == (record,) and "schema 99" in found.notes[0]
+    assert (tmp_path / NAME).read_bytes() == before
+
+
+def test_a_damaged_ledger_is_set_aside_and_made_anew(tmp_path: Path) -> None:
+    record = make_record(tmp_path / "a", RECORD.started)
+    for file in tmp_path.glob(NAME + "*"):
+        file.unlink()
+    (tmp_path / NAME).write_bytes(b"no database" * 1000)
+    found = find_records(tmp_path)
+    assert found.records == (record,) and "set aside" in found.notes[0]
+    assert [row.run_dir for row in read_rows(tmp_path)] == [str(tmp_path / "a")]
+    assert find_records(tmp_path).notes == ()
+
+
 # ----------------------------------------------------------------------------------------------------- resume
 
 
@@ -179,20 +278,24 @@ def test_a_folder_that_is_no_run_cannot_be_continued(name: str, tmp_path: Path) 
         previous_run(tmp_path / name)
 
 
-def test_a_run_without_a_checkpoint_cannot_be_continued(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_anew_unless_it_is_done(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     write_document(paths.worker, ORDER)
     (paths.checkpoints / "checkpoint-last").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
+    assert previous_run(tmp_path) == ORDER
+    write_record(paths, RECORD)
+    assert RECORD.outcome.status is Status.DONE
+    with pytest.raises(ConfigError, match="is done, and holds no whole checkpoint"):
         previous_run(tmp_path)
+    make_checkpoint(paths, 3)
+    assert previous_run(tmp_path) == ORDER
 
 
 def test_torn_checkpoints_are_passed_over(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     write_document(paths.worker, ORDER)
     make_checkpoint(paths, 10, finished=False)
-    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
-        previous_run(tmp_path)
+    assert last_checkpoint(paths.checkpoints) is None
     for steps in (7, 8, 9):
         make_checkpoint(paths, steps)
     assert previous_run(tmp_path) == ORDER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from launcher.reconciliation import findings
 from launcher.recovery import difference
 from launcher.run.rehearse import rehearsal_order
 from launcher.units import MIB
+from scripts.endurance import MOMENTS, endure_all
 from tests.test_end_to_end import document_of, launch
 from tests.tiny_job import tiny_order, write_tiny_model
 
@@ -238,3 +240,9 @@ def test_what_can_shrink_no_further_ends_with_the_bill(tiny: Path, cache: Path, 
     assert "train_step was predicted to have" in result.stderr and "activations" in result.stderr
     document = document_of(result)
     assert document["replans"] == [] and document["outcome"]["phase"] == "train_step"
+
+
+def test_a_job_that_is_killed_while_it_saves_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """scripts/endurance.py does this twenty times, in steps and rehearsals too."""
+    (found,) = endure_all(tmp_path, [MOMENTS.index("save")], random.Random(1))
+    assert found.is_same and found.resumed_from > 0

@@ -155,4 +155,4 @@ def _signal_name(exit_code: int, tail: tuple[str, ...]) -> str:
 def _resume_hint(paths: RunPaths) -> str:
     if last_checkpoint(paths.checkpoints) is not None:
         return f"`launch resume={paths.root}` continues from the last checkpoint"
-    return "there is no checkpoint to continue from"
+    return f"there is no checkpoint yet: `launch resume={paths.root}` begins anew"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
 from launcher.checkpoints import last_checkpoint
-from launcher.documents import read_document, write_document
-from launcher.errors import ConfigError, LaunchError
+from launcher.documents import from_json, read_document, write_document
+from launcher.errors import ConfigError
+from launcher.run.ledger_file import NAME, NewerLedger, Row, read_rows, set_aside, write_rows
 from launcher.run_paths import RunPaths
-from launcher.run_record import RunRecord, WorkerOrder
+from launcher.run_record import RunRecord, Status, WorkerOrder
 
 
 @dataclass(frozen=True)
@@ -40,44 +44,86 @@ def new_run_dir(root: Path, recipe: str, now: datetime) -> Path:
 
 
 def write_record(paths: RunPaths, record: RunRecord) -> None:
-    """Writes the record of a run."""
+    """Writes the record of a run into its directory, and into the ledger of the folder that this lies in.
+
+    A ledger that can't be written is no reason to fail: it takes the record from the directory later.
+    """
     write_document(paths.record, record)
+    with suppress(sqlite3.Error, NewerLedger, OSError):
+        write_rows(paths.root.parent, [_row_of(paths)])
 
 
 def find_records(root: Path) -> Ledger:
-    """Reads the record of a run directory, or those of all run directories in a folder.
+    """Reads the record of a run directory, or those of all runs in a folder: of its ledger, and of its directories.
 
     A run without a readable record is left out and noted. A folder that does not exist holds no runs.
     """
+    if _is_run_dir(root):
+        return _parsed([_row_of(RunPaths(root))] if RunPaths(root).record.exists() else [], _unended([root]))
+    found = [paths for paths in _run_dirs(root) if paths.record.exists()]
+    notes = _unended(paths.root for paths in _run_dirs(root) if not paths.record.exists())
+    rows: dict[str, Row] = {}
+    try:
+        rows = {row.run_dir: row for row in read_rows(root)}
+    except NewerLedger as failure:
+        notes.append(f"`{root / NAME}` is left alone: {failure}")
+        return _parsed([_row_of(paths) for paths in found], notes)
+    except sqlite3.Error as failure:
+        notes.append(
+            f"`{root / NAME}` can't be read ({failure}); it is set aside as `{set_aside(root).name}`"
+        )
+    fresh = []
+    for paths in found:
+        known = rows.get(str(paths.root.resolve()))
+        if known is None or known.changed_ns != paths.record.stat().st_mtime_ns:
+            fresh.append(_row_of(paths))
+    if fresh:
+        rows |= {row.run_dir: row for row in fresh}
+        with suppress(sqlite3.Error, OSError):  # a folder that can't be written is still read
+            write_rows(root, fresh)
+    return _parsed(rows.values(), notes)
+
+
+def _row_of(paths: RunPaths) -> Row:
+    root = paths.root.resolve()
+    return Row(str(root), paths.record.stat().st_mtime_ns, paths.record.read_text("utf-8", "replace"))
+
+
+def _unended(roots: Iterable[Path]) -> list[str]:
+    return [
+        f"`{root}` has no record: the run has not ended, or was ended from outside"
+        for root in roots
+        if not RunPaths(root).record.exists()
+    ]
+
+
+def _parsed(rows: Iterable[Row], notes: list[str]) -> Ledger:
     records: list[tuple[datetime, RunRecord]] = []
-    notes: list[str] = []
-    for paths in _run_dirs(root):
-        if not paths.record.exists():
-            notes.append(f"`{paths.root}` has no record: the run has not ended, or was ended from outside")
-            continue
+    for row in rows:
         try:
-            record = read_document(paths.record, RunRecord)
+            record = from_json(RunRecord, row.record)
             records.append((_start_of(record), record))
-        except (LaunchError, OSError, ValueError) as failure:
-            notes.append(f"`{paths.record}` can't be read: {_first_cause(failure)}")
+        except ValueError as failure:
+            notes.append(f"`{RunPaths(Path(row.run_dir)).record}` can't be read: {_first_cause(failure)}")
     records.sort(key=lambda item: item[0], reverse=True)
     return Ledger(tuple(record for _, record in records), tuple(notes))
 
 
 def previous_run(root: Path) -> WorkerOrder:
-    """The order of a run that is to be continued.
+    """The order of a run that is to be continued: from its last whole checkpoint, or from the beginning.
 
     Raises:
-        ConfigError: When the folder is no run directory, or holds no whole checkpoint.
+        ConfigError: When the folder is no run directory, or the run is done and left nothing to continue from.
         LaunchError: When its order can't be read.
     """
     paths = RunPaths(root)
     if not paths.worker.is_file():
         raise ConfigError(f"`resume={root}` is not a run directory", "it must hold worker.json")
-    if last_checkpoint(paths.checkpoints) is None:
+    is_done = paths.record.exists() and read_document(paths.record, RunRecord).outcome.status is Status.DONE
+    if is_done and last_checkpoint(paths.checkpoints) is None:
         raise ConfigError(
-            f"`resume={root}` holds no whole checkpoint",
-            "set `training.save_steps` so that a run leaves some; an interrupted run saves one by itself",
+            f"`resume={root}` is done, and holds no whole checkpoint to continue from",
+            "set `training.save_steps` so that a run leaves some",
         )
     return read_document(paths.worker, WorkerOrder)
 

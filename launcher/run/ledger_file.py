@@ -1,0 +1,128 @@
+"""The ledger's SQLite file: one row per run that has ended. Run directories are the truth; this is their memory.
+
+A run's record lies in its own directory too, so a lost or damaged ledger is made anew from those that are still there;
+what only the ledger still knows are runs whose directories were removed.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+NAME: Final = "ledger.sqlite"
+VERSION: Final = 1
+"""Of the schema; in SQLite's `user_version`. Rows of an older one are read and written anew."""
+BUSY_SECONDS: Final = 60.0
+"""How long a writer waits for others."""
+SCHEMA: Final = """
+create table runs (
+    run_dir text primary key,
+    changed_ns integer not null,
+    record text not null
+) without rowid
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run, as the ledger keeps it."""
+
+    run_dir: str
+    """Its directory, absolute."""
+    changed_ns: int
+    """When the record in that directory was last changed."""
+    record: str
+    """The record, as JSON."""
+
+
+class NewerLedger(Exception):
+    """The file was written by a later version of this package."""
+
+
+def read_rows(folder: Path) -> tuple[Row, ...]:
+    """All rows of a folder's ledger; none where there is no ledger.
+
+    Raises:
+        NewerLedger: When it can't be read by this version.
+        sqlite3.Error: When it can't be read at all.
+    """
+    if not (folder / NAME).is_file():
+        return ()
+    with _connected(folder) as connection:
+        return tuple(Row(*row) for row in connection.execute("select run_dir, changed_ns, record from runs"))
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a folder's ledger, or replaces them; all or none.
+
+    Raises:
+        NewerLedger: When it can't be written by this version.
+        sqlite3.Error: When it can't be written at all.
+    """
+    values = [(row.run_dir, row.changed_ns, row.record) for row in rows]
+    with _connected(folder) as connection:
+        connection.execute("begin immediate")
+        connection.executemany("insert or replace into runs values (?, ?, ?)", values)
+        connection.execute("commit")
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a ledger that can't be read, with its journal; returns its new place."""
+    aside = folder / f"{NAME}.damaged-{time.time_ns()}"
+    for ending in ("", "-wal", "-shm"):
+        file = folder / f"{NAME}{ending}"
+        if file.exists():
+            file.rename(aside.with_name(aside.name + ending))
+    return aside
+
+
+@contextmanager
+def _connected(folder: Path) -> Iterator[sqlite3.Connection]:
+    # autocommit: transactions begin where the code says so
+    connection = sqlite3.connect(folder / NAME, timeout=BUSY_SECONDS, isolation_level=None)
+    with closing(connection):
+        (version,) = connection.execute("pragma user_version").fetchone()
+        if version > VERSION:
+            raise NewerLedger(f"it has schema {version}, this version knows {VERSION}")
+        _log_ahead(connection)
+        connection.execute("pragma synchronous=full")
+        if version < VERSION:
+            _migrate(connection)
+        yield connection
+
+
+def _log_ahead(connection: sqlite3.Connection) -> None:
+    """Writes ahead, so that readers and a writer don't wait for each other."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("pragma journal_mode=wal")
+            return
+        except sqlite3.OperationalError as failure:
+            # SQLite does not wait by itself here
+            if "locked" not in str(failure) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Makes the table, or makes it anew with the rows of an older one."""
+    connection.execute("begin immediate")
+    (version,) = connection.execute("pragma user_version").fetchone()
+    if version < VERSION:  # nobody else did it meanwhile
+        known = connection.execute(
+            "select count(*) from sqlite_master where type='table' and name='runs'"
+        ).fetchone()[0]
+        old = connection.execute("select run_dir, record from runs").fetchall() if known else []
+        connection.execute("drop table if exists runs")
+        connection.execute(SCHEMA)
+        connection.executemany(
+            "insert into runs values (?, 0, ?)", old
+        )  # 0: compared with the directory again
+        connection.execute(f"pragma user_version={VERSION}")
+    connection.execute("commit")
