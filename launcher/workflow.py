@@ -164,7 +164,12 @@ def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show:
         return {**document, "plan": plan_fields(order.plan), "predicted": predicted}
 
     order, outcome, replans = run_to_the_end(order, paths, show, rehearsed, describe)
-    record = reconcile(order, paths, outcome, started, replans)
+    try:
+        record = reconcile(order, paths, outcome, started, replans)
+    except OSError as error:
+        raise LaunchError(
+            f"the run's record can't be written: {error}", f"make room at `{paths.root}`"
+        ) from error
     failure: LauncherError | None = None
     try:
         raise_for_outcome(outcome, paths, order.plan.world_size)

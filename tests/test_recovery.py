@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.checkpoints import last_checkpoint
 from launcher.job import Engine
 from launcher.memory import (
     RESIDENT,
@@ -26,7 +32,7 @@ from launcher.recovery import difference
 from launcher.run.rehearse import rehearsal_order
 from launcher.units import MIB
 from scripts.endurance import MOMENTS, endure_all
-from tests.test_end_to_end import document_of, launch
+from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, quoted, wait_for
 from tests.tiny_job import tiny_order, write_tiny_model
 
 LONG = 2048
@@ -246,3 +252,50 @@ def test_a_job_that_is_killed_while_it_saves_ends_with_the_same_weights(tmp_path
     """scripts/endurance.py does this twenty times, in steps and rehearsals too."""
     (found,) = endure_all(tmp_path, [MOMENTS.index("save")], random.Random(1))
     assert found.is_same and found.resumed_from > 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_while_saving_costs_no_checkpoint(
+    tiny: Path, cache: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    """Somebody else fills the disk after the first checkpoint; when there is room again the run goes on."""
+    data = write_rows(tmp_path / "rows.jsonl", [200] * 40)
+    run_dir = small_disk / "run"
+    job = [
+        *arguments(tiny, cache, data),
+        "data.max_length=128",
+        "training.global_batch_size=4",
+        "training.max_steps=4",
+        "training.save_steps=1",
+        "training.save_total_limit=1",
+        "launch.rehearse=false",
+        f"run_dir={run_dir}",
+    ]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "launcher.cli", *map(quoted, job)], stdout=stream, stderr=stream, text=True
+        )
+        wait_for(lambda: last_checkpoint(run_dir / "checkpoints") is not None, child)
+        filler = small_disk / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as full:
+            while True:
+                full.write(bytes(1 << 16))
+        assert child.wait(TIMEOUT_SECONDS) == 6, log.read_text()
+    assert "is full" in log.read_text()
+    assert last_checkpoint(run_dir / "checkpoints") is not None
+    filler.unlink()
+    result = launch([f"resume={run_dir}", "output=json"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert document_of(result)["outcome"]["steps"] == 4

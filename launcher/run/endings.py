@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +22,8 @@ from launcher.run_record import WORKER_MARK, Status, WorkerOutcome
 LOG_TAIL_LINES: Final = 20
 LOG_TAIL_BYTES: Final = 1 << 16
 """How much of the log's end is read."""
+FULL_BYTES: Final = 1 << 20
+"""A file system with less than this is full."""
 LONGEST_LINE: Final = 400
 """Characters shown of a line of the log."""
 KILLED_BELOW: Final = re.compile(r"died with <Signals\.(\w+): \d+>")
@@ -77,6 +80,8 @@ def _read_outcome(paths: RunPaths, plan: Plan, ending: Ending) -> WorkerOutcome:
     message = f"the worker ended with {how} and left no outcome\n{_quoted(tail)}".rstrip()
     if killed_by == "SIGKILL":
         _raise_for_kill(message, hint, ending)
+    if shutil.disk_usage(paths.root).free < FULL_BYTES:
+        hint = f"the file system of `{paths.root}` is full: make room, then `launch resume={paths.root}`"
     raise LaunchError(message, hint)
 
 

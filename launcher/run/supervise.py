@@ -181,8 +181,9 @@ class _Relay:
             return False
         chunk = os.read(stream.fileno(), CHUNK_BYTES)
         self.is_open = bool(chunk)
-        self.log.write(chunk)
-        self.log.flush()
+        with suppress(OSError):  # the disk is full: what the worker says of it must still be passed on
+            self.log.write(chunk)
+            self.log.flush()
         *lines, rest = (self.unfinished + chunk).split(b"\n")
         self.unfinished = rest[-LONGEST_LINE_BYTES:]
         for line in lines:

@@ -11,6 +11,10 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from launcher.checkpoints import PARTIAL, publish, seal
+from launcher.errors import LaunchError
+
+FULL_BYTES = 1 << 20
+"""A file system with less than this is full."""
 
 
 def save_aside(trainer: Trainer, folder: Path) -> None:
@@ -40,7 +44,23 @@ def save_aside(trainer: Trainer, folder: Path) -> None:
             rotate_checkpoints(str(folder), trainer.args.save_total_limit)
         _wait()
 
-    written._save_checkpoint = save_whole
+    def save_or_say_why(*args: Any, **kwargs: Any) -> None:
+        try:
+            save_whole(*args, **kwargs)
+        except (
+            Exception
+        ) as failure:  # safetensors, torch and Python each have words of their own for a full disk
+            free_bytes = shutil.disk_usage(folder).free
+            shutil.rmtree(partial, ignore_errors=True)  # leaves room to say so
+            if free_bytes > FULL_BYTES:
+                raise
+            raise LaunchError(
+                f"the checkpoint of step {trainer.state.global_step} can't be written: the file system of `{folder}` is "
+                f"full ({failure})",
+                "make room there; the checkpoints before it are whole",
+            ) from failure
+
+    written._save_checkpoint = save_or_say_why
 
 
 def _wait() -> None:

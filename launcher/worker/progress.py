@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ class Progress:
         """The loop enters a phase."""
         self.phase = phase
         if self.phase_file is not None:
-            self.phase_file.write_text(phase.value, encoding="ascii")
+            with suppress(OSError):  # a full disk is found out when something is saved
+                self.phase_file.write_text(phase.value, encoding="ascii")
 
 
 class ProgressCallback(TrainerCallback):
@@ -101,7 +103,7 @@ class ProgressCallback(TrainerCallback):
         line = {"step": state.global_step, **logs, "step_seconds": seconds, "tokens_per_second": rate}
         line |= {f"memory_{name}_bytes": value for name, value in memory.items()}
         if self._metrics is not None:
-            with self._metrics.open("a", encoding="utf-8") as stream:
+            with suppress(OSError), self._metrics.open("a", encoding="utf-8") as stream:  # as above
                 stream.write(json.dumps(line) + "\n")
         if "loss" in logs:
             self._progress.losses.append(float(logs["loss"]))

@@ -224,9 +224,13 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     except Exception as failure:  # the process boundary: whatever it was, the parent must learn of it
         status, message = _classify(failure), f"{type(failure).__name__}: {failure}"
         traceback.print_exc()
-    if measurement is not None:
-        write_document(paths.measured(rank()), measurement)
-    write_document(paths.outcome(rank()), _outcome(status, message, seconds, progress))
+    try:
+        if measurement is not None:
+            write_document(paths.measured(rank()), measurement)
+        write_document(paths.outcome(rank()), _outcome(status, message, seconds, progress))
+    except OSError as failure:  # then the launcher has this line alone
+        _report(f"{message or status.value}; and that can't be written: {failure}")
+        return Status.FAILED
     if status in (Status.DONE, Status.INTERRUPTED):
         leave_together()
     return status
