@@ -29,11 +29,6 @@ from pydantic import TypeAdapter, ValidationError
 from launcher.errors import ConfigError
 from launcher.job import Action, DataFormat, JobSpec, Loss, Task
 
-NOT_BUILT: Mapping[str, str] = {
-    "launch.rehearse": "rehearsal is not built yet; this version launches once",
-    "launch.max_replans": "rehearsal and replanning are not built yet; this version launches once",
-}
-"""Keys and values of the documented contract that no version has yet, and what to say of them."""
 PEER_SPELLINGS: Mapping[str, str] = {
     "per_device_train_batch_size": "planner.pin.micro_batch_size",
     "micro_batch_size": "planner.pin.micro_batch_size",
@@ -256,8 +251,6 @@ def _unknown_choice(key: str, value: object, choices: Sequence[str]) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    if key in NOT_BUILT:
-        return f"`{key}`: {NOT_BUILT[key]}"
     ours = PEER_SPELLINGS.get(key.rsplit(".", 1)[-1])
     known = [*legal_keys(JobSpec), *groups()]
     if ours is not None and ours in known:
@@ -327,7 +320,6 @@ def _explain(error: Mapping[str, Any]) -> str:
     message = message[0].lower() + message[1:]
     legal = _legal_values(path)
     given = f"{'.'.join(path)}={error['input']}"
-    message = NOT_BUILT.get(given, message)
     return f"`{given}`: {message}" + (f"; legal: {legal}" if legal else "")
 
 

@@ -212,16 +212,12 @@ def test_impossible_word_lists_the_legal_ones(argument: str, legal: str) -> None
     assert message.endswith(f"legal: {legal}")
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("launch.max_replans=2", "replanning are not built yet"),
-        ("launch.rehearse=true", "this version launches once"),
-    ],
-)
-def test_what_the_contract_promises_for_later_is_refused_as_such(argument: str, words: str) -> None:
-    message = refusal(argument)
-    assert words in message and argument.split("=")[0] in message
+def test_a_run_is_rehearsed_and_replanned_unless_told_otherwise() -> None:
+    launch = load_job([]).launch
+    assert launch.rehearse and launch.max_replans == 2
+    told = load_job(["launch.rehearse=false", "launch.max_replans=0"]).launch
+    assert not told.rehearse and told.max_replans == 0
+    assert "`launch.max_replans=-1`" in refusal("launch.max_replans=-1")
 
 
 def test_a_misspelt_launch_key_is_answered_with_the_legal_ones() -> None:
