@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from launcher.documents import read_document
@@ -16,7 +15,8 @@ from launcher.planner.cards import cheapest, on_card, ranked
 from launcher.planner.explain import explain
 from launcher.planner.forecast import Forecaster
 from launcher.planner.tracer import Tracer
-from launcher.planning import find_plan, needed_libraries, plan_job, resolve, trace_cache
+from launcher.planning import find_plan, needed_libraries, plan_job, resolve, settled, trace_cache
+from launcher.publish import published, published_run
 from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
 from launcher.report.cards import cards_document, cards_text
@@ -24,17 +24,21 @@ from launcher.report.explanation import explanation_document, explanation_text
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
 from launcher.run.status import ordered_run
-from launcher.run_paths import RunPaths
 from launcher.workflow import Answer, planned
+
+
+def plan_answer(job: JobSpec) -> Answer:
+    """`action=plan`: the plan, and the files about it that the job asks for."""
+    return published(*planned(job))
 
 
 def memory_answer(job: JobSpec) -> Answer:
     """`action=memory`: where the memory of a plan goes, or of the past run in `run_dir`."""
     measured: Timeline | None = None
     plot = Path(job.plot) if job.plot else None
+    asked, order, choice = job, None, None
     if job.run_dir:
-        paths = RunPaths(Path(job.run_dir).resolve())
-        _, order = ordered_run(paths.root)
+        paths, order = ordered_run(Path(job.run_dir).resolve())
         job, plan, answer = order.job, order.plan, Answer(f"run       {paths.root}", {})
         timeline = paths.timeline(0)
         measured = read_document(timeline, Timeline) if timeline.exists() else None
@@ -42,7 +46,7 @@ def memory_answer(job: JobSpec) -> Answer:
     else:
         job, choice, answer = planned(job)
         if choice.plan is None:
-            return answer
+            return published(job, choice, answer)
         plan = choice.plan
     with Tracer(needed_libraries(job)) as tracer:
         bill = build_bill(Forecaster(job, tracer, trace_cache(job)).stream(plan))
@@ -52,23 +56,26 @@ def memory_answer(job: JobSpec) -> Answer:
 
         write_plot(bill, measured, f"{job.recipe}: {tables.plan_words(plan)}", plot)
         text += f"\n\nplot      {plot}"
-    return Answer(text, {**answer.document, "bill": bill_document(bill, measured), "plot": str(plot or "")})
+    answer = Answer(text, {**answer.document, "bill": bill_document(bill, measured), "plot": str(plot or "")})
+    if order is not None:
+        return published_run(order, asked, bill, measured, answer)
+    return published(job, choice, answer) if choice is not None else answer
 
 
 def explain_answer(job: JobSpec) -> Answer:
     """`action=explain`: what each knob buys, whether more memory would help, and how tight the plan is."""
     job, choice, answer = planned(job)
     if choice.plan is None:
-        return answer
-    settled = replace(job.planner, headroom=choice.headroom_bytes / choice.capacity_bytes)
-    job = replace(job, planner=settled)
+        return published(job, choice, answer)
+    job = settled(job)
     libraries = {*needed_libraries(job), "bitsandbytes"}  # quantised methods are among the changes
     with Tracer(tuple(sorted(libraries))) as tracer:
         rates = device_rates(job.hardware, cache_folder("rates"))
         forecaster = Forecaster(job, tracer, trace_cache(job), rates=rates)
         explanation = explain(job, choice, forecaster, find_plan)
     text = answer.text + "\n\n" + explanation_text(explanation)
-    return Answer(text, {**answer.document, "explanation": explanation_document(explanation)})
+    answer = Answer(text, {**answer.document, "explanation": explanation_document(explanation)})
+    return published(job, choice, answer, explanation)
 
 
 def cards_answer(jobs: Sequence[JobSpec]) -> Answer:

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.config import group_choices, groups, listed_hardware, load_job
 from launcher.errors import ConfigError, Interrupted, LauncherError
-from launcher.job import Action, JobSpec, Output
+from launcher.job import Action, JobSpec, Output, ReportFormat
 
 INTRODUCTION = """\
 launch [key=value ...]     plans a fine-tuning job's memory, then runs it
@@ -23,6 +23,8 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
                               what each knob buys, and more memory
   launch action=plan recipe=llama_lora hardware=any
                               which device is best for a job
+  launch action=explain recipe=llama_lora hardware=a100_40g report=html
+                              all of that in one page, with sliders
   launch action=report        past runs, predicted and measured
   launch action=status run_dir=<run>
                               where a run stands, on this machine or a cluster
@@ -78,7 +80,7 @@ def _act(job: JobSpec) -> int:
 
     show = _print_line if job.output is Output.TEXT else _log_line
     if job.action is Action.PLAN:
-        answer = workflow.plan_answer(job)
+        answer = advice.plan_answer(job)
     elif job.action is Action.REPORT:
         answer = workflow.report_answer(job)
     elif job.action is Action.STATUS:
@@ -101,6 +103,11 @@ def _compare(jobs: Sequence[JobSpec]) -> int:
         raise ConfigError(
             f"action={jobs[0].action} with several devices: they can be planned for, and nothing else",
             "action=plan",
+        )
+    if jobs[0].report.format is not ReportFormat.NONE:
+        raise ConfigError(
+            f"report={jobs[0].report.format} with several devices: a report is about one plan on one device",
+            "one device, `hardware=<name>`, or no report",
         )
     answer = advice.cards_answer(jobs)
     return _show(answer.text, answer.document, answer.failure, jobs[0].output)

@@ -27,8 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.errors import ConfigError
-from launcher.job import Action, DataFormat, JobSpec, Loss, Task
+from launcher.job import Action, DataFormat, JobSpec, Loss, ReportFormat, Task
 
+REPORTED = (Action.PLAN, Action.EXPLAIN, Action.MEMORY)
+"""Actions that write files about a plan."""
 PEER_SPELLINGS: Mapping[str, str] = {
     "per_device_train_batch_size": "planner.pin.micro_batch_size",
     "micro_batch_size": "planner.pin.micro_batch_size",
@@ -161,6 +163,9 @@ def _missing_values(job: JobSpec) -> Iterator[str]:
     for name in job.planner.prices:
         if name not in devices:
             yield "`planner.prices`: " + _unknown_choice("hardware", name, devices)
+    if job.report.format is not ReportFormat.NONE and job.action not in REPORTED:
+        legal = ", ".join(action.value for action in REPORTED)
+        yield f"`report={job.report.format}` with `action={job.action}`: a report is written about a plan, by {legal}"
     if job.action is Action.STATUS and not job.run_dir:
         yield "`action=status` needs the run: `run_dir=<run directory>`"
 

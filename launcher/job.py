@@ -130,6 +130,14 @@ class Output(StrEnum):
     JSON = "json"
 
 
+class ReportFormat(StrEnum):
+    """How a report is written down, beside what is printed."""
+
+    NONE = "none"
+    HTML = "html"
+    PNG = "png"
+
+
 @dataclass(frozen=True)
 class MethodSpec:
     """Full fine-tuning or adapters."""
@@ -257,6 +265,18 @@ class PlannerSpec:
 
 
 @dataclass(frozen=True)
+class ReportSpec:
+    """Files for people about a plan, of `action=plan`, `explain` and `memory`."""
+
+    format: ReportFormat = ReportFormat.NONE
+    """`html`: one page that needs no network, with the bill, a step over time, what fits, and sliders over batch, length
+    and memory; `png`: pictures of the first three; `none`: no file."""
+    file: str = ""
+    """The page; pictures are put beside it, `<name>-bill.png` and so on. Empty: `<recipe>-<hardware>.html`, in `run_dir`
+    where that names a past run, whose measured step the page then shows too."""
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """One fine-tuning job, complete."""
 
@@ -295,3 +315,5 @@ class JobSpec:
     """How the planner decides."""
     launch: LaunchSpec = field(default_factory=LaunchSpec)
     """How it is started."""
+    report: ReportSpec = field(default_factory=ReportSpec)
+    """What is written about it."""

@@ -99,6 +99,11 @@ def with_interval(
     return replace(estimate, interval=found)
 
 
+def settled(job: JobSpec) -> JobSpec:
+    """The job with its headroom as a number, as `plan_job` settles it."""
+    return with_headroom(job, _past_residuals(Path("runs")))[0]
+
+
 def with_headroom(job: JobSpec, past: Sequence[Residual]) -> tuple[JobSpec, tuple[str, ...]]:
     """Settles `planner.headroom=auto`, and says on what it rests.
 

@@ -79,11 +79,6 @@ def planned(job: JobSpec) -> tuple[JobSpec, PlanChoice, Answer]:
     return job, choice, Answer(tables.plan_text(job, choice, seconds), document, failure)
 
 
-def plan_answer(job: JobSpec) -> Answer:
-    """`action=plan`."""
-    return planned(job)[2]
-
-
 def smallest_change(choice: PlanChoice) -> str:
     """What would make a job fit that has no plan."""
     nearest = choice.nearest

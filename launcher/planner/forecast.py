@@ -101,6 +101,23 @@ class Forecaster:
         question = self._question(plan, exact=False)
         return question.key in self._pending or self._kept(question) is not None
 
+    def domain(self, plan: Plan) -> Domain:
+        """The shapes for which the skyline of a plan answers; needs no trace.
+
+        Raises:
+            UnsupportedByPlanner: When the plan's length is too short for the job.
+        """
+        return self._question(plan, exact=False).domain
+
+    def skyline(self, plan: Plan) -> Skyline:
+        """The skyline that answers for a plan.
+
+        Raises:
+            UnsupportedByPlanner: When the tracer can't follow the plan.
+        """
+        question = self._question(plan, exact=False)
+        return self._kept(question) or self._make(question)
+
     def supports_sdpa(self, plan: Plan) -> bool:
         """Whether the model's code has scaled-dot-product attention."""
         return self._facts_of(subject_of(self._job, plan)).supports_sdpa

@@ -105,11 +105,16 @@ def _speed_lines(step: StepTime | None, hardware: HardwareSpec) -> list[str]:
     return lines
 
 
-def _rejection(plan: Plan, reason: str) -> str:
+def brief_words(plan: Plan) -> str:
+    """What tells the plans of one search apart."""
     words = [engine_words(plan)] if plan.engine is not Engine.NONE else []
     words += [plan.method.value + (f" r{plan.rank}" if plan.rank else ""), f"length {plan.max_length}"]
     words += [f"micro batch {plan.micro_batch_size}", f"checkpointing {plan.activation_checkpointing.value}"]
-    return wrapped("  -", ", ".join(words) + ": " + reason)
+    return ", ".join(words)
+
+
+def _rejection(plan: Plan, reason: str) -> str:
+    return wrapped("  -", f"{brief_words(plan)}: {reason}")
 
 
 def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
@@ -122,7 +127,7 @@ def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
     lines = aligned(rows)
     words = "not known: no run on this kind of device has been measured yet"
     if estimate.interval is not None:
-        words = _interval_words(estimate.interval)
+        words = interval_words(estimate.interval)
     lines.append(wrapped("expected ", words))
     lines += ["", f"what is alive at the highest moment ({peak.phase.value})"]
     parts = sorted(peak.by_category_bytes.items(), key=lambda item: -item[1])
@@ -178,7 +183,8 @@ def _per_weight(estimate: MemoryEstimate, num_parameters: int | None) -> list[st
     return [f"bytes per weight of the model: {', '.join(parts)}"]
 
 
-def _interval_words(interval: Interval) -> str:
+def interval_words(interval: Interval) -> str:
+    """Where the highest moment is to be expected, and on what that rests."""
     new = ", none of this architecture" if interval.is_new_architecture else ""
     return (
         f"{format_bytes(interval.low_bytes)} to {format_bytes(interval.high_bytes)} at the highest moment, with "
