@@ -119,7 +119,7 @@ def _cell(number: int, point: Point, what_if: WhatIf, budget_bytes: int, scale: 
     size = f"{device / scale:.2f}" if device < 100 * scale else f"{device / scale:.0f}"
     return (
         f'<button class="{kind}" style="--share:{min(1, share):.3f}" title="{device:,} B" {where}>'
-        f"<b>{size}</b><small>{mark} {share:.0%}</small></button>"
+        f"<b>{size}</b><small>{mark} {100 * share:.0f} %</small></button>"
     )
 
 

@@ -160,7 +160,7 @@ function showMap() {
     const share = found.gap === undefined ? found.device / budget(model, state.memory) : 0;
     cell.style.setProperty("--share", Math.min(1, share).toFixed(3));
     const size = found.gap === undefined ? fixed(inUnit(found.device), inUnit(found.device) < 100 ? 2 : 0) : "-";
-    cell.replaceChildren(element("b", "", size), element("small", "", `${where.mark}${share ? ` ${(100 * share).toFixed(0)} %` : ""}`));
+    cell.replaceChildren(element("b", "", size), element("small", "", `${where.mark}${share ? ` ${fixed(100 * share, 0)} %` : ""}`));
   }
   byId("map-memory").textContent = formatBytes(state.memory);
 }
