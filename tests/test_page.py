@@ -63,7 +63,7 @@ def tiny_job(kind: DeviceKind) -> tuple[JobSpec, Plan]:
         name="imagined",
         kind=kind,
         product=EVIL,
-        memory_bytes=96 << 20,
+        memory_bytes=192 << 20,
         context_bytes=7_654_321 if on_gpu else 0,
         blas_workspace_bytes=8_519_680 if on_gpu else 0,
         host_memory_bytes=4 * GIB if on_gpu else 0,
@@ -115,7 +115,7 @@ def found_out(job: JobSpec, plan: Plan, forecaster: Forecaster) -> Findings:
         explanation=None,
         bill=bill,
         measured=measured,
-        what_if=what_if(job, plan, forecaster, [("twice", 192 << 20), ("half", 48 << 20)]),
+        what_if=what_if(job, plan, forecaster, [("twice", 384 << 20), ("half", 96 << 20)]),
         notes=(EVIL,),
         versions={EVIL: "1"},
     )

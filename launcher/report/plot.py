@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +33,8 @@ COLOURS: Mapping[Category, str] = {
 """Those of the page, told apart by people of every kind of colour vision (Okabe and Ito, 2008)."""
 OVER = "#b34700"
 DOTS_PER_INCH = 120
+TITLE_WIDTH = 120
+"""Characters of a title's line on a picture 9 inches wide."""
 
 
 def write_plot(bill: Bill, measured: Timeline | None, title: str, file: Path) -> None:
@@ -82,7 +85,7 @@ def draw_bill(findings: Findings) -> bytes:
         axes.axvline((findings.capacity_bytes - findings.headroom_bytes) / scale, color=OVER, linestyle="--")
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_title(_title(findings), fontsize=9)
+    _write_title(axes, _title(findings))
     axes.set_xlabel(f"live tensors at the peak of each phase, {unit}")
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
     return _png(figure)
@@ -105,7 +108,7 @@ def draw_fits(findings: Findings) -> bytes:
             axes.fill_between([column, column + 1], row, row + 1, facecolor=colour, edgecolor="white", linewidth=2,
                               hatch=None if fits else "///")  # fmt: skip
             mark = "" if size is None else "✓" if fits else "✗"
-            text = "?" if size is None else f"{size / scale:.1f} {mark}"
+            text = "?" if size is None else f"{size / scale:.{2 if size < 10 * scale else 1}f} {mark}"
             box = None if fits else {"facecolor": "white", "edgecolor": "none", "pad": 1}
             written = axes.text(column + 0.5, row + 0.5, text, bbox=box, ha="center", va="center", fontsize=8)
             written.set_color("black" if fits else OVER)
@@ -122,16 +125,15 @@ def draw_fits(findings: Findings) -> bytes:
         xlim=(0, len(what_if.lengths)),
         ylim=(len(rows), 0),
     )
-    axes.set_title(
-        f"{unit} on a device with {format_bytes(findings.capacity_bytes)}: {findings.title}", fontsize=9
-    )
+    words = f"{unit} on a device with {format_bytes(findings.capacity_bytes)}: {findings.title}"
+    _write_title(axes, words, 14 * len(what_if.lengths))
     return _png(figure)
 
 
 def unit_of(what_if: WhatIf) -> tuple[int, str]:
     """The unit of the map: its bytes and its name."""
     known = (point.estimate.peak_device_bytes for point in what_if.points if point.estimate is not None)
-    return _unit(max(known, default=GIB))
+    return _unit(4 * min(known, default=GIB))
 
 
 def _step(bill: Bill, measured: Timeline | None, title: str) -> bytes:
@@ -146,11 +148,12 @@ def _step(bill: Bill, measured: Timeline | None, title: str) -> bytes:
             axes.plot(
                 places, values, style, label=name, linewidth=1, color="#0072b2" if style == "-" else OVER
             )
-    axes.set_title(title, fontsize=9)
+    _write_title(axes, title)
     axes.set(xlabel="allocations of one optimizer step, %", ylabel=f"live tensors, {unit}", xlim=(0, 100))
     axes.set_ylim(bottom=0)
     _mark_phases(axes, [phase.value.replace("_", " ") for phase in bill.step.phases])
-    axes.legend(loc="lower right")
+    if measured is not None:
+        axes.legend(loc="best")
     return _png(figure)
 
 
@@ -170,6 +173,11 @@ def _mark_phases(axes: Axes, phases: Sequence[str]) -> None:
 
 def _title(findings: Findings) -> str:
     return f"{findings.title}: {plan_words(findings.plan)}"
+
+
+def _write_title(axes: Axes, text: str, width: int = TITLE_WIDTH) -> None:
+    """A title of several lines, in which `$` is no formula."""
+    axes.set_title(textwrap.fill(text, width), fontsize=9).set_parse_math(False)
 
 
 def _unit(*sizes_bytes: int) -> tuple[int, str]:

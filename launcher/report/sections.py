@@ -104,7 +104,7 @@ def map_table(what_if: WhatIf, capacity_bytes: int) -> str:
         cells = "".join(f"<td>{_cell(number, point, what_if, budget, scale)}</td>" for point in points)
         name = f"{split.micro_batch_size} x {split.gradient_accumulation_steps}"
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    head = f'<thead><tr><th scope="col">batch x accumulation \\ length</th>{heads}</tr></thead>'
+    head = f'<thead><tr><th scope="col">batch x<br>accumulation</th>{heads}</tr></thead>'
     return f'<table class="map">{head}<tbody id="map-body">{"".join(rows)}</tbody></table>'
 
 

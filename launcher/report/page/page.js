@@ -183,7 +183,7 @@ const CHART = { responsive: true, displayModeBar: false };
 function drawLengths() {
   const first = model.lengths[0];
   const last = model.lengths.at(-1);
-  const stride = Math.max(1, Math.ceil((last - first) / 96 / model.length_step)) * model.length_step;
+  const stride = Math.max(1, Math.round((last - first) / 96));
   const xs = [...model.lengths];
   for (let x = first; x <= last; x += stride) xs.push(x);
   xs.sort((a, b) => a - b);
