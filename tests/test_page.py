@@ -21,6 +21,7 @@ import pytest
 
 from launcher.config import load_job
 from launcher.errors import ConfigError
+from launcher.explanation import AtCapacity, Change, Explanation
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Attention,
@@ -38,7 +39,7 @@ from launcher.job import (
     TrainingSpec,
 )
 from launcher.memory import Category, Phase, Timeline
-from launcher.plan import Plan, PlanChoice, Rejection
+from launcher.plan import Grade, Plan, PlanChoice, Rejection, Squeeze
 from launcher.planner.bill import build_bill
 from launcher.planner.forecast import Forecaster
 from launcher.planner.surfaces import at, what_if
@@ -104,6 +105,19 @@ def found_out(job: JobSpec, plan: Plan, forecaster: Forecaster) -> Findings:
     rejected = Rejection(replace(plan, micro_batch_size=12, gradient_accumulation_steps=1), EVIL, 5, 7)
     headroom = round(0.05 * job.hardware.memory_bytes)
     choice = PlanChoice(plan, EVIL, estimate, None, None, (rejected,), job.hardware.memory_bytes, headroom, 2)
+    squeezed = Squeeze(
+        Grade.TIGHT, 5, 0.1, ("activation_checkpointing=selective", "optimizer=paged_adamw_8bit"), EVIL
+    )
+    changes = (
+        Change("method", EVIL, replace(plan, rank=4), True, 7 << 20, 1.25, True),
+        Change("loss", "chunked -> plain", plan, False, -(9 << 20), 0.5, False),
+        Change("optimizer", "to something", plan, True, None, None, False, EVIL),
+    )
+    capacities = (
+        AtCapacity(0.5, 96 << 20, None, -1, None, EVIL),
+        AtCapacity(2.0, 384 << 20, plan, 0, 1234.0, ""),
+    )
+    choice = replace(choice, squeeze=squeezed)
     measured = Timeline(tuple(size + 1000 for size in bill.step.allocated_bytes), bill.step.phases)
     return Findings(
         job=job,
@@ -112,7 +126,7 @@ def found_out(job: JobSpec, plan: Plan, forecaster: Forecaster) -> Findings:
         capacity_bytes=job.hardware.memory_bytes,
         headroom_bytes=headroom,
         choice=choice,
-        explanation=None,
+        explanation=Explanation(changes, capacities, EVIL, squeezed),
         bill=bill,
         measured=measured,
         what_if=what_if(job, plan, forecaster, [("twice", 384 << 20), ("half", 96 << 20)]),
@@ -367,7 +381,7 @@ def test_names_are_escaped_everywhere(written: Written) -> None:
     text = written.file.read_text(encoding="utf-8")
     body = text[: text.index('<script type="application/json"')]
     assert "<img src=x" not in body and "window.evil = 1</script>" not in body
-    assert body.count("&lt;img src=x") >= 6  # title twice, model, product, reason, note
+    assert body.count("&lt;img src=x") >= 10
     assert EVIL in unescape(body)
 
 

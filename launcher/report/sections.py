@@ -221,9 +221,8 @@ def _modules(moment: Moment) -> str:
         ]
         for share in moment.by_module
     ]
-    return (
-        f"<h3>Modules that made most of the highest moment</h3>{_table(['module', 'alive', 'share'], rows)}"
-    )
+    table = _table(["module", "alive", "share"], rows, kind="ruled paths")
+    return f"<h3>Modules that made most of the highest moment</h3>{table}"
 
 
 def _table(
@@ -302,8 +301,7 @@ def _explained(explanation: Explanation) -> str:
         heads, rows = heads[:2] + heads[3:], [row[:2] + row[3:] for row in rows]
     capacities = [
         [
-            f"{item.factor:g} x",
-            f"{format_bytes(item.capacity_bytes)}",
+            f"{item.factor:g} x: {format_bytes(item.capacity_bytes)}",
             plan_words(item.plan) if item.plan is not None else f"no plan; {item.reason}",
             "" if item.tokens_per_second is None else f"{item.tokens_per_second:,.0f} tokens/s",
         ]
@@ -313,7 +311,7 @@ def _explained(explanation: Explanation) -> str:
         '<section id="changes"><h2>One knob turned</h2><p class="muted">Everything else as in the plan; read off the '
         f"skylines on both sides.</p>{_table(heads, rows, texts=len(heads) - 3, kind='ruled stack')}"
         "<h3>The same job with other memory</h3>"
-        f"{_table(['memory', 'usable', 'plan', 'speed'], capacities, texts=3, kind='ruled stack')}"
+        f"{_table(['memory', 'plan', 'speed'], capacities, texts=2, kind='ruled stack')}"
         f'<h3>Verdict</h3><p class="verdict">{escape(explanation.verdict)}</p>'
         f"{paragraph(explanation.squeeze.advice and 'To relax: ' + explanation.squeeze.advice)}</section>"
     )
