@@ -18,13 +18,14 @@ from launcher.planner.forecast import Forecaster
 from launcher.planner.surfaces import what_if
 from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
+from launcher.planning import needed_libraries, settled, trace_cache
 from launcher.report import tables
 from launcher.report.findings import Findings
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
 from launcher.run.status import ordered_run
 from launcher.run_record import WorkerOrder
-from launcher.workflow import Answer, needed_libraries, settled, trace_cache
+from launcher.workflow import Answer
 
 NO_PLAN = "No plan fits; everything here is about the plan that is nearest to fitting."
 

@@ -201,7 +201,17 @@ def test_every_module_has_a_layer() -> None:
         NOUNS
         | FOLDERS
         | WORKLOAD
-        | {"config", "planning", "reconciliation", "recovery", "workflow", "publish", "advice", "cli", "__init__"}
+        | {
+            "config",
+            "planning",
+            "reconciliation",
+            "recovery",
+            "workflow",
+            "publish",
+            "advice",
+            "cli",
+            "__init__",
+        }
     )
     assert {name.split(".")[0] for name in MODULES} == known
 
