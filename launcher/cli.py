@@ -76,13 +76,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _act(job: JobSpec) -> int:
-    from launcher import advice, workflow  # noqa: PLC0415  # --help and configuration errors must not wait for the planner
+    from launcher import advice, history, workflow  # noqa: PLC0415  # --help and configuration errors must not wait for the planner
 
     show = _print_line if job.output is Output.TEXT else _log_line
     if job.action is Action.PLAN:
         answer = advice.plan_answer(job)
     elif job.action is Action.REPORT:
-        answer = workflow.report_answer(job)
+        answer = history.report_answer(job)
     elif job.action is Action.STATUS:
         answer = workflow.status_answer(job)
     elif job.action is Action.MEMORY:

@@ -29,6 +29,8 @@ from pydantic import TypeAdapter, ValidationError
 from launcher.errors import ConfigError
 from launcher.job import Action, DataFormat, JobSpec, Loss, ReportFormat, Task
 
+PAST = ("recipe", "model", "hardware", "status", "export", "compare", "check")
+"""Keys of `report` that are about past runs."""
 REPORTED = (Action.PLAN, Action.EXPLAIN, Action.MEMORY)
 """Actions that write files about a plan."""
 PEER_SPELLINGS: Mapping[str, str] = {
@@ -166,8 +168,21 @@ def _missing_values(job: JobSpec) -> Iterator[str]:
     if job.report.format is not ReportFormat.NONE and job.action not in REPORTED:
         legal = ", ".join(action.value for action in REPORTED)
         yield f"`report={job.report.format}` with `action={job.action}`: a report is written about a plan, by {legal}"
+    yield from _misplaced_report(job)
     if job.action is Action.STATUS and not job.run_dir:
         yield "`action=status` needs the run: `run_dir=<run directory>`"
+
+
+def _misplaced_report(job: JobSpec) -> Iterator[str]:
+    """What `report.*` asks for and can't have."""
+    spec = job.report
+    asked = [name for name in PAST if getattr(spec, name)]
+    if asked and job.action is not Action.REPORT:
+        yield f"`report.{asked[0]}` with `action={job.action}`: past runs are what `action=report` is about"
+    if spec.compare and len(spec.compare) != 2:
+        yield f"`report.compare` names {len(spec.compare)}: two runs or plans, as `[runs/a,runs/b]`"
+    if spec.export and not spec.export.endswith((".csv", ".json")):
+        yield f"`report.export={spec.export}`; legal: a file that ends in .csv or .json"
 
 
 def _task_mistakes(job: JobSpec) -> Iterator[str]:

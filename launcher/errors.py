@@ -1,6 +1,7 @@
 """Every error a user can meet, each with its exit code.
 
 LauncherError
+├── PeakMoved              1   a recipe's peak is not what it was
 ├── ConfigError            2   the job description is wrong
 ├── UnsupportedByPlanner   2   the job is sound, but the planner can't follow an option of it
 ├── NoPlanFits             3   no plan fits the hardware
@@ -33,6 +34,10 @@ class LauncherError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
+
+
+class PeakMoved(LauncherError):
+    """Today's libraries predict, or measure, another peak than those of an earlier run."""
 
 
 class ConfigError(LauncherError):

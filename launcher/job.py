@@ -266,7 +266,8 @@ class PlannerSpec:
 
 @dataclass(frozen=True)
 class ReportSpec:
-    """Files for people about a plan, of `action=plan`, `explain` and `memory`."""
+    """Files for people about a plan, of `action=plan`, `explain` and `memory`; and which past runs `action=report` is
+    about."""
 
     format: ReportFormat = ReportFormat.NONE
     """`html`: one page that needs no network, with the bill, a step over time, what fits, and sliders over batch, length
@@ -274,6 +275,22 @@ class ReportSpec:
     file: str = ""
     """The page; pictures are put beside it, `<name>-bill.png` and so on. Empty: `<recipe>-<hardware>.html`, in `run_dir`
     where that names a past run, whose measured step the page then shows too."""
+    recipe: str = ""
+    """Only runs of this recipe."""
+    model: str = ""
+    """Only runs of this model, by its path."""
+    hardware: str = ""
+    """Only runs on this hardware."""
+    status: Literal["", "done", "interrupted", "terminated", "out_of_memory", "data_error", "failed"] = ""
+    """Only runs that ended so."""
+    export: str = ""
+    """File for the runs that are listed: `.csv` or `.json`."""
+    compare: tuple[str, ...] = ()
+    """Two run directories, or files that `output=json action=plan` printed: what is different."""
+    check: str = ""
+    """Recipe: is its newest run predicted today as it was then, and measured as the run before? Exit code 1 when not."""
+    tolerance: Annotated[float, Ge(0), Lt(1)] = 0.005
+    """By which share a peak may move in `check`."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from launcher.report.documents import (
     plan_document,
     plan_fields,
     predicted_fields,
-    record_document,
     run_fields,
 )
 from launcher.report.rehearsal import bill_at_failure, record_text, rehearsal_text
@@ -38,7 +37,7 @@ from launcher.run.detect import detect_cuda, is_here
 from launcher.run.endings import raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
 from launcher.run.launch import prepare_run, require_disk
-from launcher.run.ledger import find_records, new_run_dir, previous_run
+from launcher.run.ledger import new_run_dir, previous_run
 from launcher.run.slurm import submit, submit_command
 from launcher.run.status import ordered_run, run_status, unrecorded_outcome
 from launcher.run.task_files import submit_hint
@@ -191,12 +190,3 @@ def status_answer(job: JobSpec) -> Answer:
     else:
         return Answer(text, document)
     return Answer(f"{text}\n\n{record_text(record)}", {**document, **run_fields(record)})
-
-
-def report_answer(job: JobSpec) -> Answer:
-    """`action=report`: past runs."""
-    ledger = find_records(Path(job.run_dir or "runs"))
-    document = {"runs": [record_document(record) for record in ledger.records], "notes": list(ledger.notes)}
-    if len(ledger.records) == 1:
-        return Answer("\n".join([record_text(ledger.records[0]), *ledger.notes]), document)
-    return Answer(tables.runs_text(ledger.records, ledger.notes), document)
