@@ -186,6 +186,7 @@ class Opened:
 
 def opened(browser: Any, file: Path, **context: Any) -> Opened:
     shown = Opened(browser.new_context(**context).new_page(), [], [])
+    shown.page.set_default_timeout(180_000)  # a machine may be busy
     shown.page.on("console", lambda message: shown.complaints.append(message.text))
     shown.page.on("pageerror", lambda error: shown.complaints.append(str(error)))
     shown.page.on("request", lambda request: shown.requests.append(request.url))
