@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from launcher.documents import read_document
 from launcher.errors import ConfigError, NoPlanFits
 from launcher.explanation import OnCard
 from launcher.job import JobSpec
+from launcher.length_choice import lengths_at_hand, settle_length
 from launcher.memory import Timeline
 from launcher.planner.bill import build_bill
 from launcher.planner.cards import cheapest, on_card, ranked
 from launcher.planner.explain import explain
 from launcher.planner.forecast import Forecaster
+from launcher.planner.lengths import far_above
 from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, plan_job, resolve, settled, trace_cache
 from launcher.publish import published, published_run
@@ -21,10 +24,11 @@ from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
 from launcher.report.cards import cards_document, cards_text
 from launcher.report.explanation import explanation_document, explanation_text
+from launcher.report.lengths import lengths_document, lengths_text, packing_lines
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
 from launcher.run.status import ordered_run
-from launcher.workflow import Answer, planned
+from launcher.workflow import Answer, planned, say_nothing, weights_of
 
 
 def plan_answer(job: JobSpec) -> Answer:
@@ -72,10 +76,18 @@ def explain_answer(job: JobSpec) -> Answer:
     with Tracer(tuple(sorted(libraries))) as tracer:
         rates = device_rates(job.hardware, cache_folder("rates"))
         forecaster = Forecaster(job, tracer, trace_cache(job), rates=rates)
-        explanation = explain(job, choice, forecaster, find_plan)
-    text = answer.text + "\n\n" + explanation_text(explanation)
-    answer = Answer(text, {**answer.document, "explanation": explanation_document(explanation)})
-    return published(job, choice, answer, explanation)
+        data, unknown = lengths_at_hand(job)
+        words = "" if data is None else far_above(job, choice.plan, data, forecaster)
+        explanation = explain(job, choice, forecaster, partial(find_plan, tracer=tracer), words)
+    parts = [answer.text, explanation_text(explanation)]
+    document = {**answer.document, "explanation": explanation_document(explanation)}
+    if data is None:
+        parts.append(tables.wrapped("data     ", f"lengths not known: {unknown}"))
+    elif "data_lengths" not in document:
+        lines = packing_lines(data, choice.plan.max_length, choice.plan.micro_batch_size, job.data.packing)
+        parts.append("\n".join([lengths_text(data), *lines]))
+        document["data_lengths"] = lengths_document(data)
+    return published(job, choice, Answer("\n\n".join(parts), document), explanation)
 
 
 def cards_answer(jobs: Sequence[JobSpec]) -> Answer:
@@ -87,7 +99,7 @@ def cards_answer(jobs: Sequence[JobSpec]) -> Answer:
     cards = []
     for job in jobs:
         try:
-            resolved = resolve(job, ())
+            resolved, _ = settle_length(resolve(job, ()), partial(weights_of, show=say_nothing))
             cards.append(on_card(resolved, plan_job(resolved)))
         except ConfigError as refusal:  # a row, and no reason to leave out the others
             cards.append(_refused(job, refusal.message))

@@ -51,8 +51,8 @@ def build_classifier_trainer(
         model=model,
         args=arguments,
         data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=_tokenized(train_dataset, tokenizer, max_length),
-        eval_dataset=None if eval_dataset is None else _tokenized(eval_dataset, tokenizer, max_length),
+        train_dataset=tokenized(train_dataset, tokenizer, max_length),
+        eval_dataset=None if eval_dataset is None else tokenized(eval_dataset, tokenizer, max_length),
         processing_class=tokenizer,
         compute_loss_func=mean_loss,
         compute_metrics=accuracy if eval_dataset is not None else None,
@@ -82,7 +82,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(chosen == prediction.label_ids))}
 
 
-def _tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Rows of token ids, cut to a length; rows that are no text any more are left as they are."""
     if "text" not in rows.column_names:
         return rows
 

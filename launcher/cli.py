@@ -25,6 +25,8 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
                               which device is best for a job
   launch action=explain recipe=llama_lora hardware=a100_40g report=html
                               all of that in one page, with sliders
+  launch action=plan data.max_length=auto
+                              reads the data: what each length costs, and keeps
   launch action=report        past runs, predicted and measured
   launch action=status run_dir=<run>
                               where a run stands, on this machine or a cluster

@@ -27,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.errors import ConfigError
-from launcher.job import Action, DataFormat, JobSpec, Loss, ReportFormat, Task
+from launcher.job import Action, JobSpec, ReportFormat
+from launcher.job_limits import job_limits
 
 PAST = ("recipe", "model", "hardware", "status", "export", "compare", "check")
 """Keys of `report` that are about past runs."""
@@ -152,7 +153,7 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
     except ValidationError as failure:
         mistakes += [_explain(error) for error in failure.errors()]
     else:
-        mistakes += [*_missing_values(job), *_task_mistakes(job)]
+        mistakes += [*_missing_values(job), *job_limits(job)]
     if mistakes:
         raise _all_of(list(dict.fromkeys(mistakes)))
     return job
@@ -183,25 +184,6 @@ def _misplaced_report(job: JobSpec) -> Iterator[str]:
         yield f"`report.compare` names {len(spec.compare)}: two runs or plans, as `[runs/a,runs/b]`"
     if spec.export and not spec.export.endswith((".csv", ".json")):
         yield f"`report.export={spec.export}`; legal: a file that ends in .csv or .json"
-
-
-def _task_mistakes(job: JobSpec) -> Iterator[str]:
-    """Options that the job's task does not have."""
-    task, layout = job.model.task, job.data.format
-    own = {
-        Task.SEQUENCE_CLASSIFICATION: DataFormat.LABELED,
-        Task.IMAGE_TEXT_TO_TEXT: DataFormat.IMAGES,
-    }
-    if layout not in (DataFormat.AUTO, own.get(task)) and (task in own or layout in own.values()):
-        yield f"`data.format={layout}` with `model.task={task}`: not its layout; leave `data.format=auto`"
-    if task is Task.CAUSAL_LM:
-        return
-    if job.data.packing:
-        yield f"`data.packing=true` with `model.task={task}`: its examples can't be joined; `data.packing=false`"
-    if job.generation.enabled:
-        yield f"`generation.enabled=true` with `model.task={task}`: only `{Task.CAUSAL_LM}` generates here"
-    if task is Task.SEQUENCE_CLASSIFICATION and job.planner.pin.loss is Loss.CHUNKED:
-        yield f"`planner.pin.loss=chunked` with `model.task={task}`: a classifier has no tiles; leave it unset"
 
 
 def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

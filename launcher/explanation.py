@@ -85,3 +85,27 @@ class OnCard:
     """None without a price."""
     grade: Grade | None
     """How tight the plan is."""
+
+
+@dataclass(frozen=True)
+class LengthOption:
+    """One length for a job's data: what it costs, and what it keeps of them."""
+
+    length: int
+    """Tokens per sequence."""
+    plan: Plan | None
+    """The best plan at this length; None: none fits."""
+    reason: str
+    """Why this plan, or why none."""
+    peak_device_bytes: int | None
+    """Highest bytes on a device."""
+    real_tokens_per_second: float | None
+    """Predicted, over all devices, padding not counted; None where nobody knows how fast they are."""
+    padding_share: float | None
+    """Expected share of the plan's batches that is padding; None without a plan."""
+    kept_share: float
+    """Tokens that are trained on, of all."""
+    cut_share: float
+    """Examples that are cut, of all: at the length, or where packed rows end."""
+    dropped_share: float
+    """Examples that are left out because nothing that is learnt remains of them, of all."""

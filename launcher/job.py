@@ -180,14 +180,26 @@ class DataSpec:
     """Layout of an example; `auto` recognises it by its keys, or takes that of `model.task` (`labeled`, `images`)."""
     split: str = "train"
     """Split of a hub dataset."""
-    max_length: Annotated[int, Ge(8)] = 2048
-    """Tokens per sequence; longer examples are truncated (or, when packing, split)."""
+    max_length: Annotated[int, Ge(8)] | Literal["auto"] = 2048
+    """Tokens per sequence; longer examples are truncated (or, when packing, split). `auto` reads the data: the smallest
+    multiple of 8 that no example exceeds, or where that doesn't fit the longest candidate that does."""
     packing: bool = False
     """Join examples and cut them into rows of exactly `max_length` tokens, instead of padding."""
     num_examples: Annotated[int, Ge(1)] | None = None
     """Use only the first so many examples; unset: all."""
     images_per_example: Annotated[int, Ge(1)] = 1
     """Images in every example of `model.task=image_text_to_text`; an example with another number is refused."""
+
+    @property
+    def length(self) -> int:
+        """`max_length`, settled.
+
+        Raises:
+            ValueError: While it is `auto`: the data were not read yet.
+        """
+        if isinstance(self.max_length, str):
+            raise ValueError(f"data.max_length={self.max_length} is not settled")
+        return self.max_length
 
 
 @dataclass(frozen=True)

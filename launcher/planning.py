@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,10 +72,15 @@ def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str
     ]
 
 
-def plan_job(job: JobSpec) -> PlanChoice:
-    """Finds the best plan of a resolved job, with the headroom and the interval that measured runs ask for."""
+def plan_job(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:
+    """Finds the best plan of a resolved job, with the headroom and the interval that measured runs ask for.
+
+    Args:
+        job: The job.
+        tracer: Makes the traces, with the libraries that the job needs; None: one for this job alone.
+    """
     job, note = with_headroom(job, _past_residuals(Path("runs")))
-    choice = find_plan(job)
+    choice = find_plan(job, tracer)
     recorded = read_residuals(EVIDENCE)
     estimates = {
         name: with_interval(estimate, plan, job, recorded)
@@ -140,9 +146,9 @@ def _past_residuals(folder: Path) -> tuple[Residual, ...]:
     return tuple(residuals)
 
 
-def find_plan(job: JobSpec) -> PlanChoice:
-    """Searches the plans of a resolved job whose headroom is a number."""
-    with Tracer(needed_libraries(job)) as tracer:
+def find_plan(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:
+    """Searches the plans of a resolved job whose headroom is a number; see `plan_job`."""
+    with nullcontext(tracer) if tracer else Tracer(needed_libraries(job)) as tracer:
         budget = job.hardware.memory_bytes - headroom_bytes(job)
         rates = device_rates(job.hardware, cache_folder("rates"))
         forecaster = Forecaster(job, tracer, trace_cache(job), budget, rates)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import EvalPrediction, Trainer
-from trl import SFTTrainer
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig, SFTTrainer
 
 from launcher.errors import ConfigError
 from launcher.job import Loss
@@ -55,6 +57,29 @@ class LigerLossTrainer(PlainLossTrainer):
         """See `transformers.Trainer.prediction_step`: it asks Liger for a loss without logits, and TRL's does not."""
         step = Trainer.prediction_step if prediction_loss_only else SFTTrainer.prediction_step
         return step(self, model, inputs, prediction_loss_only, *args, **options)
+
+
+class RowPreparation(SFTTrainer):
+    """TRL's own preparation of rows (templates, end of text, tokens, labels) without a model to train.
+
+    TRL's constructor wants a model, and settles three things that the preparation asks for; here they are settled as it
+    does for the arguments that a job has (trl 1.16, sft_trainer.py). Nothing else of the trainer works.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        is_paired: Whether rows have a prompt and a completion, of which the prompt is not learnt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, is_paired: bool) -> None:
+        self._tokenizer = tokenizer
+        self.chat_template = None
+        self.completion_only_loss = is_paired
+
+    def prepared(self, rows: Dataset, output_dir: Path) -> Dataset:
+        """Rows as token ids and labels, neither cut nor packed."""
+        arguments = SFTConfig(str(output_dir), max_length=None, use_cpu=True, bf16=False, report_to=[])
+        ready: Dataset = self._prepare_dataset(rows, self._tokenizer, arguments, False, None, "train")
+        return ready
 
 
 def token_accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from launcher.cluster import Cluster
 from launcher.documents import read_document, to_json
 from launcher.errors import LauncherError, LaunchError, NoPlanFits, WorkerOutOfMemory
 from launcher.job import JobSpec
+from launcher.length_choice import LengthReport, report_lengths, settle_length
 from launcher.plan import PlanChoice
+from launcher.planner.forecast import Forecaster
 from launcher.planner.trace_cache import library_versions
-from launcher.planning import plan_job, resolve
+from launcher.planner.tracer import Tracer
+from launcher.planning import find_plan, needed_libraries, plan_job, resolve, trace_cache
 from launcher.reconciliation import reconcile, rehearsal_of
 from launcher.recovery import run_to_the_end
 from launcher.report import tables
@@ -32,7 +36,7 @@ from launcher.report.documents import (
 from launcher.report.rehearsal import bill_at_failure, record_text, rehearsal_text
 from launcher.report.status import status_document, status_text
 from launcher.run.cache import cache_folder
-from launcher.run.calibrate import calibrate
+from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import detect_cuda, is_here
 from launcher.run.endings import raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
@@ -70,12 +74,31 @@ def calibrate_answer(show: Show) -> Answer:
 def planned(job: JobSpec) -> tuple[JobSpec, PlanChoice, Answer]:
     """Plans a job for what its configuration names, and says so: the resolved job, its plan, and the answer."""
     began = time.perf_counter()
-    job = resolve(job, detect_cuda())
-    choice = plan_job(job)
+    job, choice, lengths = _plan_with_lengths(resolve(job, detect_cuda()), say_nothing)
     seconds = time.perf_counter() - began
     document = plan_document(choice, library_versions(), seconds, "")
+    text = tables.plan_text(job, choice, seconds)
+    if lengths is not None:
+        text, document = f"{text}\n\n{lengths.text}", {**document, **lengths.document}
     failure = None if choice.feasible else NoPlanFits(choice.reason, smallest_change(choice))
-    return job, choice, Answer(tables.plan_text(job, choice, seconds), document, failure)
+    return job, choice, Answer(text, document, failure)
+
+
+def _plan_with_lengths(job: JobSpec, show: Show) -> tuple[JobSpec, PlanChoice, LengthReport | None]:
+    """Plans a resolved job; where its length is automatic, with the lengths of its data."""
+    job, data = settle_length(job, partial(weights_of, show=show))
+    with Tracer(needed_libraries(job)) as tracer:
+        choice = plan_job(job, tracer)
+        if data is None:
+            return job, choice, None
+        rates = device_rates(job.hardware, cache_folder("rates"))
+        forecaster = Forecaster(job, tracer, trace_cache(job), rates=rates)
+        lengths = report_lengths(job, data, choice, forecaster, partial(find_plan, tracer=tracer))
+    return job, lengths.choice, lengths
+
+
+def say_nothing(line: str) -> None:
+    """A plan is one answer, with no lines before it."""
 
 
 def smallest_change(choice: PlanChoice) -> str:
@@ -98,21 +121,24 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         return _start(order, paths, json.loads(paths.plan.read_text(encoding="utf-8")), show)
     began = time.perf_counter()
     devices = detect_cuda()
-    job = resolve(job, devices)
-    choice = plan_job(job)
+    job, choice, lengths = _plan_with_lengths(resolve(job, devices), show)
     seconds = time.perf_counter() - began
     show(tables.plan_text(job, choice, seconds))
+    more = {}
+    if lengths is not None:
+        show(lengths.text)
+        more = lengths.document
     if choice.plan is None or choice.estimate is None:
-        document = plan_document(choice, library_versions(), seconds, "")
+        document = {**plan_document(choice, library_versions(), seconds, ""), **more}
         return Answer("", document, NoPlanFits(choice.reason, smallest_change(choice)))
     root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
     paths = RunPaths(root.resolve())
-    document = plan_document(choice, library_versions(), seconds, str(paths.root))
+    document = {**plan_document(choice, library_versions(), seconds, str(paths.root)), **more}
     try:
         require_disk(paths.root, choice.estimate.disk.total_bytes if choice.estimate.disk else 0)
     except LaunchError as error:
         return Answer("", document, error)
-    order = WorkerOrder(job, choice.plan, choice.estimate, *_weights(job, show), choice.step)
+    order = WorkerOrder(job, choice.plan, choice.estimate, *weights_of(job, show), choice.step)
     prepare_run(paths, order, document)
     if not job.launch.cluster.is_elsewhere and not is_here(job.hardware, devices):
         wanted = job.hardware.product or job.hardware.name
@@ -137,7 +163,7 @@ def _start(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: 
     return Answer(text, {**document, **handed_over_fields(command, submitted)})
 
 
-def _weights(job: JobSpec, show: Show) -> tuple[str, str]:
+def weights_of(job: JobSpec, show: Show) -> tuple[str, str]:
     """Where weights are, and where packaged ones are converted to."""
     if parse_packaged_path(job.model.path) is None:
         return job.model.path, ""

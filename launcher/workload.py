@@ -31,7 +31,8 @@ from trl import SFTConfig
 from trl.models import enable_selective_activation_checkpointing
 
 from launcher import vision
-from launcher.classification import build_classifier_trainer
+from launcher.classification import build_classifier_trainer, tokenized
+from launcher.errors import UnsupportedByPlanner
 from launcher.job import (
     AdapterDtype,
     Checkpointing,
@@ -47,11 +48,15 @@ from launcher.job import (
 )
 from launcher.optimizers import low_rank_arguments
 from launcher.plan import Plan
-from launcher.trainers import require_liger_loss, token_accuracy, trainer_class
+from launcher.trainers import RowPreparation, require_liger_loss, token_accuracy, trainer_class
 
 LEARNING_RATES = {Method.LORA: 2e-4, Method.QLORA: 2e-4, Method.FULL: 2e-5}
 """Defaults by method; what Axolotl, TRL and Unsloth ship for each (read 2026-11)."""
 
+NOT_LEARNT = -100
+"""Label of a token that the loss leaves out (torch's cross entropy)."""
+UNCUT = 1 << 30
+"""Tokens that no text has."""
 
 AUTO_CLASSES: Mapping[Task, Any] = {
     Task.CAUSAL_LM: AutoModelForCausalLM,
@@ -271,6 +276,30 @@ def build_trainer(
                 held_out = held_out.select(range(min(len(held_out), job.evaluation.num_examples)))
             trainer.eval_dataset = held_out
     return trainer
+
+
+def prepared_rows(
+    rows: Dataset, job: JobSpec, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, output_dir: Path
+) -> Dataset:
+    """Rows as the job's trainer makes token ids of them, before it cuts or packs them.
+
+    Args:
+        rows: Examples in a layout that the trainer takes.
+        job: The job.
+        tokenizer: Of its model.
+        output_dir: Scratch space.
+
+    Raises:
+        UnsupportedByPlanner: When images are a part of the rows: their tokens are made with each batch.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UnsupportedByPlanner(
+            f"model.task={job.model.task}: the tokens of an example with images are made with its batch, not before",
+            "data.max_length=<tokens>",
+        )
+    if job.model.task is Task.SEQUENCE_CLASSIFICATION:
+        return tokenized(rows, tokenizer, UNCUT)
+    return RowPreparation(tokenizer, "prompt" in rows.column_names).prepared(rows, output_dir)
 
 
 def without_short_row(rows: Dataset, length: int) -> Dataset:

@@ -210,7 +210,9 @@ def test_a_real_job_is_explained_by_the_command(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=600,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
-    found = json.loads(child.stdout)["explanation"]
+    document = json.loads(child.stdout)
+    assert document["data_lengths"]["num_examples"] == 60  # they lie here, so they were read
+    found = document["explanation"]
     knobs = {item["knob"] for item in found["changes"] if not item["refusal"]}
     assert {"micro_batch_size", "activation_checkpointing", "loss", "max_length", "method", "rank"} <= knobs
     by_words = {(item["knob"], item["change"]): item["saved_bytes"] for item in found["changes"]}

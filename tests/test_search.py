@@ -46,7 +46,7 @@ def combinations(job: JobSpec) -> list[tuple[Method, int, int]]:
     """Acceptable (method, length, rank), best first."""
     pin, choices = job.planner.pin, job.planner.choices
     methods = [pin.method] if pin.method else list(choices.method) or [job.method.name]
-    lengths = [pin.max_length] if pin.max_length else list(choices.max_length) or [job.data.max_length]
+    lengths = [pin.max_length] if pin.max_length else list(choices.max_length) or [job.data.length]
     ranks = [pin.rank] if pin.rank else list(choices.rank) or [job.method.rank]
     triples = [(m, n, r if m is Method.LORA else 0) for m, n, r in product(methods, lengths, ranks)]
     return list(dict.fromkeys(triples))

@@ -32,7 +32,9 @@ SMALL_OPTIMIZERS = ("8bit", "adafactor", "sgd", "galore", "apollo", "paged")
 Search = Callable[[JobSpec], PlanChoice]
 
 
-def explain(job: JobSpec, choice: PlanChoice, forecaster: Forecaster, search: Search) -> Explanation:
+def explain(
+    job: JobSpec, choice: PlanChoice, forecaster: Forecaster, search: Search, length_words: str = ""
+) -> Explanation:
     """Explains the plan that was taken.
 
     Args:
@@ -40,6 +42,7 @@ def explain(job: JobSpec, choice: PlanChoice, forecaster: Forecaster, search: Se
         choice: What its search found; it must have a plan.
         forecaster: Prices the changes; it must have the libraries of all methods.
         search: Searches the job on other devices.
+        length_words: What is wrong with the length for the job's data; empty when nothing is, or nobody knows.
 
     Raises:
         ValueError: When there is no plan.
@@ -51,7 +54,7 @@ def explain(job: JobSpec, choice: PlanChoice, forecaster: Forecaster, search: Se
     return Explanation(
         changes=changes,
         capacities=capacities,
-        verdict=verdict(job, choice, capacities),
+        verdict=verdict(job, choice, capacities, length_words),
         squeeze=squeeze(choice.plan, choice.estimate, choice.capacity_bytes, changes),
     )
 
@@ -160,13 +163,16 @@ def position(job: JobSpec, plan: Plan) -> int:
     return wanted.index((plan.method, plan.max_length, plan.rank))
 
 
-def verdict(job: JobSpec, choice: PlanChoice, capacities: tuple[AtCapacity, ...]) -> str:
+def verdict(
+    job: JobSpec, choice: PlanChoice, capacities: tuple[AtCapacity, ...], length_words: str = ""
+) -> str:
     """Whether memory is this job's problem, or its settings are; one sentence.
 
     Args:
         job: The job.
         choice: Its plan on the device as it is.
         capacities: The same job with other memories; one of them as it is, and one larger.
+        length_words: What is wrong with the length for the job's data, if anything.
     """
     assert choice.estimate is not None  # there is a plan
     setting = _setting_at_the_peak(job, choice.estimate)
@@ -175,6 +181,8 @@ def verdict(job: JobSpec, choice: PlanChoice, capacities: tuple[AtCapacity, ...]
     gain = _gain(now, more)
     if setting:
         return f"A setting decides the highest moment, not the training: {setting}."
+    if length_words:
+        return f"A setting takes the memory, not the training: {length_words}."
     if gain:
         return f"Memory is this job's limit: with {more.factor:g} times as much {gain}."
     less = min(capacities, key=lambda item: item.factor)

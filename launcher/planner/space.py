@@ -21,7 +21,7 @@ def semantic_plans(job: JobSpec) -> Iterator[Plan]:
     """
     pin, choices = job.planner.pin, job.planner.choices
     methods = (pin.method,) if pin.method else choices.method or (job.method.name,)
-    lengths = (pin.max_length,) if pin.max_length else choices.max_length or (job.data.max_length,)
+    lengths = (pin.max_length,) if pin.max_length else choices.max_length or (job.data.length,)
     ranks = (pin.rank,) if pin.rank else choices.rank or (job.method.rank,)
     # a classifier has a few scores per text, and nothing to cut into tiles
     loss = Loss.PLAIN if job.model.task is Task.SEQUENCE_CLASSIFICATION else pin.loss or Loss.CHUNKED

@@ -9,20 +9,16 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, Trainer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from launcher import workload
-from launcher.errors import DataError
 from launcher.hardware import DeviceKind
-from launcher.job import Task
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
-from launcher.worker.data import load_examples, require_chat_template, split_examples
 from launcher.worker.engine import rank
 from launcher.worker.longest import keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
-from launcher.worker.tasks import data_of_task, fitted
-from launcher.worker.weights import convert_gguf
+from launcher.worker.tasks import examples_of, source_of, tokenizer_of, unreadable_model
 
 
 @dataclass(frozen=True)
@@ -62,30 +58,20 @@ class Ingredients:
 def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     """Reads data, tokenizer and config; nothing of the model's weights yet."""
     job, plan = order.job, order.plan
-    source = order.weights
-    if order.converted:
-        source = str(convert_gguf(Path(source), Path(order.converted)))
+    tokenizer = tokenizer_of(job, order.weights, order.converted)
+    source = source_of(order.weights, order.converted)
     try:
-        sees = job.model.task is Task.IMAGE_TEXT_TO_TEXT
-        processing_class = AutoProcessor if sees else AutoTokenizer
-        tokenizer = processing_class.from_pretrained(source, revision=job.model.revision)
         config = workload.model_config(source, job.model)
     except (OSError, ValueError) as failure:
-        raise DataError(
-            f"the model at `{source}` can't be read: {failure}",
-            "check `model.path`; a hub id needs the network (and, for gated models, an accepted licence)",
-        ) from failure
-    data = data_of_task(job.data, job.model)
-    train_rows, eval_rows = split_examples(load_examples(data), data, job.evaluation)
-    train_rows = fitted(train_rows, job, data.path)
-    eval_rows = fitted(eval_rows, job, job.evaluation.path or data.path)
-    require_chat_template(tokenizer, train_rows)
+        raise unreadable_model(source, failure) from failure
+    train_rows, eval_rows = examples_of(job, tokenizer)
 
     def load() -> nn.Module:
         return workload.build_model(config, plan, source, job)
 
     prompts: tuple[Batch, ...] = ()
     if job.generation.enabled:
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a model that sees does not generate here
         prompts = prompt_batches(tokenizer, train_rows if eval_rows is None else eval_rows, job.generation)
     if order.rehearses:
         num_rows = plan.micro_batch_size * num_batches_trained(job, plan)

@@ -10,17 +10,78 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Image, List
-from transformers import Trainer
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+)
 
 from launcher.errors import DataError
 from launcher.job import DataFormat, DataSpec, JobSpec, ModelSpec, Task
 from launcher.vision import image_shape, require_shape
+from launcher.worker.data import load_examples, require_chat_template, split_examples
+from launcher.worker.weights import convert_gguf
 
 FORMATS = {
     Task.SEQUENCE_CLASSIFICATION: DataFormat.LABELED,
     Task.IMAGE_TEXT_TO_TEXT: DataFormat.IMAGES,
 }
 """The one layout of a task; a task that is not here has several, recognised by their keys."""
+
+
+def source_of(weights: str, converted: str) -> str:
+    """Where weights and tokenizer are: a folder or hub id, or what a packaged model is converted to, once.
+
+    Args:
+        weights: Folder or hub id; for a packaged model the folder of its GGUF file.
+        converted: Where that is converted to; empty for any other.
+    """
+    return str(convert_gguf(Path(weights), Path(converted))) if converted else weights
+
+
+def tokenizer_of(job: JobSpec, weights: str, converted: str) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer of a job's model; of one that sees images its processor.
+
+    Raises:
+        DataError: When it can't be had or read.
+    """
+    source = source_of(weights, converted)
+    sees = job.model.task is Task.IMAGE_TEXT_TO_TEXT
+    processing_class = AutoProcessor if sees else AutoTokenizer
+    try:
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin = processing_class.from_pretrained(
+            source, revision=job.model.revision
+        )
+    except (OSError, ValueError) as failure:
+        raise unreadable_model(source, failure) from failure
+    return tokenizer
+
+
+def unreadable_model(source: str, failure: Exception) -> DataError:
+    """What to say of a model that can't be read."""
+    return DataError(
+        f"the model at `{source}` can't be read: {failure}",
+        "check `model.path`; a hub id needs the network (and, for gated models, an accepted licence)",
+    )
+
+
+def examples_of(
+    job: JobSpec, tokenizer: PreTrainedTokenizerBase | ProcessorMixin
+) -> tuple[Dataset, Dataset | None]:
+    """A job's training examples, and those held out; checked against model and tokenizer.
+
+    Raises:
+        ConfigError: A path names no built-in data set.
+        DataError: When they can't be read, or don't fit.
+    """
+    data = data_of_task(job.data, job.model)
+    trained, held_out = split_examples(load_examples(data), data, job.evaluation)
+    checked = fitted(trained, job, data.path)
+    assert checked is not None  # there are training examples
+    require_chat_template(tokenizer, checked)
+    return checked, fitted(held_out, job, job.evaluation.path or data.path)
 
 
 def data_of_task(data: DataSpec, model: ModelSpec) -> DataSpec:
