@@ -19,6 +19,8 @@ from launcher.report.documents import plan_fields
 from launcher.report.tables import aligned, wrapped
 from launcher.units import format_bytes
 
+ROUNDING = 1e-9
+"""Shares nearer than this to nothing or all are that, but for floating-point sums."""
 BAR = 40
 """Width of the longest bar of a histogram, characters."""
 
@@ -79,7 +81,8 @@ def _percent(share: float | None) -> str:
     """A share in percent; one that is not whole never looks so."""
     if share is None:
         return ""
-    return f"{100 * share:.1f} %" if share in (0.0, 1.0) else f"{min(99.9, max(0.1, 100 * share)):.1f} %"
+    is_whole = min(share, 1 - share) < ROUNDING
+    return f"{100 * share:.1f} %" if is_whole else f"{min(99.9, max(0.1, 100 * share)):.1f} %"
 
 
 def packing_lines(data: DataLengths, length: int, micro_batch_size: int, packing: bool) -> list[str]:
@@ -89,7 +92,9 @@ def packing_lines(data: DataLengths, length: int, micro_batch_size: int, packing
         return []
     share = padding_share(rows, micro_batch_size)
     words = f"batches of {micro_batch_size} are {share:.1%} padding; data.packing=true would save that"
-    if packing:
+    if share < ROUNDING:
+        words = f"padded batches of {micro_batch_size} would have no padding, so packing saves none"
+    elif packing:
         words = f"padded batches of {micro_batch_size} would be {share:.1%} padding, which packing saves"
     return [wrapped("packing  ", words)]
 
