@@ -27,6 +27,8 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
                               all of that in one page, with sliders
   launch action=plan data.max_length=auto
                               reads the data: what each length costs, and keeps
+  launch profile=production recipe=llama_lora hardware=a100_40g action=plan
+                              for runs of weeks: refuses squeezed plans
   launch action=report        past runs, predicted and measured
   launch action=status run_dir=<run>
                               where a run stands, on this machine or a cluster

@@ -111,6 +111,21 @@ class Objective(StrEnum):
     COST = "cost"
 
 
+class Grade(StrEnum):
+    """How a plan sits on its device."""
+
+    COMFORTABLE = "comfortable"
+    TIGHT = "tight"
+    SQUEEZED = "squeezed"
+
+
+class Profile(StrEnum):
+    """What a plan is for: how much it leaves free, and what is refused; see conf/profile."""
+
+    EXPERIMENT = "experiment"
+    PRODUCTION = "production"
+
+
 class Action(StrEnum):
     """What `launch` does."""
 
@@ -270,6 +285,8 @@ class PlannerSpec:
     """Acceptable values of the knobs that change the result."""
     headroom: Annotated[float, Ge(0), Le(0.9)] | Literal["auto"] = "auto"
     """Share of the usable memory kept free; `auto` asks the runs measured here, and keeps 0.05 while they are few."""
+    refused_grades: tuple[Grade, ...] = ()
+    """Plans of these grades, and of tighter ones, are not taken though they fit; `profile=production`: `[squeezed]`."""
     objective: Objective = Objective.SPEED
     """`speed` (tokens per second), `memory` (lowest peak), or `cost` (dollars per token, from your price per hour)."""
     prices: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
@@ -311,6 +328,9 @@ class JobSpec:
 
     recipe: str = ""
     """Name of the recipe the job came from."""
+    profile: Profile = Profile.EXPERIMENT
+    """`experiment`, or `production` for runs that must last: more headroom, and squeezed plans are refused. Sets
+    `planner.headroom` and `planner.refused_grades` (conf/profile); what is typed on the command line wins."""
     action: Action = Action.RUN
     """`plan` stops after the plan; `run` runs it too; `report` lists past runs; `status`: how far the run in `run_dir`
     is; `memory`: where the memory of a plan, or of the past run in `run_dir`, goes; `explain`: what each knob buys, and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.job import DataFormat, JobSpec, Loss, Task
+from launcher.job import DataFormat, Grade, JobSpec, Loss, Task
 
 AUTO = "auto"
 
@@ -12,6 +12,8 @@ AUTO = "auto"
 def job_limits(job: JobSpec) -> Iterator[str]:
     """What a job can't have, a sentence each."""
     yield from _length_limits(job)
+    if Grade.COMFORTABLE in job.planner.refused_grades:
+        yield "`planner.refused_grades=[comfortable]` refuses every plan; legal: tight, squeezed"
     yield from _task_limits(job)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 
 from launcher.job import (
     Attention,
@@ -16,6 +15,7 @@ from launcher.job import (
     Optimizer,
     Precision,
 )
+from launcher.job import Grade as Grade
 from launcher.memory import MemoryEstimate
 from launcher.step_time import StepTime
 
@@ -141,26 +141,21 @@ class Rejection:
     """Predicted device peak, bytes, at least; 0 for a plan that was not priced."""
     step_seconds: float | None = None
     """Predicted time of an optimizer step; None where it is unknown, or does not matter."""
+    is_refused: bool = False
+    """Whether it fits, and its grade is refused; `short_by_bytes` are then the bytes less with which it is not."""
 
 
 def nearest(rejected: Iterable[Rejection]) -> Rejection | None:
     """Of plans that exceed their budget, the one that does by least; None where none does.
 
-    What no engine can carry out, and what merely isn't the best, is short of nothing.
+    Those that fit and are refused for their grade come before those that exceed the budget. What no engine can carry
+    out, and what merely isn't the best, is short of nothing.
     """
     return min(
         (item for item in rejected if item.short_by_bytes > 0),
-        key=lambda item: item.short_by_bytes,
+        key=lambda item: (not item.is_refused, item.short_by_bytes),
         default=None,
     )
-
-
-class Grade(StrEnum):
-    """How a plan sits on its device."""
-
-    COMFORTABLE = "comfortable"
-    TIGHT = "tight"
-    SQUEEZED = "squeezed"
 
 
 @dataclass(frozen=True)

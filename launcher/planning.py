@@ -13,8 +13,7 @@ from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, JobSpec
 from launcher.knob_limits import knob_limits
-from launcher.memory import MemoryEstimate
-from launcher.plan import Plan, PlanChoice
+from launcher.plan import PlanChoice
 from launcher.planner.explain import squeeze
 from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import (
@@ -23,10 +22,10 @@ from launcher.planner.interval import (
     RUNS_FOR_HEADROOM,
     Residual,
     headroom_fraction,
-    interval,
-    like,
     read_residuals,
+    with_interval,
 )
+from launcher.planner.refusal import judge
 from launcher.planner.search import search
 from launcher.planner.space import headroom_bytes, semantic_plans
 from launcher.planner.trace_cache import TraceCache
@@ -96,15 +95,6 @@ def plan_job(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:
     return replace(choice, squeeze=squeeze(choice.plan, choice.estimate, choice.capacity_bytes))
 
 
-def with_interval(
-    estimate: MemoryEstimate, plan: Plan, job: JobSpec, recorded: Sequence[Residual]
-) -> MemoryEstimate:
-    """An estimate with the interval that recorded residuals of the same kind give it."""
-    same = like(recorded, job.hardware.kind, plan.method)
-    found = interval(estimate.peak_allocated_bytes, same, job.model.architecture["model_type"])
-    return replace(estimate, interval=found)
-
-
 def settled(job: JobSpec) -> JobSpec:
     """The job with its headroom as a number, as `plan_job` settles it."""
     return with_headroom(job, _past_residuals(Path("runs")))[0]
@@ -153,10 +143,11 @@ def find_plan(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:
         rates = device_rates(job.hardware, cache_folder("rates"))
         forecaster = Forecaster(job, tracer, trace_cache(job), budget, rates)
         first = next(semantic_plans(job))
+        refuse = judge(job, read_residuals(EVIDENCE))
         if job.planner.pin.attention or forecaster.supports_sdpa(first):
-            return search(job, forecaster)
+            return search(job, forecaster, refuse)
         pin = replace(job.planner.pin, attention=Attention.EAGER)
-        choice = search(replace(job, planner=replace(job.planner, pin=pin)), forecaster)
+        choice = search(replace(job, planner=replace(job.planner, pin=pin)), forecaster, refuse)
         model_type = job.model.architecture["model_type"]
         note = f"attention is eager: transformers has no scaled-dot-product attention for {model_type}"
         return replace(choice, notes=(*choice.notes, note))

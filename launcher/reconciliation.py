@@ -10,10 +10,10 @@ from launcher.documents import read_document, write_document
 from launcher.memory import RESIDENT, MemoryEstimate, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
 from launcher.planner.forecast import Forecaster
-from launcher.planner.interval import CONVENTION, EVIDENCE, read_residuals
+from launcher.planner.interval import CONVENTION, EVIDENCE, read_residuals, with_interval
 from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
-from launcher.planning import needed_libraries, trace_cache, with_interval
+from launcher.planning import needed_libraries, trace_cache
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
 from launcher.run.ledger import write_record

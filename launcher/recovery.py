@@ -13,9 +13,9 @@ from launcher.job import ChoicesSpec, Engine, JobSpec
 from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan
 from launcher.planner.forecast import Forecaster
-from launcher.planner.interval import EVIDENCE, read_residuals
+from launcher.planner.interval import EVIDENCE, read_residuals, with_interval
 from launcher.planner.tracer import Tracer
-from launcher.planning import find_plan, needed_libraries, trace_cache, with_interval
+from launcher.planning import find_plan, needed_libraries, trace_cache
 from launcher.run.launch import launch_worker, rewrite_run
 from launcher.run.ranks import noted_phase
 from launcher.run.rehearse import is_due
@@ -78,7 +78,7 @@ def _restricted(order: WorkerOrder, is_continued: bool) -> JobSpec:
     memory_bytes = min(job.hardware.memory_bytes, int(SHRINK * order.predicted.peak_device_bytes))
     return replace(
         job,
-        planner=replace(job.planner, pin=pin, choices=ChoicesSpec(), headroom=0.0),
+        planner=replace(job.planner, pin=pin, choices=ChoicesSpec(), headroom=0.0, refused_grades=()),
         hardware=replace(job.hardware, memory_bytes=memory_bytes),
     )
 

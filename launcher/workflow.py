@@ -76,10 +76,10 @@ def planned(job: JobSpec) -> tuple[JobSpec, PlanChoice, Answer]:
     began = time.perf_counter()
     job, choice, lengths = _plan_with_lengths(resolve(job, detect_cuda()), say_nothing)
     seconds = time.perf_counter() - began
-    document = plan_document(choice, library_versions(), seconds, "")
     text = tables.plan_text(job, choice, seconds)
     if lengths is not None:
-        text, document = f"{text}\n\n{lengths.text}", {**document, **lengths.document}
+        text = f"{text}\n\n{lengths.text}"
+    document = _document(job, choice, seconds, lengths)
     failure = None if choice.feasible else NoPlanFits(choice.reason, smallest_change(choice))
     return job, choice, Answer(text, document, failure)
 
@@ -97,6 +97,14 @@ def _plan_with_lengths(job: JobSpec, show: Show) -> tuple[JobSpec, PlanChoice, L
     return job, lengths.choice, lengths
 
 
+def _document(
+    job: JobSpec, choice: PlanChoice, seconds: float, lengths: LengthReport | None, run_dir: str = ""
+) -> dict[str, Any]:
+    """A plan for programs."""
+    document = plan_document(choice, library_versions(), seconds, run_dir)
+    return {**document, "profile": job.profile.value, **({} if lengths is None else lengths.document)}
+
+
 def say_nothing(line: str) -> None:
     """A plan is one answer, with no lines before it."""
 
@@ -105,6 +113,11 @@ def smallest_change(choice: PlanChoice) -> str:
     """What would make a job fit that has no plan."""
     nearest = choice.nearest
     assert nearest is not None  # something exceeds the budget, or a plan was found
+    if nearest.is_refused:
+        return (
+            f"hardware with {format_bytes(nearest.short_by_bytes)} more memory, shorter data.max_length, or "
+            "planner.refused_grades=[], which takes the plan as it is"
+        )
     return (
         f"shorter data.max_length, a lower planner.headroom, or hardware with "
         f"{format_bytes(nearest.short_by_bytes)} more memory"
@@ -124,16 +137,14 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     job, choice, lengths = _plan_with_lengths(resolve(job, devices), show)
     seconds = time.perf_counter() - began
     show(tables.plan_text(job, choice, seconds))
-    more = {}
     if lengths is not None:
         show(lengths.text)
-        more = lengths.document
     if choice.plan is None or choice.estimate is None:
-        document = {**plan_document(choice, library_versions(), seconds, ""), **more}
+        document = _document(job, choice, seconds, lengths)
         return Answer("", document, NoPlanFits(choice.reason, smallest_change(choice)))
     root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
     paths = RunPaths(root.resolve())
-    document = {**plan_document(choice, library_versions(), seconds, str(paths.root)), **more}
+    document = _document(job, choice, seconds, lengths, str(paths.root))
     try:
         require_disk(paths.root, choice.estimate.disk.total_bytes if choice.estimate.disk else 0)
     except LaunchError as error:

@@ -19,6 +19,7 @@ from launcher.job import (
     Attention,
     Checkpointing,
     ChoicesSpec,
+    Grade,
     JobSpec,
     Loss,
     Method,
@@ -31,6 +32,7 @@ from launcher.plan import Plan, PlanChoice
 from launcher.planner.interval import CONVENTION
 from launcher.planner.objective import SAME
 from launcher.planner.reasons import NOT_PRICED
+from launcher.planner.refusal import judge
 from launcher.planner.search import search
 from launcher.planner.space import headroom_bytes
 from tests.imagined import MODES, FakeForecaster, Law, job_with
@@ -104,6 +106,7 @@ def brute_force(job: JobSpec, law: Law) -> Truth:
         plans = all_plans(job, combination)
         visited += plans
         fitting = [plan for plan in plans if law.peak(plan) <= budget_of(job)]
+        fitting = [plan for plan in fitting if not is_refused(job, plan, law)]
         if job.planner.objective is Objective.MEMORY:
             fitting.sort(key=lambda plan: (law.peak(plan), plans.index(plan)))
         else:
@@ -113,6 +116,17 @@ def brute_force(job: JobSpec, law: Law) -> Truth:
         if fitting:
             return Truth(fitting, visited)
     return Truth([], visited)
+
+
+def is_refused(job: JobSpec, plan: Plan, law: Law) -> bool:
+    """Whether a plan that fits has a grade that the job refuses, by the shares that docs/design.md names."""
+    free = 1 - law.peak(plan) / job.hardware.memory_bytes
+    savers = (plan.activation_checkpointing is not KEPT) + (
+        plan.micro_batch_size == 1 and plan.gradient_accumulation_steps > 1
+    )
+    if Grade.TIGHT in job.planner.refused_grades:
+        return free < 0.15
+    return Grade.SQUEEZED in job.planner.refused_grades and free < 0.06 and savers >= 2
 
 
 def recomputes_for_nothing(plan: Plan, fitting: list[Plan]) -> bool:
@@ -261,6 +275,27 @@ def test_many_more_jobs_agree_too() -> None:
         assert choice.plan == (truth.best[0] if truth.best else None), seed
         assert choice.runner_up in (None, *truth.best[1:]), seed
         check_everything_said(job, law, choice, truth)
+
+
+@pytest.mark.parametrize("refused", [(Grade.SQUEEZED,), (Grade.TIGHT,), (Grade.TIGHT, Grade.SQUEEZED)])
+def test_refused_grades_leave_what_trying_every_plan_leaves(refused: tuple[Grade, ...]) -> None:
+    differing = 0
+    for seed in range(2000, 2150):
+        law = random_law(seed)
+        job = random_job(seed, law)
+        job = replace(job, planner=replace(job.planner, headroom=0.0, refused_grades=refused))
+        choice, truth = search(job, FakeForecaster(law), judge(job, ())), brute_force(job, law)
+        assert choice.plan == (truth.best[0] if truth.best else None), seed
+        differing += choice.plan != search(job, FakeForecaster(law)).plan
+        for item in choice.rejected:
+            if item.is_refused:
+                assert is_refused(job, item.plan, law) and law.peak(item.plan) <= budget_of(job)
+                enough = law.peak(item.plan) - item.short_by_bytes
+                share = 0.15 if Grade.TIGHT in refused else 0.06
+                assert 1 - enough / job.hardware.memory_bytes == pytest.approx(share, abs=1e-5)
+        if not truth.best and any(item.is_refused for item in choice.rejected):
+            assert "which planner.refused_grades refuses" in choice.reason
+    assert differing >= 5
 
 
 # what the rules are for

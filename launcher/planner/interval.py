@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from launcher.hardware import DeviceKind
-from launcher.job import Method
-from launcher.memory import Interval
+from launcher.job import JobSpec, Method
+from launcher.memory import Interval, MemoryEstimate
+from launcher.plan import Plan
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 """Recorded residuals: written by scripts/accuracy.py, scripts/published.py and scripts/gpu_validation."""
@@ -96,6 +97,22 @@ def interval(num_bytes: int, residuals: Sequence[Residual], model_type: str) -> 
         num_runs=len(residuals),
         is_new_architecture=model_type not in types,
     )
+
+
+def with_interval(
+    estimate: MemoryEstimate, plan: Plan, job: JobSpec, residuals: Sequence[Residual]
+) -> MemoryEstimate:
+    """The estimate of a job's plan, with its interval.
+
+    Args:
+        estimate: Memory of the plan.
+        plan: The plan.
+        job: The job, resolved.
+        residuals: Recorded residuals of all kinds.
+    """
+    same = like(residuals, job.hardware.kind, plan.method)
+    found = interval(estimate.peak_allocated_bytes, same, job.model.architecture.get("model_type", ""))
+    return replace(estimate, interval=found)
 
 
 def quantile(values: Sequence[float]) -> tuple[float, float]:

@@ -157,6 +157,11 @@ def taken(job: JobSpec, best: Price, ranking: Ranking, budget_bytes: int, positi
 def none_fits(nearest: Rejection, considered: int, capacity_bytes: int, headroom_bytes: int) -> str:
     """Why there is no plan."""
     plan = nearest.plan
+    if nearest.is_refused:
+        return (
+            f"none of {considered} plans is taken; of {plan.method.value}, length {plan.max_length}, micro batch "
+            f"{plan.micro_batch_size}, checkpointing {plan.activation_checkpointing.value} the plan {nearest.reason}"
+        )
     return (
         f"none of {considered} plans fits {format_bytes(capacity_bytes - headroom_bytes)} "
         f"({format_bytes(capacity_bytes)} less {format_bytes(headroom_bytes)} headroom); "

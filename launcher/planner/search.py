@@ -24,20 +24,26 @@ from launcher.planner import reasons
 from launcher.planner.arrangements import arrangements
 from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import MODES, Price, Ranking
+from launcher.planner.refusal import Judge
 from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, semantic_plans
 
 
-def search(job: JobSpec, forecaster: Forecaster) -> PlanChoice:
+def search(job: JobSpec, forecaster: Forecaster, judge: Judge | None = None) -> PlanChoice:
     """Finds the best plan of a job.
 
     The first combination of result-changing knobs for which any plan fits is taken. The chosen plan is traced again at
     its true shape.
 
+    Args:
+        job: The job, resolved.
+        forecaster: Prices its plans.
+        judge: Refuses plans that fit; None: none is refused.
+
     Raises:
         ConfigError: When pinned values contradict each other.
         UnsupportedByPlanner: When the tracer can't follow the job.
     """
-    return _Search(job, forecaster).run()
+    return _Search(job, forecaster, judge).run()
 
 
 @dataclass
@@ -62,7 +68,8 @@ class _Options:
 class _Search:
     """State of one search: what was priced, and what was rejected."""
 
-    def __init__(self, job: JobSpec, forecaster: Forecaster) -> None:
+    def __init__(self, job: JobSpec, forecaster: Forecaster, judge: Judge | None) -> None:
+        self._judge = judge
         self._job = job
         self._forecaster = forecaster
         self._splits = batch_splits(job)
@@ -192,6 +199,11 @@ class _Search:
         if short > 0:
             text = reasons.too_large_on_host(estimate, short)
             self._reject(price.plan, text, short, estimate.peak_device_bytes)
+            return False
+        refusal = None if self._judge is None else self._judge(price.plan, estimate)
+        if refusal is not None:
+            peak, short = estimate.peak_device_bytes, refusal.short_by_bytes
+            self._rejected.append(Rejection(price.plan, refusal.reason, short, peak, is_refused=True))
             return False
         return True
 

@@ -32,6 +32,7 @@ def plan_document(
                 "short_by_bytes": item.short_by_bytes,
                 "peak_device_bytes": item.peak_bytes or None,
                 "step_seconds": item.step_seconds,
+                "is_refused": item.is_refused,
             }
             for item in choice.rejected
         ],

@@ -24,7 +24,8 @@ def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
     product = f" ({hardware.product})" if hardware.product else ""
     lines = [
         wrapped("job      ", f"{job.recipe}: {job.model.path} on {hardware.name}{product}"),
-        f"memory    {format_bytes(choice.capacity_bytes)} usable, {format_bytes(choice.headroom_bytes)} headroom",
+        f"memory    {format_bytes(choice.capacity_bytes)} usable, {format_bytes(choice.headroom_bytes)} headroom, "
+        f"profile={job.profile.value}",
     ]
     if choice.plan is None or choice.estimate is None:
         lines.append(wrapped("no plan  ", choice.reason))
