@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from launcher.data_lengths import DataLengths
 from launcher.documents import read_document
-from launcher.errors import ConfigError, NoPlanFits
-from launcher.explanation import OnCard
+from launcher.errors import ConfigError, DataError, LauncherError, NoPlanFits, UnsupportedByPlanner
+from launcher.explanation import OnCard, SweepPoint
 from launcher.job import JobSpec
 from launcher.length_choice import lengths_at_hand, settle_length
 from launcher.memory import Timeline
@@ -16,7 +20,8 @@ from launcher.planner.bill import build_bill
 from launcher.planner.cards import cheapest, on_card, ranked
 from launcher.planner.explain import explain
 from launcher.planner.forecast import Forecaster
-from launcher.planner.lengths import far_above
+from launcher.planner.lengths import far_above, words_of_choice
+from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, plan_job, resolve, settled, trace_cache
 from launcher.publish import published, published_run
@@ -25,10 +30,16 @@ from launcher.report.bill import bill_document, bill_text
 from launcher.report.cards import cards_document, cards_text
 from launcher.report.explanation import explanation_document, explanation_text
 from launcher.report.lengths import lengths_document, lengths_text, packing_lines
+from launcher.report.sweep import sweep_document, sweep_text
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
+from launcher.run.detect import detect_cuda
 from launcher.run.status import ordered_run
-from launcher.workflow import Answer, planned, say_nothing, weights_of
+from launcher.sweep import Point
+from launcher.workflow import Answer, document_of, planned, say_nothing, weights_of
+
+PLANNING_REFUSALS = (ConfigError, UnsupportedByPlanner, DataError)
+"""What makes one job impossible, and leaves others possible."""
 
 
 def plan_answer(job: JobSpec) -> Answer:
@@ -96,24 +107,85 @@ def cards_answer(jobs: Sequence[JobSpec]) -> Answer:
     Args:
         jobs: The job on each device.
     """
-    cards = []
-    for job in jobs:
-        try:
-            resolved, _ = settle_length(resolve(job, ()), partial(weights_of, show=say_nothing))
-            cards.append(on_card(resolved, plan_job(resolved)))
-        except ConfigError as refusal:  # a row, and no reason to leave out the others
-            cards.append(_refused(job, refusal.message))
-    best_first = ranked(cards)
+    sides = _side_by_side(jobs)
+    best_first = ranked(side.card for side in sides)
     cheap = cheapest(best_first)
-    fits = any(card.plan is not None for card in cards)
-    failure = (
-        None if fits else NoPlanFits("no device fits the job", "shorter data.max_length, or another method")
-    )
+    failure = _failure(sides, "no device fits the job")
     return Answer(cards_text(best_first, cheap), cards_document(best_first, cheap), failure)
 
 
-def _refused(job: JobSpec, reason: str) -> OnCard:
-    hardware = job.hardware
-    return OnCard(
+def sweep_answer(points: Sequence[Point]) -> Answer:
+    """`launch -m`: every point planned, in one table."""
+    sides = _side_by_side([point.job for point in points])
+    shown = [SweepPoint(point.swept, side.card, side.note) for point, side in zip(points, sides, strict=True)]
+    document = sweep_document(shown, [side.document for side in sides])
+    return Answer(
+        sweep_text(shown),
+        {**document, "versions": library_versions()},
+        _failure(sides, "no point of the sweep has a plan"),
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of several jobs that are compared."""
+
+    card: OnCard
+    """The job on its device."""
+    document: dict[str, Any]
+    """Its plan for programs."""
+    refusal: LauncherError | None = None
+    """Why it could not be planned for."""
+    note: str = ""
+    """What an automatic length does to the result."""
+
+
+def _side_by_side(jobs: Sequence[JobSpec]) -> list[_Side]:
+    """Plans several jobs; those that need the same libraries share the processes that trace.
+
+    A job that can't be planned for is no reason to leave out the others.
+    """
+    sides: dict[int, _Side] = {}
+    ready: dict[tuple[str, ...], list[tuple[int, JobSpec, DataLengths | None]]] = {}
+    devices = detect_cuda()
+    for index, job in enumerate(jobs):
+        try:
+            settled, data = settle_length(resolve(job, devices), partial(weights_of, show=say_nothing))
+            ready.setdefault(needed_libraries(settled), []).append((index, settled, data))
+        except PLANNING_REFUSALS as refusal:
+            sides[index] = _refused(job, refusal)
+    for libraries, alike in ready.items():
+        with Tracer(libraries) as tracer:
+            for index, job, data in alike:
+                try:
+                    sides[index] = _side(job, data, tracer)
+                except PLANNING_REFUSALS as refusal:
+                    sides[index] = _refused(job, refusal)
+    return [sides[index] for index in range(len(jobs))]
+
+
+def _side(job: JobSpec, data: DataLengths | None, tracer: Tracer) -> _Side:
+    began = time.perf_counter()
+    choice, note = plan_job(job, tracer), ""
+    if data is not None and choice.plan is not None:
+        lengths = job.planner.choices.max_length
+        note = words_of_choice(data, choice.plan.max_length, lengths, packing=job.data.packing)
+        choice = replace(choice, notes=(*choice.notes, note))
+    document = document_of(job, choice, time.perf_counter() - began, None)
+    return _Side(on_card(job, choice), document, note=note)
+
+
+def _failure(sides: Sequence[_Side], message: str) -> LauncherError | None:
+    """Why a comparison has nothing to offer; None when it has a plan."""
+    if any(side.card.plan is not None for side in sides):
+        return None
+    unread = next((side.refusal for side in sides if isinstance(side.refusal, DataError)), None)
+    return unread or NoPlanFits(message, "shorter data.max_length, or another method")
+
+
+def _refused(job: JobSpec, refusal: LauncherError) -> _Side:
+    hardware, reason = job.hardware, refusal.message.splitlines()[0]
+    card = OnCard(
         hardware.name, hardware.world_size, None, reason, -1, None, hardware.memory_bytes, None, None, None
     )
+    return _Side(card, {"feasible": False, "plan": None, "reason": reason, "predicted": None}, refusal)

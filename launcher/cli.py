@@ -10,6 +10,7 @@ from typing import Any
 from launcher.config import group_choices, groups, listed_hardware, load_job
 from launcher.errors import ConfigError, Interrupted, LauncherError
 from launcher.job import Action, JobSpec, Output, ReportFormat
+from launcher.sweep import Point, is_sweep, sweep_points
 
 INTRODUCTION = """\
 launch [key=value ...]     plans a fine-tuning job's memory, then runs it
@@ -29,6 +30,8 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
                               reads the data: what each length costs, and keeps
   launch profile=production recipe=llama_lora hardware=a100_40g action=plan
                               for runs of weeks: refuses squeezed plans
+  launch -m recipe=llama_lora hardware=a100_40g,h100_80g max_length=2048,8192 action=plan
+                              one table of all combinations
   launch action=report        past runs, predicted and measured
   launch action=status run_dir=<run>
                               where a run stands, on this machine or a cluster
@@ -69,6 +72,8 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write(help_text() + "\n")
         return 0
     try:
+        if is_sweep(arguments):
+            return _sweep(sweep_points(arguments))
         names, others = listed_hardware(arguments)
         if names:
             return _compare([load_job([*others, f"hardware={name}"]) for name in names])
@@ -115,6 +120,17 @@ def _compare(jobs: Sequence[JobSpec]) -> int:
         )
     answer = advice.cards_answer(jobs)
     return _show(answer.text, answer.document, answer.failure, jobs[0].output)
+
+
+def _sweep(points: Sequence[Point]) -> int:
+    from launcher import advice  # noqa: PLC0415  # as above
+
+    if any(point.job.report.format is not ReportFormat.NONE for point in points):
+        raise ConfigError(
+            "report= with -m: a report is about one plan", "one value for every key, or no report"
+        )
+    answer = advice.sweep_answer(points)
+    return _show(answer.text, answer.document, answer.failure, points[0].job.output)
 
 
 def _show(text: str, document: Mapping[str, Any], failure: LauncherError | None, output: Output) -> int:

@@ -235,7 +235,10 @@ def _is_open(key: str) -> bool:
 def _check_override(override: Override, argument: str) -> Iterator[str]:
     key = override.key_or_group
     if override.is_sweep_override():
-        yield f"`{argument}`: sweeps are not supported; give one value (in quotes if it has a comma)"
+        yield (
+            f"`{argument}`: sweeps are for `launch -m`, which plans every point; otherwise give one value (in quotes if "
+            "it has a comma)"
+        )
     elif override.is_delete() or (override.is_add() and not _is_open(key)):
         yield f"`{argument}`: every key exists already; write `{key}=<value>`"
     elif key in groups():

@@ -88,6 +88,18 @@ class OnCard:
 
 
 @dataclass(frozen=True)
+class SweepPoint:
+    """One point of a sweep."""
+
+    swept: tuple[tuple[str, str], ...]
+    """Keys with several values, and this point's."""
+    card: OnCard
+    """The job there, on its device."""
+    note: str = ""
+    """What an automatic length does to the result; empty without one."""
+
+
+@dataclass(frozen=True)
 class LengthOption:
     """One length for a job's data: what it costs, and what it keeps of them."""
 

@@ -83,7 +83,7 @@ def report_lengths(
     )
     lines = [lengths_text(data), "", options_text(options, None if taken is None else taken.length, packing)]
     if taken is not None and plan is not None:
-        note = words_of_choice(data, taken, job.planner.choices.max_length, packing)
+        note = words_of_choice(data, taken.length, job.planner.choices.max_length, packing=packing)
         choice = replace(choice, notes=(*choice.notes, note))
         lines += packing_lines(data, taken.length, plan.micro_batch_size, packing)
     document = {"data_lengths": lengths_document(data), "length_options": options_document(options)}

@@ -79,7 +79,7 @@ def planned(job: JobSpec) -> tuple[JobSpec, PlanChoice, Answer]:
     text = tables.plan_text(job, choice, seconds)
     if lengths is not None:
         text = f"{text}\n\n{lengths.text}"
-    document = _document(job, choice, seconds, lengths)
+    document = document_of(job, choice, seconds, lengths)
     failure = None if choice.feasible else NoPlanFits(choice.reason, smallest_change(choice))
     return job, choice, Answer(text, document, failure)
 
@@ -97,7 +97,7 @@ def _plan_with_lengths(job: JobSpec, show: Show) -> tuple[JobSpec, PlanChoice, L
     return job, lengths.choice, lengths
 
 
-def _document(
+def document_of(
     job: JobSpec, choice: PlanChoice, seconds: float, lengths: LengthReport | None, run_dir: str = ""
 ) -> dict[str, Any]:
     """A plan for programs."""
@@ -140,11 +140,11 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     if lengths is not None:
         show(lengths.text)
     if choice.plan is None or choice.estimate is None:
-        document = _document(job, choice, seconds, lengths)
+        document = document_of(job, choice, seconds, lengths)
         return Answer("", document, NoPlanFits(choice.reason, smallest_change(choice)))
     root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
     paths = RunPaths(root.resolve())
-    document = _document(job, choice, seconds, lengths, str(paths.root))
+    document = document_of(job, choice, seconds, lengths, str(paths.root))
     try:
         require_disk(paths.root, choice.estimate.disk.total_bytes if choice.estimate.disk else 0)
     except LaunchError as error:

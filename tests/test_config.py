@@ -321,7 +321,7 @@ def test_dashes_are_translated() -> None:
     "argument", ["method.rank=8,16", "recipe=llama_lora,qwen_lora", "training.seed=range(1,4)"]
 )
 def test_sweeps_are_refused(argument: str) -> None:
-    assert refusal(argument).startswith(f"`{argument}`: sweeps are not supported")
+    assert refusal(argument).startswith(f"`{argument}`: sweeps are for `launch -m`")
 
 
 @pytest.mark.parametrize("argument", ["+colour=red", "~data", "++colour=red"])

@@ -147,7 +147,7 @@ def test_no_token_is_lost_where_the_longest_example_fits() -> None:
     assert options[0].kept_share == 1.0 and options[0].plan == choice.plan
     shares = [option.kept_share for option in options]
     assert shares == sorted(shares, reverse=True) and shares[-1] < 1.0
-    words = words_of_choice(DATA, options[0], candidates(DATA, None), False)
+    words = words_of_choice(DATA, 200, candidates(DATA, None), packing=False)
     assert words == "length 200: no token is lost (all of 100 examples were counted)"
 
 
@@ -166,10 +166,12 @@ def test_the_longest_candidate_that_fits_is_taken_and_what_is_lost_is_said() -> 
         job, DATA, choice, FakeForecaster(LAW), lambda one: search(one, FakeForecaster(LAW))
     )
     assert options[0].plan is None and "none of" in options[0].reason
-    words = words_of_choice(DATA, options[1], lengths, False)
+    words = words_of_choice(DATA, lengths[1], lengths, packing=False)
     lost = 1 - options[1].kept_share
     assert "changes the result" in words and f"{lost:.1%} of the tokens are lost" in words
-    assert "200 would keep more and does not fit" in words
+    assert "no plan fits 200 (all of 100" in words
+    assert "the model has no more positions" in words_of_choice(DATA, 64, (64, 40), packing=False)
+    assert "packing cuts" in words_of_choice(DATA, 200, lengths, packing=True)
     text = options_text(options, choice.plan.max_length, False)
     assert f"* {lengths[1]}" in text and "no plan" in text
     assert max(map(len, text.splitlines())) <= 80

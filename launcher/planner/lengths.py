@@ -8,7 +8,7 @@ length itself; there it is the smallest for which an example is cut only where a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -164,26 +164,29 @@ def far_above(job: JobSpec, plan: Plan, data: DataLengths, forecaster: Forecaste
     )
 
 
-def words_of_choice(
-    data: DataLengths, option: LengthOption, candidate_lengths: Iterable[int], packing: bool
-) -> str:
-    """What an automatic length does to the result."""
-    longer = [length for length in candidate_lengths if length > option.length]
+def words_of_choice(data: DataLengths, length: int, lengths: Sequence[int], *, packing: bool) -> str:
+    """What an automatic length does to the result.
+
+    Args:
+        data: Lengths of the examples.
+        length: The length that was taken.
+        lengths: The candidates.
+        packing: Whether examples are packed.
+    """
     counted = "all" if data.is_whole else f"a sample of {len(data.lengths):,}"
     read = f"{counted} of {data.num_examples:,} examples were counted"
+    kept = kept_at(data, length)
     if packing:
-        words = (
-            f"length {option.length}: packing cuts {option.cut_share:.1%} of the examples where a row ends"
-        )
-    elif option.kept_share == 1.0:
-        words = f"length {option.length}: no token is lost"
-    else:
-        words = (
-            f"length {option.length} changes the result: {1 - option.kept_share:.1%} of the tokens are lost, "
-            f"{option.cut_share:.1%} of the examples cut"
-        )
-    if option.dropped_share:
-        words += f", {option.dropped_share:.1%} left out because nothing that is learnt remains"
-    if longer:
-        words += f"; {', '.join(map(str, longer))} would keep more and does not fit"
-    return f"{words} ({read})"
+        share = split_share(data, length)
+        return f"length {length}: packing cuts {share:.1%} of the examples where a row ends ({read})"
+    if kept.tokens_share == 1.0:
+        return f"length {length}: no token is lost ({read})"
+    words = (
+        f"length {length} changes the result: {1 - kept.tokens_share:.1%} of the tokens are lost, {kept.cut_share:.1%} "
+        "of the examples cut"
+    )
+    if kept.dropped_share:
+        words += f", {kept.dropped_share:.1%} left out because nothing that is learnt remains"
+    longer = [str(other) for other in lengths if other > length]
+    why = f"no plan fits {', '.join(longer)}" if longer else "the model has no more positions"
+    return f"{words}; {why} ({read})"

@@ -41,14 +41,18 @@ def cards_document(cards: Sequence[OnCard], cheapest: OnCard | None) -> dict[str
 
 
 def _row(card: OnCard) -> list[str]:
+    name = card.hardware if card.num_devices == 1 else f"{card.num_devices} {card.hardware}"
+    return [name, *plan_cells(card)]
+
+
+def plan_cells(card: OnCard) -> list[str]:
+    """A plan, its peak, the device's memory, tokens per second, dollars per million tokens, and the grade."""
     plan = card.plan
     assert plan is not None and card.peak_device_bytes is not None  # only those with a plan have a row
     method = f"{plan.method.value} r{plan.rank}" if plan.rank else plan.method.value
     shape = f"{plan.micro_batch_size}x{plan.max_length}x{plan.gradient_accumulation_steps}"
-    name = card.hardware if card.num_devices == 1 else f"{card.num_devices} {card.hardware}"
     dollars = card.dollars_per_million_tokens
     return [
-        name,
         f"{method} {shape} {plan.activation_checkpointing.value}",
         format_bytes(card.peak_device_bytes),
         format_bytes(card.capacity_bytes),

@@ -29,7 +29,7 @@ from launcher.worker.tasks import examples_of, tokenizer_of
 SAMPLE = 10_000
 """Examples that are counted at most: a random sample of these gives shares to within one percent."""
 PROBES = 200
-"""Examples with the most characters that are counted besides, so that the longest one is among them."""
+"""Examples with the most characters that are counted besides, so that the longest one is most likely among them."""
 SEED = 20_261
 
 
