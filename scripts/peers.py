@@ -1,0 +1,239 @@
+"""The same training by peers' shipped recipes and by our plans: same method, rank, length, optimizer, global batch, card.
+
+A row's job is what the peer's file trains; its own micro batch, accumulation, checkpointing and loss are pinned for the
+one side, and left to the planner for the other. All numbers are predictions; where the peer has published a measurement
+of its own, it stands beside. Read from the peers' example files, in 2026.
+
+    python -m scripts.peers                     prints the table
+    python -m scripts.peers --write             also writes docs/peers.md and docs/accuracy/<date>-peers.json
+    python -m scripts.peers --only axolotl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from launcher.config import load_job
+from launcher.plan import PlanChoice
+from launcher.planning import plan_job, resolve
+from launcher.units import GIB
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+CARDS = {"lora": "a100_40g", "qlora": "rtx4090_24g", "full": "h100_80g"}
+QUERY_VALUE = "method.target_modules=[q_proj,v_proj]"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One peer's recipe, as far as it decides memory and speed."""
+
+    name: str
+    """Peer and file."""
+    model: str
+    """Ours of the same architecture."""
+    method: str
+    """`full`, `lora` or `qlora`."""
+    length: int
+    """Tokens per sequence."""
+    micro: int
+    """Micro batch."""
+    accumulation: int
+    """Micro batches per step."""
+    checkpointing: str
+    """By our names."""
+    rank: int = 0
+    """LoRA rank."""
+    loss: str = "plain"
+    """By our names: `plain` is all logits at once, `chunked` stands for every loss that keeps none."""
+    packing: bool = False
+    """Whether rows are packed."""
+    card: str = ""
+    """Device; empty: the usual one of the method."""
+    changes: tuple[str, ...] = field(default=())
+    """More of the job."""
+    published: str = ""
+    """What the peer says that it measured."""
+
+    @property
+    def job(self) -> list[str]:
+        """What is trained, as a command line."""
+        rank = [f"method.rank={self.rank}"] if self.rank else []
+        return [
+            "recipe=llama_lora",
+            f"model={self.model}",
+            f"method={self.method}",
+            *rank,
+            f"hardware={self.card or CARDS[self.method]}",
+            f"data.max_length={self.length}",
+            f"data.packing={str(self.packing).lower()}",
+            f"training.global_batch_size={self.micro * self.accumulation}",
+            "planner.headroom=0.05",
+            *self.changes,
+        ]
+
+    @property
+    def pins(self) -> list[str]:
+        """What the peer decided."""
+        return [
+            f"planner.pin.micro_batch_size={self.micro}",
+            f"planner.pin.activation_checkpointing={self.checkpointing}",
+            f"planner.pin.loss={self.loss}",
+        ]
+
+
+AXOLOTL = ("method.adapter_dtype=base", "method.dropout=0.05")
+INT8 = ("method.quantization=int8", "training.optimizer=adamw_8bit", *AXOLOTL)
+UNSLOTH = ("training.optimizer=adamw_8bit", "method.alpha=16")
+RECIPES = (
+    Recipe("LLaMA-Factory 0.9.3 llama3_lora_sft", "llama3_1_8b", "lora", 2048, 1, 8, "full", 8),
+    Recipe("Axolotl qwen3/8b-lora-fused-attn", "qwen3_8b", "lora", 4096, 1, 4, "full", 32, packing=True),
+    Recipe(
+        "litgpt llama-3.1-8b/lora", "llama3_1_8b", "lora", 512, 1, 8, "none", 32,
+        changes=(QUERY_VALUE, "method.dropout=0.05"),
+    ),
+    Recipe(
+        "ms-swift lora_sft", "qwen2_5_7b", "lora", 2048, 1, 16, "full", 8,
+        changes=("method.dropout=0.05",), published="22 GB",
+    ),
+    Recipe(
+        "NeMo AutoModel llama3_1_8b_peft_benchmark", "llama3_1_8b", "lora", 4096, 2, 16, "none", 16,
+        packing=True, card="h100_80g", changes=("method.dropout=0.1",), published="10.51 s per step",
+    ),
+    Recipe(
+        "NeMo AutoModel qwen2_5_7b_peft_benchmark", "qwen2_5_7b", "lora", 4096, 2, 16, "none", 16,
+        packing=True, card="h100_80g", published="9.29 s per step",
+    ),
+    Recipe(
+        "Axolotl llama-3/instruct-lora-8b", "llama3_1_8b", "qlora", 4096, 2, 4, "full", 32,
+        card="a100_40g", changes=INT8,
+    ),
+    Recipe("LLaMA-Factory 0.9.3 llama3_lora_sft_otfq", "llama3_1_8b", "qlora", 2048, 1, 8, "full", 8),
+    Recipe(
+        "Axolotl llama-3/qlora", "llama3_1_8b", "qlora", 4096, 2, 4, "full", 32, packing=True,
+        changes=("training.optimizer=paged_adamw_32bit", "method.double_quantization=false", *AXOLOTL),
+    ),
+    Recipe(
+        "alignment-handbook zephyr-7b-beta qlora", "mistral_7b", "qlora", 2048, 4, 2, "full", 16,
+        changes=("method.dropout=0.05",),
+    ),
+    Recipe(
+        "Unsloth Studio, Llama 3.1 8B", "llama3_1_8b", "qlora", 8192, 2, 4, "offload", 16, "chunked",
+        changes=UNSLOTH,
+    ),
+    Recipe(
+        "Unsloth Studio, Qwen2.5 7B", "qwen2_5_7b", "qlora", 2048, 2, 4, "offload", 16, "chunked",
+        changes=UNSLOTH,
+    ),
+    Recipe(
+        "ms-swift qlora/bnb", "qwen2_5_7b", "qlora", 2048, 1, 16, "full", 8, published="10 GB",
+    ),
+    Recipe(
+        "Axolotl llama-3/fft-8b", "llama3_1_8b", "full", 8192, 1, 8, "full", packing=True,
+        changes=("training.optimizer=paged_adamw_8bit",), published="48 GB, in its README",
+    ),
+    Recipe(
+        "ms-swift full/train", "qwen2_5_7b", "full", 2048, 1, 16, "full", published="76 GiB",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one side comes to."""
+
+    fits: bool
+    """Whether it fits, with 5 % of the card kept free."""
+    settings: str
+    """Micro batch x accumulation, checkpointing, loss."""
+    peak_bytes: int
+    """Predicted highest bytes on the device."""
+    tokens_per_second: float | None
+    """Predicted; None where it doesn't fit."""
+
+
+def outcome_of(choice: PlanChoice) -> Outcome:
+    """The plan that was taken, or the nearest one."""
+    nearest = choice.nearest
+    plan = choice.plan or (nearest.plan if nearest else None)
+    assert plan is not None  # one was priced
+    settings = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps}, {plan.activation_checkpointing.value}, "
+    settings += plan.loss.value
+    if choice.estimate is not None:
+        rate = choice.step.tokens_per_second if choice.step else None
+        return Outcome(True, settings, choice.estimate.peak_device_bytes, rate)
+    return Outcome(False, settings, nearest.peak_bytes if nearest else 0, None)
+
+
+def row_of(recipe: Recipe) -> tuple[Outcome, Outcome]:
+    """Theirs and ours."""
+    sides = [recipe.job + recipe.pins, recipe.job]
+    theirs, ours = (outcome_of(plan_job(resolve(load_job(side), ()))) for side in sides)
+    return theirs, ours
+
+
+def line_of(recipe: Recipe, theirs: Outcome, ours: Outcome) -> str:
+    """One line of the table."""
+    cells = [recipe.name, recipe.model, f"{recipe.method} {recipe.rank or ''}".strip(), str(recipe.length)]
+    cells.append(recipe.card or CARDS[recipe.method])
+    for side in (theirs, ours):
+        rate = f"{side.tokens_per_second:,.0f}" if side.tokens_per_second else "does not fit"
+        cells += [side.settings, f"{side.peak_bytes / GIB:.1f}", rate]
+    ratio = ""
+    if theirs.tokens_per_second and ours.tokens_per_second:
+        ratio = f"{ours.tokens_per_second / theirs.tokens_per_second:.2f}"
+    return "| " + " | ".join([*cells, ratio, recipe.published]) + " |"
+
+
+HEADER = (
+    "| recipe | model | method | length | card | theirs | GiB | tokens/s | ours | GiB | tokens/s | ratio | they say |\n"
+    "|---|---|---|--:|---|---|--:|--:|---|--:|--:|--:|---|"
+)
+PAGE = """# Peers' recipes beside our plans
+
+Generated by `python -m scripts.peers --write`, {date}, {versions}.
+
+The same training on the same card: same method, rank, targets, length, optimizer and global batch. `theirs` has the
+micro batch, checkpointing and loss of the peer's file, `ours` those that the planner takes; both run on this project's
+libraries, so kernels that a peer brings with it (Unsloth's, Liger's layers) are in neither. GiB is the predicted highest
+moment on the device, context included. Speeds are estimates from published facts of the cards, too fast by about a
+quarter where they were measured ([gpu.md](gpu.md)); their ratio is what counts. "They say" is the peer's own figure, with its own
+kernels. A plan fits when it leaves 5 % of the card.
+
+{table}
+"""
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="recipes whose name has this text")
+    parser.add_argument("--write", action="store_true", help="write docs/peers.md and docs/accuracy")
+    options = parser.parse_args()
+    print(HEADER)
+    lines, rows = [HEADER], []
+    for recipe in RECIPES:
+        if options.only.lower() not in recipe.name.lower():
+            continue
+        theirs, ours = row_of(recipe)
+        lines.append(line_of(recipe, theirs, ours))
+        rows.append({"recipe": asdict(recipe), "theirs": asdict(theirs), "ours": asdict(ours)})
+        print(lines[-1], flush=True)
+    if options.write:
+        date = datetime.now(UTC).date().isoformat()
+        versions = {name: version(name) for name in LIBRARIES}
+        words = ", ".join(f"{name} {number}" for name, number in versions.items())
+        page = PAGE.format(date=date, versions=words, table="\n".join(lines))
+        (ROOT / "docs" / "peers.md").write_text(page, encoding="utf-8")
+        document = {"date": date, "versions": versions, "rows": rows}
+        file = ROOT / "docs" / "accuracy" / f"{date}-peers.json"
+        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
