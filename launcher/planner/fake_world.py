@@ -36,11 +36,11 @@ from launcher.engine_config import accelerate_settings, deepspeed_config
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.plan import Plan
-from launcher.planner.replica import Replica
+from launcher.planner.replica import Layers, Replica
 from launcher.planner.tape import Tape
 
 
-def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape) -> None:
+def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: Layers) -> None:
     """Makes this process one rank of the plan's world.
 
     Args:
@@ -49,6 +49,7 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape) -> None:
         rank: Which rank.
         folder: For the engines' configuration files.
         tape: Records what is allocated.
+        layers: How many layers the model has here, and in truth.
     """
     os.environ.update(_environment(job, plan, folder))
     os.environ.update(
@@ -71,6 +72,7 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape) -> None:
             _replace(module, "alloc_storage", lambda tensor: tape.resize(tensor, tensor.nbytes))
             _replace(module, "free_storage", lambda tensor: tape.resize(tensor, 0))
     elif plan.engine is Engine.DDP:
+        Replica.layers = layers
         nn.parallel.DistributedDataParallel = Replica  # type: ignore[misc, assignment]  # in this process only
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ RESHAPING = (
 )
 
 Recipe = tuple[tuple[torch.Size, tuple[int, ...], int, torch.dtype, torch.device], ...]
+Told = tuple[list[tuple[str, Any, tuple[bool, Recipe]]], list[tuple[str, str]]]
+"""Recipes by name and arguments of the operation, and kinds by name."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,30 @@ class Memory:
     """Outputs, by operation and arguments."""
     kinds: dict[Any, str] = field(default_factory=dict)
     """See `_kind`, by operation."""
+
+    def told(self, known: int = 0) -> Told:
+        """What is remembered, in words that another process understands.
+
+        Args:
+            known: So many recipes, the oldest ones, are left out.
+        """
+        recipes = [
+            (str(key[0]), key[1:], recipe) for key, recipe in islice(self.recipes.items(), known, None)
+        ]
+        return recipes, [(str(func), kind) for func, kind in self.kinds.items() if kind != "other"]
+
+    def learn(self, told: Told) -> None:
+        """Takes over what another process remembers."""
+        recipes, kinds = told
+        for name, kind in kinds:
+            self.kinds.setdefault(_operation(name), kind)
+        for name, arguments, recipe in recipes:
+            self.recipes[(_operation(name), *arguments)] = recipe
+
+
+def _operation(name: str) -> Any:
+    """The operation of a name, `aten.add.Tensor`."""
+    return reduce(getattr, name.split("."), torch.ops)
 
 
 class FastFakeTensorMode(FakeTensorMode):

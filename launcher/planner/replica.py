@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
+
+from launcher.planner.stream import LAYER
 
 DEFAULT_BUCKET_MB = 25
 """DDP's own `bucket_cap_mb`."""
 BROADCAST_BYTES = 250 << 20
 BROADCASTS_AT_A_TIME = 2
 """`broadcast_bucket_size` (nn/parallel/distributed.py) and `max_in_flight` (comm.cpp), torch 2.13."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model that was cut to a few of them."""
+
+    traced: int
+    """How many it has here."""
+    depth: int
+    """How many it has in truth."""
+    prefix: int
+    """First layers, which are of another kind."""
+    period: int
+    """After how many the others repeat."""
 
 
 class Replica(nn.Module):
@@ -30,13 +47,16 @@ class Replica(nn.Module):
         options: DDP's own.
     """
 
+    layers: Layers | None = None
+    """How many layers the model has in truth; None: as many as it has here."""
+
     def __init__(self, module: nn.Module, **options: Any) -> None:
         super().__init__()
         self.module = module
         self.require_backward_grad_sync = True
         self.device = next(module.parameters()).device
         self._views: dict[int, torch.Tensor] = {}
-        _broadcast([*module.parameters(), *module.buffers()])
+        _broadcast([*module.named_parameters(), *module.named_buffers()], self.layers)
         cap_bytes = (options.get("bucket_cap_mb") or DEFAULT_BUCKET_MB) << 20
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         bucket: list[torch.Tensor] = []
@@ -76,20 +96,51 @@ class Replica(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def _broadcast(tensors: list[torch.Tensor]) -> None:
-    """Sends tensors side by side in buckets, which are full once they reach a limit; two are on their way at a time."""
+def _broadcast(tensors: Sequence[tuple[str, torch.Tensor]], layers: Layers | None) -> None:
+    """Sends tensors side by side in buckets, which are full once they reach a limit; two are on their way at a time.
+
+    How tensors fall into buckets hangs on all that come before them, so it does not repeat from layer to layer. Of all
+    pairs only the largest is made here, that of the true depth.
+    """
+    whole = tensors if layers is None else at_full_depth(tensors, layers)
     full: list[list[torch.Tensor]] = []
     filling: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in tensors:
+    for _, tensor in whole:
         bucket = filling.setdefault(tensor.dtype, [])
         bucket.append(tensor)
         if _nbytes(bucket) >= BROADCAST_BYTES:
             full.append(filling.pop(tensor.dtype))
-    sent: deque[torch.Tensor] = deque()
-    for bucket in (*full, *filling.values()):
-        if len(sent) == BROADCASTS_AT_A_TIME:
-            sent.popleft()
-        sent.append(torch.empty(sum(tensor.numel() for tensor in bucket), dtype=bucket[0].dtype))
+    sizes = [_nbytes(bucket) for bucket in (*full, *filling.values())]
+    pairs = [
+        sizes[i : i + BROADCASTS_AT_A_TIME] for i in range(max(1, len(sizes) - BROADCASTS_AT_A_TIME + 1))
+    ]
+    sent = [torch.empty(size, dtype=torch.uint8) for size in max(pairs, key=sum)]
+    del sent
+
+
+def at_full_depth(
+    tensors: Sequence[tuple[str, torch.Tensor]], layers: Layers
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a model that was cut to few layers, by name, as those of all its layers: one period after the other."""
+    for path, group in groupby(tensors, key=lambda item: _list_of(item[0])):
+        by_number: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        for name, tensor in group:
+            by_number.setdefault(_number(name), []).append((name, tensor))
+        is_cut = bool(path) and len(by_number) == layers.traced
+        for number in range(layers.depth) if is_cut else by_number:
+            repeated = layers.prefix + (number - layers.prefix) % layers.period
+            yield from by_number[repeated if is_cut and number >= layers.prefix else number]
+
+
+def _list_of(name: str) -> str:
+    """Path of the list of layers that a tensor belongs to; empty when it belongs to none."""
+    found = LAYER.search(name)
+    return "" if found is None else name[: found.start()]
+
+
+def _number(name: str) -> int:
+    found = LAYER.search(name)
+    return 0 if found is None else int(found.group())
 
 
 def _nbytes(tensors: list[torch.Tensor]) -> int:

@@ -16,6 +16,7 @@ Played in the order of time, the ranks say which birth each release belongs to.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,8 @@ def extend_stream(shallow: Stream, deep: Stream, steps: int, period: int) -> Str
         DepthMismatch: When the traces do not differ by repeated periods.
     """
     known: dict[object, int] = {}
-    low, high = _read(shallow, period, known), _read(deep, period, known)
+    telling = set(shallow.sizes_bytes.tolist()) & set(deep.sizes_bytes.tolist())
+    low, high = _read(shallow, period, known, telling), _read(deep, period, known, telling)
     weave = _weave(low.kinds, high.kinds, steps)
     births = deep.events[weave.sources] > 0
     born = np.abs(deep.events[weave.sources[births]]) - 1
@@ -97,12 +99,18 @@ def extend_stream(shallow: Stream, deep: Stream, steps: int, period: int) -> Str
     )
 
 
-def _read(stream: Stream, period: int, known: dict[object, int]) -> _Trace:
-    """Reads the events of a stream; `known` numbers the kinds, and grows."""
+def _read(stream: Stream, period: int, known: dict[object, int], telling: Container[int]) -> _Trace:
+    """Reads the events of a stream; `known` numbers the kinds, and grows.
+
+    Sizes tell kinds apart that both traces have. One that a single trace has is that of something that spans all
+    layers (a flat buffer of all weights, a rank's part of it), and grows with depth.
+    """
     paths = [_split_path(name) for name in stream.module_names]
     places = [(before, layer % period, after) for before, layer, after in paths]
     kind_of_block = [
-        known.setdefault((size if size > SMALL_BYTES else 0, category, place, operation), len(known))
+        known.setdefault(
+            (size if size > SMALL_BYTES and size in telling else 0, category, place, operation), len(known)
+        )
         for size, category, place, operation in zip(
             stream.sizes_bytes.tolist(),
             stream.categories.tolist(),

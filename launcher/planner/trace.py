@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import logging
+import os
 import tempfile
 import traceback
 import warnings
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +39,8 @@ from launcher.job import Attention, Engine, JobSpec, Loss, Precision, Task
 from launcher.plan import Plan
 from launcher.planner import attention_twin, cuda_twin, kernel_twins, worst_case
 from launcher.planner.attribution import Attribution
-from launcher.planner.depth import DepthMismatch, assemble, plan_depths, truncate
-from launcher.planner.fast_fake import FastFakeTensorMode, Memory
+from launcher.planner.depth import DepthMismatch, assemble, layer_period, plan_depths, truncate
+from launcher.planner.fast_fake import FastFakeTensorMode, Memory, Told
 from launcher.planner.generation import generation_lengths
 from launcher.planner.kept_logits import all_batches, window_of
 from launcher.planner.materialize import quantized_layers
@@ -47,6 +49,7 @@ from launcher.planner.recorder import WorkRecorder
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
 from launcher.planner.rehearsal import Rehearsal
 from launcher.planner.replaced import replaced
+from launcher.planner.replica import Layers
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
@@ -206,8 +209,27 @@ def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: 
     """
     if subject.plan.engine is Engine.NONE:
         return _record(subject, shape, depth, accumulation)
+    _import_engine(subject.plan.engine)  # here, once, and not in every process that is forked
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        return pool.submit(_record, subject, shape, depth, accumulation).result()
+        profile, told = pool.submit(_record_and_tell, subject, shape, depth, accumulation).result()
+    _memory().learn(told)
+    return profile
+
+
+def _record_and_tell(
+    subject: TraceSubject, shape: TracedShape, depth: int, accumulation: int
+) -> tuple[Profile, Told]:
+    """A trace, and what this process has learned of operations in it."""
+    known = len(_memory().recipes)
+    return _record(subject, shape, depth, accumulation), _memory().told(known)
+
+
+def _import_engine(kind: Engine) -> Any:
+    """What makes a process a rank of a world; importing it takes seconds that jobs on one device need not wait."""
+    if kind is Engine.DEEPSPEED:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # it looks for a device as it is imported; a trace has none
+        importlib.import_module("launcher.planner.fake_deepspeed")
+    return importlib.import_module("launcher.planner.fake_world")
 
 
 def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: int) -> Profile:
@@ -238,11 +260,11 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
         stack.enter_context(_quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if plan.engine is not Engine.NONE:
-            world = importlib.import_module(
-                "launcher.planner.fake_world"
-            )  # jobs on one device need not wait for it
             stack.enter_context(engine(plan, DeviceKind.CPU))
-            world.join(replace(subject.job, hardware=subject.hardware), plan, TRACED_RANK, folder, tape)
+            text = subject.config.get_text_config()
+            layers = Layers(depth, text.num_hidden_layers, *layer_period(text))
+            job = replace(subject.job, hardware=subject.hardware)
+            _import_engine(plan.engine).join(job, plan, TRACED_RANK, folder, tape, layers)
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
         for stand_in in _kernels(subject, plan, recorder):
