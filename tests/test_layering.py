@@ -112,6 +112,7 @@ DOORS: dict[str, set[str]] = {
         "planner.materialize",
         "planner.operations",
         "planner.quantized",
+        "planner.quiet",
         "planner.recorder",
         "planner.rehearsal",
         "worker",

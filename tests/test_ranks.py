@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
@@ -14,8 +16,14 @@ from launcher.job import Checkpointing, Engine, JobSpec, Method, ModelSpec, PinS
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
 from launcher.planner.arrangements import arrangements
-from launcher.planner.forecast import Forecaster
+from launcher.planner.depth import assemble, plan_depths
+from launcher.planner.forecast import Forecaster, subject_of
+from launcher.planner.polynomial import TracedShape
+from launcher.planner.replica import Layers, at_full_depth
 from launcher.planner.search import search
+from launcher.planner.skyline import Domain
+from launcher.planner.stream import phase_peaks
+from launcher.planner.stream_depth import extend_stream
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planner.worlds import TRACED_RANKS, part_share, traced_world
@@ -77,6 +85,59 @@ def test_more_ranks_share_the_same_states(forecaster: Forecaster) -> None:
     assert states[8] == pytest.approx(states[4] / 2, rel=0.01)
     assert states[16] == pytest.approx(states[8] / 2, rel=0.01)
     assert states[1024] == pytest.approx(states[8] / 128, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage"),
+    [
+        (Engine.DEEPSPEED, 1),
+        pytest.param(Engine.DDP, 0, marks=pytest.mark.thorough),
+        pytest.param(Engine.DEEPSPEED, 3, marks=pytest.mark.thorough),
+    ],
+)
+def test_few_layers_tell_of_all_block_by_block(engine: Engine, stage: int) -> None:
+    """The woven stream and the skyline have the peaks of a trace of every layer, to the byte."""
+    from launcher.planner import trace
+
+    plan = full(engine, stage)
+    subject = trace.open_subject(subject_of(job_of(plan, Path("nowhere")), plan))
+    shape = TracedShape(1, 64, batch_is_symbol=False, length_is_symbol=False)
+    depths = plan_depths(subject.config)
+    low, high, whole = (trace.record(subject, shape, depth, 2) for depth in (*depths.depths, 6))
+    assert low.stream is not None and high.stream is not None and whole.stream is not None
+    woven = extend_stream(low.stream, high.stream, round(depths.steps), 1)
+    expected = {peak.phase: peak.allocated_bytes for peak in phase_peaks(whole.stream)}
+    assert {peak.phase: peak.allocated_bytes for peak in phase_peaks(woven)} == expected
+    skyline = assemble(Domain(1, 1, 64, 64, 1, None), [low, high], depths.steps, 2)
+    assert {peak.phase: peak.allocated_bytes for peak in skyline.peaks(1, 64, 2)} == expected
+
+
+def test_a_model_cut_to_few_layers_still_has_the_names_of_all() -> None:
+    """What DDP sends to all ranks, against the model as transformers builds it."""
+
+    def tensors(depth: int) -> list[tuple[str, torch.Tensor]]:
+        with torch.device("meta"):
+            config = LlamaConfig(**{**ARCHITECTURE, "num_hidden_layers": depth})
+            return list(LlamaForCausalLM(config).named_parameters())
+
+    repeated = list(at_full_depth(tensors(3), Layers(3, 6, 0, 1)))
+    assert [tensor.shape for _, tensor in repeated] == [tensor.shape for _, tensor in tensors(6)]
+    assert [tensor.shape for _, tensor in at_full_depth(tensors(3), Layers(2, 6, 0, 1))] == [
+        tensor.shape for _, tensor in tensors(3)
+    ], "another list than that of the layers stays as it is"
+
+
+def test_what_is_certain_before_a_trace_is_never_too_much(forecaster: Forecaster) -> None:
+    """Weights and gradients alone, against the traced peak; and the bound that another checkpointing gives."""
+    plan = full(Engine.DEEPSPEED, 1)
+    bound = forecaster.lower_bound_bytes(plan)
+    estimate = forecaster.estimate(plan)
+    weights = estimate.resident_bytes[Category.PARAMETERS]
+    assert 2 * weights <= bound < estimate.peak_device_bytes, "all weights and all gradients, in fp32"
+    assert 2 * weights < forecaster.lower_bound_bytes(plan) <= estimate.peak_device_bytes
+    recomputing = replace(plan, activation_checkpointing=Checkpointing.FULL)
+    bound = forecaster.lower_bound_bytes(recomputing)
+    assert 4 * weights < bound <= forecaster.estimate(recomputing).peak_device_bytes
 
 
 def test_a_large_world_is_traced_as_a_small_one() -> None:

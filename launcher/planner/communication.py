@@ -7,12 +7,10 @@ hidden as far as the computation lasts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from launcher.hardware import HardwareSpec
 from launcher.job import Engine
-from launcher.memory import Category
 from launcher.plan import Plan
 from launcher.step_time import StepTime
 
@@ -90,7 +88,7 @@ def link_bytes_per_second(hardware: HardwareSpec, *, across_nodes: bool) -> floa
 
 
 def with_communication(
-    step: StepTime, plan: Plan, hardware: HardwareSpec, resident_bytes: Mapping[Category, int]
+    step: StepTime, plan: Plan, hardware: HardwareSpec, held_weight_bytes: int, trained_bytes: int
 ) -> StepTime:
     """A step with what its plan's devices exchange.
 
@@ -98,12 +96,12 @@ def with_communication(
         step: The step of one device by itself.
         plan: The plan.
         hardware: Its links; a link of unknown rate adds nothing.
-        resident_bytes: What a device holds: gradients from stage 2 on and weights at stage 3 are its share of them.
+        held_weight_bytes: Weights that a device holds: at stage 3 its share of them.
+        trained_bytes: Gradients of all that is trained, as they are exchanged.
     """
     if plan.world_size == 1:
         return step
     devices = plan.num_devices if plan.shard_within_node else plan.world_size
-    trained = resident_bytes[Category.GRADIENTS] * (devices if plan.zero_stage >= 2 else 1)
-    weights = resident_bytes[Category.PARAMETERS] * (devices if plan.zero_stage == 3 else 1)
-    seconds = communication_seconds(plan, hardware, traffic(plan, trained, weights), step.seconds)
+    weights = held_weight_bytes * (devices if plan.zero_stage == 3 else 1)
+    seconds = communication_seconds(plan, hardware, traffic(plan, trained_bytes, weights), step.seconds)
     return replace(step, communication_seconds=seconds)

@@ -22,6 +22,7 @@ from launcher.job import (
 )
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
+from launcher.planner.bounds import gradient_bytes, static_floor_bytes
 from launcher.planner.communication import with_communication
 from launcher.planner.depth import DepthMismatch, assemble
 from launcher.planner.estimate import WORKSPACES, read_estimate
@@ -123,18 +124,36 @@ class Forecaster:
         return self._facts_of(subject_of(self._job, plan)).supports_sdpa
 
     def lower_bound_bytes(self, plan: Plan) -> int:
-        """A device peak that the plan reaches at least, from traces that exist; 0 when none says anything.
+        """A device peak that the plan reaches at least, for what is known without a new trace; 0 when nothing is.
 
         With one micro batch per step nothing is accumulated; otherwise the step is that of two micro batches,
         whose second one has the whole gradients beside what it needs itself. Without them, and without the
-        inputs that wait, it needs no more than the plan.
+        inputs that wait, it needs no more than the plan. Nor does another checkpointing, without what that changes.
         """
-        accumulating = replace(plan, gradient_accumulation_steps=2)
-        if plan.gradient_accumulation_steps != 1 or not self.is_prepared(accumulating):
-            return 0
-        known = self.estimate(accumulating)
-        waiting = known.peak.by_category_bytes[Category.INPUTS]
-        return known.peak_device_bytes - known.resident_bytes[Category.GRADIENTS] - waiting
+        question = self._question(plan, exact=False)
+        accumulating = replace(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
+        bounds = [static_floor_bytes(plan, question.facts) + self._job.hardware.context_bytes]
+        for mode in Checkpointing:
+            for known in {plan, accumulating}:
+                alike = replace(known, activation_checkpointing=mode)
+                if self.is_prepared(alike):
+                    bounds.append(self._bound_from(alike, plan, question.facts))
+        return max(bounds)
+
+    def _bound_from(self, known: Plan, plan: Plan, facts: SubjectFacts) -> int:
+        """What a plan with a trace, which differs in checkpointing or accumulation, says of one without."""
+        estimate = self.estimate(known)
+        bound = estimate.peak_device_bytes
+        if known.activation_checkpointing is not plan.activation_checkpointing:
+            batch, length = known.micro_batch_size, known.max_length
+            skyline = self._skylines[self._question(known, exact=False).key]
+            floor = skyline.floor_bytes(batch, length, known.gradient_accumulation_steps)
+            bound = floor + self._job.hardware.context_bytes
+        if known.gradient_accumulation_steps != plan.gradient_accumulation_steps:
+            # under an engine the gradients that are held at the step are a part of those that were accumulated
+            bound -= max(estimate.resident_bytes[Category.GRADIENTS], gradient_bytes(plan, facts))
+            bound -= estimate.peak.by_category_bytes[Category.INPUTS]
+        return bound
 
     def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
         """Memory of a plan.
@@ -165,7 +184,7 @@ class Forecaster:
             UnsupportedByPlanner: When the tracer can't follow the plan, or a rate is missing.
         """
         question = self._question(plan, exact)
-        return self._step_time(question.key, self._kept(question) or self._make(question), plan)
+        return self._step_time(question, self._kept(question) or self._make(question), plan)
 
     def step_floor_seconds(self, plan: Plan) -> float:
         """A time that the plan's step can't go below, from traces that exist; 0 when none says anything.
@@ -180,18 +199,20 @@ class Forecaster:
                 alike = replace(plan, activation_checkpointing=mode, gradient_accumulation_steps=accumulation)
                 question = self._question(alike, exact=False)
                 skyline = None if question.key in self._pending else self._kept(question)
-                step = None if skyline is None else self._step_time(question.key, skyline, plan)
+                step = None if skyline is None else self._step_time(question, skyline, plan)
                 floor = max(floor, 0.0 if step is None else step.seconds)
         return floor
 
-    def _step_time(self, key: str, skyline: Skyline, plan: Plan) -> StepTime | None:
+    def _step_time(self, question: _Question, skyline: Skyline, plan: Plan) -> StepTime | None:
         if self._rates is None:
             return None
+        key = question.key
         if key not in self._speeds:
             self._speeds[key] = SpeedModel(skyline.work, self._rates)
         batch, length = plan.micro_batch_size, plan.max_length
         step = self._speeds[key].step(batch, length, plan.gradient_accumulation_steps)
-        return with_communication(step, plan, self._job.hardware, skyline.resident_bytes(batch, length))
+        held = skyline.resident_bytes(batch, length)[Category.PARAMETERS]
+        return with_communication(step, plan, self._job.hardware, held, gradient_bytes(plan, question.facts))
 
     def stream(self, plan: Plan) -> Stream:
         """Every allocation and release of a plan at its true shape.

@@ -309,6 +309,9 @@ class Rehearsal:
 
         def backward_and_note(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
+            self.tape.mark(  # what accumulates; an engine may put it elsewhere before its optimizer steps
+                [p.grad for p in self.model.parameters() if p.grad is not None], Category.GRADIENTS
+            )
             if self.tape.recorder is not None:
                 is_last = self.batches_begun == self.plan.gradient_accumulation_steps
                 self.tape.recorder.stage = Stage.UPDATE if is_last else Stage.LATER_BATCH

@@ -13,6 +13,7 @@ until what is left can't be the best one, or as good; the runner-up is the next 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from launcher.errors import ConfigError, UnsupportedByPlanner
@@ -98,7 +99,7 @@ class _Search:
         return self._choice(None, None, reasons.none_fits(found, self._considered, capacity, self._headroom))
 
     def _best_arranged(self, semantic: Plan) -> tuple[Price | None, Price | None]:
-        """The best two plans over all arrangements of the devices.
+        """The best plan over all arrangements of the devices, at its true shape, and the next best one that was priced.
 
         What is sharded less exchanges less, so the arrangements after one that recomputes nothing are left out (unless
         memory counts: each needs less than those before it).
@@ -106,57 +107,60 @@ class _Search:
         possible, refused = arrangements(self._job, semantic)
         for item, reason in refused.items():
             self._reject(item.applied_to(semantic, self._job), reason, 0, 0)
-        best: Price | None = None
-        second: Price | None = None
-        for number, item in enumerate(possible):
-            is_settled = best is not None and best.plan.activation_checkpointing is self._modes[0]
-            if is_settled and not self._ranking.by_memory:
-                for later in possible[number:]:
-                    self._reject(later.applied_to(semantic, self._job), reasons.exchanges_more(later), 0, 0)
-                break
-            found, next_best = self._best_two(item.applied_to(semantic, self._job))
-            if best is None or found is None:
-                best, second = (found, next_best) if best is None else (best, second)
-                continue
-            known = [price for price in (best, second, found, next_best) if price is not None]
-            best = self._ranking.best([best, found])
-            second = self._ranking.best([price for price in known if price is not best])
-            for price in known:
-                if price is not best and price is not second:
-                    self._reject_worse(price, best)
-        return best, second
-
-    def _best_two(self, semantic: Plan) -> tuple[Price | None, Price | None]:
-        """The best plan of one combination, at its true shape, and the next best priced one; all others are rejected."""
-        options = _Options(
-            [self._with(semantic, mode, split) for mode in self._modes for split in self._splits]
-        )
-        self._considered += len(options.unpriced)
+        waiting, weighed = list(possible), list[_Options]()
         exact: Price | None = None
         while exact is None:
-            self._settle(options)
-            contenders = self._contenders(options)
-            if not contenders:
+            while waiting and not self._is_settled(weighed):
+                options = self._options(waiting.pop(0).applied_to(semantic, self._job))
+                self._settle(options, weighed)
+                weighed.append(options)
+            known = {id(price): options for options in weighed for price in self._contenders(options)}
+            if not known:
                 return None, None
-            best = self._ranking.best(contenders)
-            exact = self._verified(best, options)
-        others = [price for price in self._contenders(options) if price is not best]
+            best = self._best(weighed)
+            exact = self._verified(best, known[id(best)])
+            if exact is None:
+                self._settle(known[id(best)], weighed)
+        for later in waiting:
+            self._reject(later.applied_to(semantic, self._job), reasons.exchanges_more(later), 0, 0)
+        others = [p for options in weighed for p in self._contenders(options) if p is not best]
         second = self._ranking.best(others) if others else None
+        for options in weighed:
+            self._reject_others(options, exact, (best, second))
+        return exact, second
+
+    def _options(self, semantic: Plan) -> _Options:
+        """All plans of one arrangement."""
+        plans = [self._with(semantic, mode, split) for mode in self._modes for split in self._splits]
+        self._considered += len(plans)
+        return _Options(plans)
+
+    def _best(self, weighed: Sequence[_Options]) -> Price:
+        return self._ranking.best([price for options in weighed for price in self._contenders(options)])
+
+    def _is_settled(self, weighed: Sequence[_Options]) -> bool:
+        """Whether no arrangement that shards more can be better: the best one yet recomputes nothing."""
+        if self._ranking.by_memory or not any(self._contenders(options) for options in weighed):
+            return False
+        return self._best(weighed).plan.activation_checkpointing is self._modes[0]
+
+    def _reject_others(self, options: _Options, exact: Price, taken: tuple[Price | None, ...]) -> None:
+        """Says of all plans of an arrangement but the best two why they were not taken."""
         for price in options.fitting:
-            if price is not best and price is not second:
+            if not any(price is item for item in taken):
                 self._reject_worse(price, exact)
         for plan in options.unpriced:
             floor, is_out = self._floor(plan, options), self._is_out(plan, options)
             self._reject(plan, reasons.unpriced(plan, floor, exact, self._ranking, is_out), 0, 0)
-        return exact, second
 
-    def _settle(self, options: _Options) -> None:
-        """Prices plans until no other one can be the best, or as good."""
+    def _settle(self, options: _Options, weighed: Sequence[_Options]) -> None:
+        """Prices plans until no other one can be the best, or as good; `weighed` are those of other arrangements."""
         while True:
             for plan in [plan for plan in options.unpriced if self._forecaster.is_prepared(plan)]:
                 self._price(plan, options)
             self._drop_hopeless(options)
-            values = [self._ranking.value(price) for price in self._contenders(options)]
+            known = [*weighed, options]
+            values = [self._ranking.value(price) for item in known for price in self._contenders(item)]
             limit = self._ranking.within(min(values)) if values else math.inf
             promising = [
                 plan
@@ -263,11 +267,11 @@ class _Search:
                 if price.plan.activation_checkpointing is plan.activation_checkpointing
             ]
             failed = min(same, key=lambda price: price.plan.micro_batch_size, default=None)
-            if failed is not None and plan.gradient_accumulation_steps > 1:
-                if plan.micro_batch_size > failed.plan.micro_batch_size:
-                    options.unpriced.remove(plan)
-                    short = failed.estimate.peak_device_bytes - self._budget
-                    self._reject(plan, reasons.like_smaller(failed.plan, short), short, short + self._budget)
+            accumulates = plan.gradient_accumulation_steps > 1
+            if failed is not None and accumulates and plan.micro_batch_size > failed.plan.micro_batch_size:
+                options.unpriced.remove(plan)
+                short = failed.estimate.peak_device_bytes - self._budget
+                self._reject(plan, reasons.like_smaller(failed.plan, short), short, short + self._budget)
                 continue
             bound = self._bound(plan, None if failed is None else failed.plan)
             if bound > self._budget:
@@ -284,9 +288,9 @@ class _Search:
         )
 
     def _bound(self, plan: Plan, failed: Plan | None) -> int:
-        """A peak that an unpriced plan without accumulation reaches at least; 0 when nothing is known.
+        """A peak that an unpriced plan reaches at least; 0 when nothing is known.
 
-        It is at least that of the smaller micro batch that failed, were that not accumulated either.
+        Without accumulation it is at least that of the smaller micro batch that failed, were that not accumulated either.
         """
         bound = self._forecaster.lower_bound_bytes(plan)
         if failed is not None and plan.gradient_accumulation_steps == 1:

@@ -8,7 +8,7 @@ batch and length can make the highest is dropped; what stays answers every shape
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from launcher.planner.stream import CATEGORIES, Stream
 from launcher.planner.work import WorkTable, WorkTally, build_table
 
 Matrix = NDArray[np.float64]
+RECOMPUTED = (Category.ACTIVATIONS, Category.TEMPORARIES)
+"""What checkpointing makes less."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,21 @@ class Skyline:
             amounts[Category.INPUTS] += waiting
             peaks.append(PhasePeak(skyline.phase, sum(amounts.values()), amounts))
         return tuple(peaks)
+
+    def floor_bytes(self, batch: int, length: int, accumulation: int) -> int:
+        """A peak that no checkpointing can go below: the highest moment without activations and temporaries.
+
+        Raises:
+            UnsupportedByPlanner: When the shape lies outside the domain.
+        """
+        peaks: list[PhasePeak] = []
+        for skyline in self.phases:
+            kept = skyline.rows.copy()
+            if skyline.phase is Phase.TRAIN_STEP:
+                kept[:, [CATEGORIES.index(name) for name in RECOMPUTED]] = 0
+            only = replace(self, phases=(PhaseSkyline(skyline.phase, kept),))
+            peaks += only.peaks(batch, length, accumulation)
+        return max((peak.allocated_bytes for peak in peaks), default=0)
 
     def highest_bytes(
         self, batches: NDArray[np.int64], lengths: NDArray[np.int64], accumulation: int

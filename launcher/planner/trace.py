@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gc
 import importlib
 import logging
 import os
 import tempfile
 import traceback
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
@@ -23,10 +21,8 @@ import numpy as np
 import torch
 import transformers.masking_utils as masking_utils
 import transformers.trainer_pt_utils as trainer_pt_utils
-import transformers.utils.logging as transformers_logging
 import trl.kernels.chunked_logprob as trl_chunked
 import trl.trainer.utils as trl_utils
-from datasets import disable_progress_bars
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PretrainedConfig
@@ -45,6 +41,7 @@ from launcher.planner.generation import generation_lengths
 from launcher.planner.kept_logits import all_batches, window_of
 from launcher.planner.materialize import quantized_layers
 from launcher.planner.polynomial import TracedShape
+from launcher.planner.quiet import quiet
 from launcher.planner.recorder import WorkRecorder
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
 from launcher.planner.rehearsal import Rehearsal
@@ -52,7 +49,7 @@ from launcher.planner.replaced import replaced
 from launcher.planner.replica import Layers
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
-from launcher.planner.tracer import Subject, SubjectFacts, uses_bitsandbytes
+from launcher.planner.tracer import Subject, uses_bitsandbytes
 from launcher.planner.worlds import part_share, traced_world
 from launcher.vision import image_shape
 
@@ -145,17 +142,21 @@ def _token_tile(plan: Plan) -> int | None:
 
 def _parameter_dimensions(subject: TraceSubject) -> set[int]:
     """Dimensions that no config names: those of fused projections are sums of others."""
+    depth = min(plan_depths(subject.config.get_text_config()).depths)
+    return {size for parameter in shallow_model(subject, depth).parameters() for size in parameter.shape}
+
+
+def shallow_model(subject: TraceSubject, depth: int) -> nn.Module:
+    """The model with so many layers, on `meta`."""
     config = copy.deepcopy(subject.config)
-    text = config.get_text_config()
-    truncate(text, min(plan_depths(text).depths))
+    truncate(config.get_text_config(), depth)
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         if uses_bitsandbytes(subject.plan):
             stack.enter_context(quantized_layers().stand_ins(on_gpu=False))
         if subject.plan.attention is Attention.FLASH_ATTENTION_2:
             stack.enter_context(attention_twin.flash_attention_2())
-        model = _build_on_meta(subject, config, subject.plan)
-    return {size for parameter in model.parameters() for size in parameter.shape}
+        return _build_on_meta(subject, config, subject.plan)
 
 
 def trace_regime(subject: TraceSubject, batch: int, length: int, accumulation: int) -> Skyline:
@@ -257,7 +258,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
     recorder = WorkRecorder(shape, _token_tile(plan))
     tape = Tape(shape, twins, subject.padded and shape.batch > 1, fake, recorder=recorder)
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if plan.engine is not Engine.NONE:
             stack.enter_context(engine(plan, DeviceKind.CPU))
@@ -366,30 +367,6 @@ def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) 
         ) from failure
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the libraries and the cyclic garbage collector, so that releases happen by reference count."""
-    level = logging.root.manager.disable
-    collecting = gc.isenabled()
-    disable_progress_bars()
-    shows_progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
-        gc.disable()
-        gc.freeze()  # the loop collects garbage by itself; a large heap makes that slow
-        try:
-            yield
-        finally:
-            gc.unfreeze()
-            logging.disable(level)
-            if shows_progress:
-                transformers_logging.enable_progress_bar()
-            if collecting:
-                gc.enable()
-
-
 def open_subject(subject: Subject) -> TraceSubject:
     """Builds the transformers config of a subject described in plain data."""
     try:
@@ -401,14 +378,3 @@ def open_subject(subject: Subject) -> TraceSubject:
             "the installed transformers may be too old for the model, or its config.json has facts that clash",
         ) from failure
     return TraceSubject(subject.job, subject.plan, subject.hardware, config)
-
-
-def facts(subject: Subject) -> SubjectFacts:
-    """What the libraries say about a subject before anything is traced."""
-    opened = open_subject(subject)
-    text = opened.config.get_text_config()
-    model_class = workload.AUTO_CLASSES[subject.job.model.task]._model_mapping.get(type(opened.config), None)
-    supports_sdpa = bool(getattr(model_class, "_supports_sdpa", True))
-    if not supports_sdpa:  # its lines are asked for before the planner knows
-        opened = replace(opened, plan=replace(opened.plan, attention=Attention.EAGER))
-    return SubjectFacts(regime_lines(opened), plan_depths(text), text.num_hidden_layers, supports_sdpa)

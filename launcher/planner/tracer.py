@@ -31,6 +31,7 @@ OPTIONAL_LIBRARIES = ("bitsandbytes", "deepspeed")
 """Libraries that PEFT and accelerate load at import when they can, and that few traced steps call."""
 BITSANDBYTES_OPTIMIZERS = tuple(name for name in Optimizer if name.value.endswith(("_8bit", "_32bit")))
 TRACE_MODULE = "launcher.planner.trace"
+FACTS_MODULE = "launcher.planner.facts"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class SubjectFacts:
     """Full depth."""
     supports_sdpa: bool
     """Whether the model's code has scaled-dot-product attention; eager attention always exists."""
+    weight_bytes: int = 0
+    """All weights as they are held on one device; 0 where they are quantised, and nobody has weighed them yet."""
+    trained_bytes: int = 0
+    """Those of them that are trained."""
+    trained_elements: int = 0
+    """How many numbers that are."""
     process_bytes: int = 0
     """Memory of a process that has imported the libraries and done nothing yet; 0 where the kernel doesn't say."""
 
@@ -80,8 +87,9 @@ def import_libraries() -> None:
 
 def facts_of(subject: Subject) -> SubjectFacts:
     """Reads a subject's facts off the libraries; runs in a child process."""
-    trace, process_bytes = _libraries()
-    answer: SubjectFacts = replace(trace.facts(subject), process_bytes=process_bytes)
+    _, process_bytes = _libraries()
+    facts = importlib.import_module(FACTS_MODULE)
+    answer: SubjectFacts = replace(facts.facts(subject), process_bytes=process_bytes)
     return answer
 
 
