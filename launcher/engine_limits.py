@@ -6,8 +6,11 @@ Read off the libraries or seen failing (accelerate 1.15, deepspeed 0.19.8, bitsa
 from __future__ import annotations
 
 from launcher.hardware import DeviceKind
-from launcher.job import Checkpointing, Engine, JobSpec, Method, OffloadDevice, Quantization
+from launcher.job import Checkpointing, Engine, JobSpec, Method, OffloadDevice, Optimizer, Quantization
 from launcher.plan import Plan
+
+ADAMW = (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED)
+"""Optimizers that DeepSpeed's CPU Adam computes alike (accelerate 1.15, `map_pytorch_optim_to_deepspeed`)."""
 
 
 def engine_limits(job: JobSpec, plan: Plan) -> tuple[str, ...]:
@@ -57,6 +60,14 @@ def _offload_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
         (
             plan.engine is Engine.DEEPSPEED and plan.offload_optimizer and plan.zero_stage == 0,
             "optimizer states can be offloaded from ZeRO stage 1 on, not at stage 0",
+        ),
+        (
+            plan.engine is Engine.DEEPSPEED
+            and plan.offload_optimizer
+            and job.hardware.kind is not DeviceKind.CPU
+            and plan.optimizer not in ADAMW,
+            f"with offload accelerate puts DeepSpeed's CPU Adam in the place of {plan.optimizer.value}; use "
+            f"{' or '.join(name.value for name in ADAMW)}",
         ),
         (
             is_fsdp and plan.offload_optimizer != plan.offload_parameters,

@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Objective, Precision
+from launcher.job import (
+    Attention,
+    Checkpointing,
+    Engine,
+    JobSpec,
+    Loss,
+    Method,
+    Objective,
+    OffloadDevice,
+    Precision,
+)
 from launcher.optimisation import LOW_RANK_OPTIMIZERS
 
 PACKAGE = "memory-first-launcher"
@@ -33,6 +43,7 @@ def knob_limits(
         *_loss_limits(job, hardware),
         *_evaluation_limits(job, hardware),
         *_optimizer_limits(job),
+        *_offload_limits(job, hardware),
         *_missing_packages(job, is_installed),
     ]
     return tuple((what, hint) for is_found, what, hint in found if is_found)
@@ -121,6 +132,31 @@ def _optimizer_limits(job: JobSpec) -> list[Limit]:
             f"training.save_steps={job.training.save_steps} with training.optimizer={name.value}: its state holds "
             "projector objects, and torch.load reads no objects from a checkpoint, so it could not be resumed",
             "leave training.save_steps unset; the trained model is saved all the same",
+        ),
+    ]
+
+
+def _offload_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
+    pin = job.planner.pin
+    offloaded = [
+        f"planner.pin.{name}" for name in ("offload_optimizer", "offload_parameters") if getattr(pin, name)
+    ]
+    keys = " and ".join(offloaded)
+    return [
+        (
+            hardware.world_size == 1 and bool(offloaded),
+            f"{keys}: this version offloads with several devices only",
+            f"leave {keys} unset, or hardware.num_devices=2 or more",
+        ),
+        (
+            pin.engine is Engine.FSDP2 and bool(offloaded),
+            f"{keys} with planner.pin.engine=fsdp2: FSDP2's offload needs a GPU, and was never compared with one",
+            "planner.pin.engine=deepspeed with planner.pin.zero_stage=3",
+        ),
+        (
+            pin.offload_device is OffloadDevice.NVME,
+            "planner.pin.offload_device=nvme: what DeepSpeed holds in host memory while it swaps is not predicted",
+            "planner.pin.offload_device=cpu",
         ),
     ]
 

@@ -127,6 +127,12 @@ class Plan:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.max_length
 
 
+def offload_words(optimizer: bool, parameters: bool) -> str:
+    """What lives in host memory, `, optimizer states offloaded`; empty when nothing does."""
+    what = [name for name, is_so in (("optimizer states", optimizer), ("parameters", parameters)) if is_so]
+    return f", {' and '.join(what)} offloaded" if what else ""
+
+
 @dataclass(frozen=True)
 class Rejection:
     """A plan that was considered and not taken."""

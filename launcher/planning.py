@@ -54,17 +54,8 @@ def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
 
 def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str]]:
     """What job and hardware can't both have, each with a hint."""
-    pin = job.planner.pin
     packaged = parse_packaged_path(job.model.path) is not None
     found = [(True, *limit) for limit in cluster_limits(job, packaged)]
-    found += [
-        (
-            bool(getattr(pin, name)),
-            f"planner.pin.{name}=true: this version predicts no offload",
-            f"leave planner.pin.{name} unset",
-        )
-        for name in ("offload_optimizer", "offload_parameters")
-    ]
     return [
         *((what, hint) for is_found, what, hint in found if is_found),
         *knob_limits(job, hardware, is_installed),

@@ -89,6 +89,16 @@ def jobs() -> Iterator[RankJob]:
                 for micro, length, accumulation in ((1, 384, 2), (4, 192, 1)):
                     name = f"{label}-{method.value}-{mode.value}-{micro}x{length}x{accumulation}"
                     yield RankJob(name, plan_of(engine, stage, method, mode, micro, length, accumulation))
+    for label, stage, offloaded in (
+        ("zero2-offload", 2, {"offload_optimizer": True}),
+        ("zero3-offload", 3, {"offload_optimizer": True}),
+        ("zero3-offload-all", 3, {"offload_optimizer": True, "offload_parameters": True}),
+    ):
+        for micro, length, accumulation in ((1, 384, 2), (4, 192, 1)):
+            name = f"{label}-full-none-{micro}x{length}x{accumulation}"
+            shape = micro, length, accumulation
+            plan = plan_of(Engine.DEEPSPEED, stage, Method.FULL, Checkpointing.NONE, *shape, **offloaded)
+            yield RankJob(name, plan)
     for label, engine, stage in arrangements:
         plan = plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 384, 2, num_devices=4)
         yield RankJob(f"{label}-full-none-1x384x2-4ranks", plan)

@@ -25,7 +25,20 @@ from launcher.planning import resolve, with_headroom
             ["hardware=cpu", "training.precision=fp32", "planner.pin.activation_checkpointing=offload"],
             "no other memory",
         ),
-        (["hardware=a100_40g", "planner.pin.offload_optimizer=true"], "predicts no offload"),
+        (["hardware=a100_40g", "planner.pin.offload_optimizer=true"], "with several devices only"),
+        (
+            ["hardware=a100_40g", "hardware.num_devices=2", "planner.pin.offload_device=nvme"],
+            "while it swaps is not predicted",
+        ),
+        (
+            [
+                "hardware=a100_40g",
+                "hardware.num_devices=2",
+                "planner.pin.engine=fsdp2",
+                "planner.pin.offload_parameters=true",
+            ],
+            "was never compared with one",
+        ),
         (["hardware=auto", "launch.cluster=slurm"], "hardware=auto is this machine"),
         (
             ["hardware=cpu", "launch.partition=gpu"],
@@ -47,7 +60,9 @@ def test_contradictions_are_told_all_at_once() -> None:
             "planner.pin.attention=flash_attention_2",
         ]
     )
-    with pytest.raises(ConfigError, match=r"no offload.*FlashAttention-2\n\nhint: leave planner") as caught:
+    with pytest.raises(
+        ConfigError, match=r"with several devices only.*FlashAttention-2\n\nhint: leave planner"
+    ) as caught:
         resolve(job, ())
     assert caught.value.exit_code == 2
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError
-from launcher.job import Engine, JobSpec
-from launcher.plan import Buckets, Plan
+from launcher.hardware import DeviceKind
+from launcher.job import Engine, JobSpec, OffloadDevice
+from launcher.plan import Buckets, Plan, offload_words
 
 FUSED_ELEMENTS = 50_000_000
 """Trained elements up to which one bucket holds all gradients: 100 MB of bf16."""
@@ -26,6 +27,13 @@ class Arrangement:
 
     engine: Engine
     zero_stage: int
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a part of the model lives in host memory."""
+        return self.offload_optimizer or self.offload_parameters
 
     def applied_to(self, plan: Plan, job: JobSpec) -> Plan:
         """The plan, trained so on all devices of the job's hardware."""
@@ -36,6 +44,9 @@ class Arrangement:
             zero_stage=self.zero_stage,
             num_devices=hardware.num_devices,
             num_nodes=hardware.num_nodes,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+            offload_device=job.planner.pin.offload_device or OffloadDevice.CPU,
         )
         if self.engine is Engine.NONE:
             return arranged
@@ -52,7 +63,7 @@ class Arrangement:
     def words(self) -> str:
         """What people call it."""
         if self.engine is Engine.DEEPSPEED:
-            return f"ZeRO stage {self.zero_stage}"
+            return f"ZeRO stage {self.zero_stage}{offload_words(self.offload_optimizer, self.offload_parameters)}"
         return {Engine.NONE: "one device", Engine.DDP: "DDP", Engine.FSDP2: "FSDP2"}[self.engine]
 
 
@@ -63,14 +74,19 @@ TOGETHER = (
     Arrangement(Engine.DEEPSPEED, 2),
     Arrangement(Engine.DEEPSPEED, 3),
     Arrangement(Engine.FSDP2, 3),
+    Arrangement(Engine.DEEPSPEED, 2, offload_optimizer=True),
+    Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True),
+    Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, offload_parameters=True),
 )
-"""From nothing sharded to everything: each holds less than those before it, and exchanges no less."""
+"""From nothing sharded to everything, and then into host memory: each holds less than those before it (FSDP2 as much
+as ZeRO 3), and exchanges no less."""
 
 
 def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...], dict[Arrangement, str]]:
     """The arrangements that a job can choose from, simplest first; and those that can't carry it out, with the reason.
 
-    FSDP2 shards what ZeRO 3 shards, and comes where ZeRO 3 can't, or where it is pinned.
+    FSDP2 shards what ZeRO 3 shards, and comes where ZeRO 3 can't, or where it is pinned. A CPU's host memory is the
+    device's own: there is offload only where it is pinned.
 
     Args:
         job: The job.
@@ -84,19 +100,34 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
         candidates: tuple[Arrangement, ...] = (ALONE,)
     else:
         candidates = TOGETHER
+    wanted = (pin.offload_optimizer, pin.offload_parameters)
+    if job.hardware.kind is DeviceKind.CPU:
+        wanted = (bool(wanted[0] or wanted[1]), bool(wanted[1]))
     matching = [
         item
         for item in candidates
-        if pin.engine in (None, item.engine) and pin.zero_stage in (None, item.zero_stage)
+        if pin.engine in (None, item.engine)
+        and pin.zero_stage in (None, item.zero_stage)
+        and wanted[0] in (None, item.offload_optimizer)
+        and wanted[1] in (None, item.offload_parameters)
     ]
     if pin.shard_within_node:
         matching = [item for item in matching if item.engine is Engine.FSDP2]
     if not matching:
-        legal = ", ".join(f"{item.engine.value} with zero_stage {item.zero_stage}" for item in candidates)
+        legal = ", ".join(
+            f"{item.engine.value} with zero_stage {item.zero_stage}"
+            f"{offload_words(item.offload_optimizer, item.offload_parameters)}"
+            for item in candidates
+        )
+        asked = "".join(
+            f", planner.pin.{name}={str(value).lower()}"
+            for name in ("offload_optimizer", "offload_parameters")
+            if (value := getattr(pin, name)) is not None
+        )
         raise ConfigError(
             f"planner.pin.engine={pin.engine.value if pin.engine else 'any'} with planner.pin.zero_stage="
             f"{'any' if pin.zero_stage is None else pin.zero_stage}"
-            f"{' and planner.pin.shard_within_node=true' if pin.shard_within_node else ''} is nothing that "
+            f"{asked}{' and planner.pin.shard_within_node=true' if pin.shard_within_node else ''} is nothing that "
             f"{job.hardware.world_size} devices can do",
             f"legal are {legal}; only fsdp2 shards within a node",
         )

@@ -38,6 +38,8 @@ class Block:
     """Path of the module that it was made for; empty when there is none, or nobody asked."""
     on_host: bool = False
     """Whether it is in host memory while the job runs on a GPU."""
+    is_pinned: bool = False
+    """Whether an engine pinned it there."""
     is_part: bool = False
     """Whether it is a rank's part of something that all ranks share: the more ranks, the smaller."""
 

@@ -16,7 +16,9 @@ def static_floor_bytes(plan: Plan, facts: SubjectFacts) -> int:
     if plan.engine is Engine.NONE:
         return 0
     ranks = plan.num_devices if plan.shard_within_node else plan.world_size
-    weights = facts.weight_bytes // (ranks if plan.zero_stage == 3 else 1)
+    weights = 0 if plan.offload_parameters else facts.weight_bytes // (ranks if plan.zero_stage == 3 else 1)
+    if plan.offload_optimizer:
+        return weights  # gradients go to the host as they come
     gradients = gradient_bytes(plan, facts) // (ranks if plan.zero_stage >= 2 else 1)
     copies = 2 if plan.engine is Engine.DDP and plan.gradient_accumulation_steps > 1 else 1
     return weights + copies * gradients

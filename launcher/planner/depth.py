@@ -129,9 +129,9 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
         DepthMismatch: When the traces do not differ by repeated periods.
     """
     exponents = tuple(sorted(set(shallow.exponents) | set(deep.exponents)))
-    low, high = _spread(shallow, exponents), _spread(deep, exponents)
+    below, above = _spread(shallow, exponents), _spread(deep, exponents)
     left, right = _signatures(shallow.instants, deep.instants)
-    live = low + steps * (high[match(left, right)] - low)
+    live = below + steps * (above[match(left, right)] - below)
     resident = {
         category: _extend_polynomial(size, deep.resident[category], steps)
         for category, size in shallow.resident.items()
@@ -139,6 +139,11 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
     host = None
     if shallow.host is not None and deep.host is not None:
         host = extend(shallow.host, deep.host, steps)
+    if len(shallow.pinned) != len(deep.pinned):
+        raise DepthMismatch(f"{len(shallow.pinned)} and {len(deep.pinned)} pinned blocks")
+    pinned = [
+        round(low + steps * (high - low)) for low, high in zip(shallow.pinned, deep.pinned, strict=True)
+    ]
     disk = {
         name: round(size + steps * (deep.disk_bytes[name] - size))
         for name, size in shallow.disk_bytes.items()
@@ -152,6 +157,7 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
         host=host,
         disk_bytes=disk,
         work=extend_tally(shallow.work, deep.work, steps),
+        pinned=tuple(pinned),
     )
 
 

@@ -38,15 +38,26 @@ def answer() -> None:
     flat = stage_1_and_2.DeepSpeedZeroOptimizer
     flat.allreduce_and_scatter = _copy_whole_bucket
     flat.reduce_ipg_grads = _with_room_for_its_part(flat.reduce_ipg_grads)
-    copy_gradient = flat.copy_grads_in_partition
-    flat.copy_grads_in_partition = lambda self, param, group_idx=None: (
-        copy_gradient(self, param, group_idx) if self.cpu_offload else _point_into_part(self, param)
-    )
+    flat.copy_grads_in_partition = lambda self, param, group_idx=None: _point_into_part(self, param)
+    stage_1_and_2.torch = _TorchWithoutShapesOnly()
     flat.get_grad_norm_direct = _norm_of_one_gradient
     for module in (utils, partitioned_param_coordinator, partition_parameters, parameter_offload, stage3):
         _replace(module, "assert_ints_same_as_other_ranks", lambda *values: None)
         _replace(module, "assert_lst_len_same_as_other_ranks", lambda *values: None)
         _replace(module, "get_lst_from_rank0", lambda values: values)
+
+
+class _TorchWithoutShapesOnly:
+    """torch as stages 1 and 2 see it: a tensor on `meta` is a shape to them, and takes no memory."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros_like(self, tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        """As torch's; the shape alone where that is all that is asked for."""
+        if options.get("device") == "meta":
+            return torch.empty((), dtype=tensor.dtype, device="meta").expand(tensor.shape)
+        return torch.zeros_like(tensor, **options)
 
 
 def _copy_whole_bucket(

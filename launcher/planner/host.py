@@ -33,7 +33,24 @@ def host_estimate(
     peaks = skyline.host.peaks(plan.micro_batch_size, plan.max_length, plan.gradient_accumulation_steps)
     phases = tuple(_with_stored_copy(peak, plan, job) if peak.phase is Phase.LOAD else peak for peak in peaks)
     pinned = max(sum(peak.by_category_bytes[category] for category in PINNED) for peak in phases)
-    return HostEstimate(process_bytes, phases, pinned)
+    kept = [pinned_bytes(size) for size in skyline.host.pinned]
+    rounding = sum(kept) - sum(skyline.host.pinned)
+    phases = tuple(_with_rounding(peak, rounding) for peak in phases)
+    return HostEstimate(process_bytes, phases, pinned + sum(kept))
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What a pinned block takes: the next power of two (ATen/core/CachingHostAllocator.h, torch 2.13)."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
+def _with_rounding(peak: PhasePeak, num_bytes: int) -> PhasePeak:
+    """What an engine pins is rounded up, and stays so from loading on."""
+    if not num_bytes:
+        return peak
+    amounts = dict(peak.by_category_bytes)
+    amounts[Category.TEMPORARIES] = amounts.get(Category.TEMPORARIES, 0) + num_bytes
+    return PhasePeak(peak.phase, peak.allocated_bytes + num_bytes, amounts)
 
 
 def _with_stored_copy(peak: PhasePeak, plan: Plan, job: JobSpec) -> PhasePeak:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -76,7 +77,10 @@ def build_host_profile(events: Sequence[Event], *, exact: bool) -> Profile | Non
         block = event.block
         if exact and event.birth and block.num_bytes and _category(block) in PINNED:
             block.size = {CONSTANT: 1 << (block.num_bytes - 1).bit_length()}
-    return build_profile(events, {}, {}, small_bytes=0)  # only whole tensors: none grows with depth
+    pinned = [event.block for event in events if event.birth and event.block.is_pinned and event.block.alive]
+    # only whole tensors, and what an engine keeps for all layers together: its size is no mark of a moment
+    profile = build_profile(events, {}, {}, small_bytes=0)
+    return replace(profile, pinned=tuple(block.num_bytes for block in pinned))
 
 
 def build_stream(events: Sequence[Event]) -> Stream:

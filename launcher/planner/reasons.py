@@ -70,6 +70,8 @@ def worse(price: Price, best: Price, ranking: Ranking) -> str:
 
 def exchanges_more(arrangement: Arrangement) -> str:
     """An arrangement that shards more than one for which a plan that recomputes nothing fits."""
+    if arrangement.offloads:
+        return f"{arrangement.words()} waits for the host, and a plan without offload fits{NOT_PRICED}"
     return f"{arrangement.words()} exchanges no less than what fits with nothing recomputed{NOT_PRICED}"
 
 

@@ -270,6 +270,11 @@ class Rehearsal:
             self.tape.mark_parts(part for weight in weights for part in _parts_of(weight))
         if self.plan.zero_stage:
             self.tape.mark_parts(self._optimizer_tensors())
+        if self.plan.uses_offload:  # gradients stay beside the states, in host memory
+            masters = master_weights(self._trainer.optimizer)
+            gradients = [weight.grad for weight in masters if weight.grad is not None]
+            self.tape.mark(gradients, Category.GRADIENTS)
+            self.tape.mark_parts(gradients)
 
     def _assign_modules(self) -> None:
         if self.attribution is not None:

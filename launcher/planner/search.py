@@ -22,7 +22,7 @@ from launcher.job import Checkpointing, JobSpec
 from launcher.memory import MemoryEstimate
 from launcher.plan import Plan, PlanChoice, Rejection, nearest
 from launcher.planner import reasons
-from launcher.planner.arrangements import arrangements
+from launcher.planner.arrangements import Arrangement, arrangements
 from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.refusal import Judge
@@ -101,8 +101,8 @@ class _Search:
     def _best_arranged(self, semantic: Plan) -> tuple[Price | None, Price | None]:
         """The best plan over all arrangements of the devices, at its true shape, and the next best one that was priced.
 
-        What is sharded less exchanges less, so the arrangements after one that recomputes nothing are left out (unless
-        memory counts: each needs less than those before it).
+        What is sharded less exchanges less, so the arrangements after one that recomputes nothing are left out, and those
+        that offload after any that fits (unless memory counts: each needs less than those before it).
         """
         possible, refused = arrangements(self._job, semantic)
         for item, reason in refused.items():
@@ -110,7 +110,7 @@ class _Search:
         waiting, weighed = list(possible), list[_Options]()
         exact: Price | None = None
         while exact is None:
-            while waiting and not self._is_settled(weighed):
+            while waiting and not self._is_settled(weighed, waiting[0]):
                 options = self._options(waiting.pop(0).applied_to(semantic, self._job))
                 self._settle(options, weighed)
                 weighed.append(options)
@@ -138,11 +138,14 @@ class _Search:
     def _best(self, weighed: Sequence[_Options]) -> Price:
         return self._ranking.best([price for options in weighed for price in self._contenders(options)])
 
-    def _is_settled(self, weighed: Sequence[_Options]) -> bool:
-        """Whether no arrangement that shards more can be better: the best one yet recomputes nothing."""
+    def _is_settled(self, weighed: Sequence[_Options], following: Arrangement) -> bool:
+        """Whether no arrangement that comes later can be better: the best one yet recomputes nothing.
+
+        Host memory is for what doesn't fit without it: states that a CPU updates wait for it in every step.
+        """
         if self._ranking.by_memory or not any(self._contenders(options) for options in weighed):
             return False
-        return self._best(weighed).plan.activation_checkpointing is self._modes[0]
+        return following.offloads or self._best(weighed).plan.activation_checkpointing is self._modes[0]
 
     def _reject_others(self, options: _Options, exact: Price, taken: tuple[Price | None, ...]) -> None:
         """Says of all plans of an arrangement but the best two why they were not taken."""

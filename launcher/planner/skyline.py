@@ -87,6 +87,8 @@ class Profile:
     """Sizes of the folders that were saved, by name."""
     work: WorkTally = field(default_factory=dict)
     """The operations of one optimizer step."""
+    pinned: tuple[int, ...] = ()
+    """Of host memory: sizes of the blocks that an engine pins and keeps, in the order of their births, bytes."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class Skyline:
     """Sizes of the folders that were saved, by name."""
     work: WorkTable = field(default_factory=lambda: build_table({}))
     """The operations of one optimizer step."""
+    pinned: tuple[int, ...] = ()
+    """Of host memory: sizes of the blocks that an engine pins and keeps, bytes."""
 
     def peaks(self, batch: int, length: int, accumulation: int) -> tuple[PhasePeak, ...]:
         """Peak of each phase.
@@ -224,6 +228,7 @@ def build_skyline(domain: Domain, profile: Profile, accumulation: int) -> Skylin
         None if profile.host is None else build_skyline(domain, profile.host, accumulation),
         profile.disk_bytes,
         build_table(profile.work),
+        profile.pinned,
     )
 
 

@@ -215,6 +215,13 @@ class Tape(TorchDispatchMode):
             self.num_instants += 1
             self._record(tensor, "resize_")
 
+    def pin(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Says that the storages of these tensors, in host memory, are pinned."""
+        for tensor in tensors:
+            block = self._live.get(tensor.untyped_storage()._cdata)
+            if block is not None:
+                block.is_pinned = True
+
     def mark_parts(self, tensors: Iterable[torch.Tensor]) -> None:
         """Says that the storages of these tensors are a rank's part of what all ranks share."""
         for tensor in local_tensors(tensors):

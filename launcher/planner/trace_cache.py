@@ -169,6 +169,7 @@ def _encode(skyline: Skyline) -> dict[str, Any]:
         "host": None if skyline.host is None else _encode(skyline.host),
         "disk_bytes": dict(skyline.disk_bytes),
         "work": encode_table(skyline.work),
+        "pinned": list(skyline.pinned),
     }
 
 
@@ -186,6 +187,7 @@ def _decode(payload: Mapping[str, Any]) -> Skyline:
         host=None if payload["host"] is None else _decode(payload["host"]),
         disk_bytes={str(name): int(size) for name, size in payload["disk_bytes"].items()},
         work=decode_table(payload["work"]),
+        pinned=tuple(int(size) for size in payload["pinned"]),
     )
 
 
