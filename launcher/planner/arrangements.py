@@ -67,6 +67,11 @@ class Arrangement:
         return {Engine.NONE: "one device", Engine.DDP: "DDP", Engine.FSDP2: "FSDP2"}[self.engine]
 
 
+def arrangement_words(plan: Plan) -> str:
+    """What people call the arrangement of a plan."""
+    return Arrangement(plan.engine, plan.zero_stage, plan.offload_optimizer, plan.offload_parameters).words()
+
+
 ALONE = Arrangement(Engine.NONE, 0)
 TOGETHER = (
     Arrangement(Engine.DDP, 0),

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from launcher.job import Engine, Precision
+from launcher.job import AdapterDtype, Engine, JobSpec, Method, Precision
+from launcher.memory import Category
 from launcher.plan import Plan
 from launcher.planner.tracer import SubjectFacts
+
+RECOMPUTED = (Category.ACTIVATIONS, Category.TEMPORARIES)
+"""What checkpointing makes less."""
+SHARDED = (Category.OPTIMIZER_STATE, Category.GRADIENTS)
+"""What stages 1 and 2 make less."""
+
+
+def sharded_categories(plan: Plan) -> tuple[Category, ...]:
+    """What an arrangement makes less, beside the same plan under DDP."""
+    return (*SHARDED, Category.PARAMETERS) if plan.zero_stage == 3 else SHARDED
+
+
+def computes_alike(job: JobSpec, plan: Plan) -> bool:
+    """Whether all engines compute in the same dtypes: DeepSpeed turns fp32 adapters and autocast weights to 16 bits."""
+    if plan.precision is Precision.FP32:
+        return True
+    adapts_in_fp32 = plan.method is Method.LORA and job.method.adapter_dtype is AdapterDtype.FP32
+    return plan.precision is Precision.BF16 and not adapts_in_fp32
 
 
 def static_floor_bytes(plan: Plan, facts: SubjectFacts) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,13 @@ from launcher.job import (
 )
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
-from launcher.planner.bounds import gradient_bytes, static_floor_bytes
+from launcher.planner.bounds import (
+    RECOMPUTED,
+    computes_alike,
+    gradient_bytes,
+    sharded_categories,
+    static_floor_bytes,
+)
 from launcher.planner.communication import with_communication
 from launcher.planner.depth import DepthMismatch, assemble
 from launcher.planner.estimate import WORKSPACES, read_estimate
@@ -38,6 +44,11 @@ from launcher.planner.tracer import Subject, SubjectFacts, Tracer
 from launcher.rates import Rates
 from launcher.step_time import StepTime
 
+NO_OFFLOAD: Mapping[str, Any] = {
+    "offload_optimizer": False,
+    "offload_parameters": False,
+    "shard_within_node": False,
+}
 PEAK_TOLERANCE = 1e-3
 """Share by which the peaks of a stream and of the skyline from the same traces may differ."""
 
@@ -138,17 +149,29 @@ class Forecaster:
                 alike = replace(known, activation_checkpointing=mode)
                 if self.is_prepared(alike):
                     bounds.append(self._bound_from(alike, plan, question.facts))
+        replicated = replace(plan, engine=Engine.DDP, zero_stage=0, **NO_OFFLOAD)
+        same = [
+            known for known, exact in self._questions if not exact and _apart_from_engine(known, replicated)
+        ]
+        if plan.zero_stage and computes_alike(self._job, plan):
+            bounds += [self._floor(known, sharded_categories(plan), only_steps=True) for known in same]
         return max(bounds)
+
+    def _floor(self, known: Plan, without: Collection[Category], *, only_steps: bool) -> int:
+        """The peak of a plan with a trace, had some categories nothing; 0 where there is no trace."""
+        question = self._question(known, exact=False)
+        skyline = None if question.key in self._pending else self._kept(question)
+        if skyline is None:
+            return 0
+        shape = known.micro_batch_size, known.max_length, known.gradient_accumulation_steps
+        return self._job.hardware.context_bytes + skyline.floor_bytes(*shape, without, only_steps=only_steps)
 
     def _bound_from(self, known: Plan, plan: Plan, facts: SubjectFacts) -> int:
         """What a plan with a trace, which differs in checkpointing or accumulation, says of one without."""
         estimate = self.estimate(known)
         bound = estimate.peak_device_bytes
         if known.activation_checkpointing is not plan.activation_checkpointing:
-            batch, length = known.micro_batch_size, known.max_length
-            skyline = self._skylines[self._question(known, exact=False).key]
-            floor = skyline.floor_bytes(batch, length, known.gradient_accumulation_steps)
-            bound = floor + self._job.hardware.context_bytes
+            bound = self._floor(known, RECOMPUTED, only_steps=False)
         if known.gradient_accumulation_steps != plan.gradient_accumulation_steps:
             # under an engine the gradients that are held at the step are a part of those that were accumulated
             bound -= max(estimate.resident_bytes[Category.GRADIENTS], gradient_bytes(plan, facts))
@@ -326,16 +349,13 @@ class Forecaster:
 def alone(plan: Plan) -> Plan:
     """The plan on one device, without an engine."""
     return replace(
-        plan,
-        engine=Engine.NONE,
-        num_devices=1,
-        num_nodes=1,
-        zero_stage=0,
-        offload_optimizer=False,
-        offload_parameters=False,
-        shard_within_node=False,
-        buckets=None,
+        plan, engine=Engine.NONE, num_devices=1, num_nodes=1, zero_stage=0, **NO_OFFLOAD, buckets=None
     )
+
+
+def _apart_from_engine(known: Plan, replicated: Plan) -> bool:
+    """Whether a plan is the same job under DDP."""
+    return known.engine is Engine.DDP and replace(known, buckets=None) == replace(replicated, buckets=None)
 
 
 def _check_against(skyline: Skyline, stream: Stream, question: _Question) -> None:

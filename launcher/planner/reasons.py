@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from launcher.job import Checkpointing, JobSpec
 from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, Rejection
-from launcher.planner.arrangements import Arrangement
+from launcher.planner.arrangements import Arrangement, arrangement_words
 from launcher.planner.objective import SAME, Price, Ranking
 from launcher.units import format_bytes, format_step
 
@@ -73,6 +73,14 @@ def exchanges_more(arrangement: Arrangement) -> str:
     if arrangement.offloads:
         return f"{arrangement.words()} waits for the host, and a plan without offload fits{NOT_PRICED}"
     return f"{arrangement.words()} exchanges no less than what fits with nothing recomputed{NOT_PRICED}"
+
+
+def shards_in_vain(fitting: Plan) -> str:
+    """A plan whose like fits with less sharded."""
+    return (
+        f"exchanges no less than the same micro batch with {arrangement_words(fitting)}, which fits with checkpointing "
+        f"{fitting.activation_checkpointing.value}{NOT_PRICED}"
+    )
 
 
 def unpriced(plan: Plan, floor: float, best: Price, ranking: Ranking, is_dominated: bool) -> str:

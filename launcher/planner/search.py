@@ -111,7 +111,7 @@ class _Search:
         exact: Price | None = None
         while exact is None:
             while waiting and not self._is_settled(weighed, waiting[0]):
-                options = self._options(waiting.pop(0).applied_to(semantic, self._job))
+                options = self._options(waiting.pop(0).applied_to(semantic, self._job), weighed)
                 self._settle(options, weighed)
                 weighed.append(options)
             known = {id(price): options for options in weighed for price in self._contenders(options)}
@@ -129,11 +129,22 @@ class _Search:
             self._reject_others(options, exact, (best, second))
         return exact, second
 
-    def _options(self, semantic: Plan) -> _Options:
-        """All plans of one arrangement."""
+    def _options(self, semantic: Plan, weighed: Sequence[_Options]) -> _Options:
+        """All plans of one arrangement that can be better than the like of those that shard less."""
         plans = [self._with(semantic, mode, split) for mode in self._modes for split in self._splits]
         self._considered += len(plans)
-        return _Options(plans)
+        if self._ranking.by_memory:
+            return _Options(plans)
+        promising = []
+        for plan in plans:
+            like = [
+                price.plan for options in weighed for price in options.fitting if _repeats(plan, price.plan)
+            ]
+            if like:
+                self._reject(plan, reasons.shards_in_vain(like[0]), 0, 0)
+            else:
+                promising.append(plan)
+        return _Options(promising)
 
     def _best(self, weighed: Sequence[_Options]) -> Price:
         return self._ranking.best([price for options in weighed for price in self._contenders(options)])
@@ -350,3 +361,9 @@ class _Search:
             step=None if best is None else best.step,
             runner_up_step=None if second is None else second.step,
         )
+
+
+def _repeats(plan: Plan, fitting: Plan) -> bool:
+    """Whether a plan recomputes no less than one with the same micro batch that shards less and fits."""
+    recomputed = MODES.index(plan.activation_checkpointing) >= MODES.index(fitting.activation_checkpointing)
+    return recomputed and plan.micro_batch_size == fitting.micro_batch_size

@@ -7,7 +7,7 @@ batch and length can make the highest is dropped; what stays answers every shape
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,8 +20,6 @@ from launcher.planner.stream import CATEGORIES, Stream
 from launcher.planner.work import WorkTable, WorkTally, build_table
 
 Matrix = NDArray[np.float64]
-RECOMPUTED = (Category.ACTIVATIONS, Category.TEMPORARIES)
-"""What checkpointing makes less."""
 
 
 @dataclass(frozen=True)
@@ -149,19 +147,30 @@ class Skyline:
             peaks.append(PhasePeak(skyline.phase, sum(amounts.values()), amounts))
         return tuple(peaks)
 
-    def floor_bytes(self, batch: int, length: int, accumulation: int) -> int:
-        """A peak that no checkpointing can go below: the highest moment without activations and temporaries.
+    def floor_bytes(
+        self, batch: int, length: int, accumulation: int, without: Collection[Category], *, only_steps: bool
+    ) -> int:
+        """The highest moment, had some categories nothing in training steps.
+
+        Args:
+            batch: Sequences per micro batch.
+            length: Tokens per sequence.
+            accumulation: Micro batches per optimizer step.
+            without: What is left out.
+            only_steps: Whether other phases count for nothing.
 
         Raises:
             UnsupportedByPlanner: When the shape lies outside the domain.
         """
-        peaks: list[PhasePeak] = []
+        columns = [CATEGORIES.index(category) for category in without]
+        phases = []
         for skyline in self.phases:
             kept = skyline.rows.copy()
             if skyline.phase is Phase.TRAIN_STEP:
-                kept[:, [CATEGORIES.index(name) for name in RECOMPUTED]] = 0
-            only = replace(self, phases=(PhaseSkyline(skyline.phase, kept),))
-            peaks += only.peaks(batch, length, accumulation)
+                kept[:, columns] = 0
+            if skyline.phase is Phase.TRAIN_STEP or not only_steps:
+                phases.append(PhaseSkyline(skyline.phase, kept))
+        peaks = replace(self, phases=tuple(phases)).peaks(batch, length, accumulation)
         return max((peak.allocated_bytes for peak in peaks), default=0)
 
     def highest_bytes(
