@@ -12,8 +12,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Checkpointing, Engine, JobSpec, Method, ModelSpec, PinSpec, PlannerSpec
-from launcher.memory import Category, MemoryEstimate
+from launcher.job import (
+    Checkpointing,
+    Engine,
+    JobSpec,
+    Method,
+    ModelSpec,
+    Optimizer,
+    PinSpec,
+    PlannerSpec,
+    Precision,
+    TrainingSpec,
+)
+from launcher.memory import Category, MemoryEstimate, Phase
 from launcher.plan import Plan
 from launcher.planner.arrangements import arrangements
 from launcher.planner.depth import assemble, plan_depths
@@ -169,7 +180,11 @@ def test_several_devices_are_arranged_from_nothing_sharded_to_everything() -> No
         (Engine.DEEPSPEED, 1),
         (Engine.DEEPSPEED, 2),
         (Engine.DEEPSPEED, 3),
+        (Engine.DEEPSPEED, 2),
+        (Engine.DEEPSPEED, 3),
+        (Engine.DEEPSPEED, 3),
     ]
+    assert [item.offloads for item in possible] == [False] * 4 + [True] * 3
     assert refused == {}
     (only,), _ = arrangements(job(8, PinSpec(engine=Engine.FSDP2)), alone())
     assert only.applied_to(alone(), job(8)).buckets is not None
@@ -178,7 +193,7 @@ def test_several_devices_are_arranged_from_nothing_sharded_to_everything() -> No
 
 
 def test_pinned_buckets_are_taken_and_impossible_pins_refused() -> None:
-    pins = PinSpec(zero_stage=2, reduce_bucket_elements=1234)
+    pins = PinSpec(zero_stage=2, reduce_bucket_elements=1234, offload_optimizer=False)
     (only,), _ = arrangements(job(8, pins), alone())
     buckets = only.applied_to(alone(), job(8, pins)).buckets
     assert buckets is not None and buckets.reduce_bucket_elements == 1234
@@ -201,6 +216,42 @@ def test_what_no_engine_can_carry_out_says_why(forecaster: Forecaster) -> None:
     )
     with pytest.raises(ConfigError, match="adapters under ZeRO stage 3 need reentrant"):
         search(job(8, pins), forecaster)
+
+
+def test_offload_is_for_gpus_unless_it_is_pinned() -> None:
+    on_cpu = job(8)
+    on_cpu = replace(on_cpu, hardware=replace(on_cpu.hardware, kind=DeviceKind.CPU))
+    assert not any(item.offloads for item in arrangements(on_cpu, alone())[0])
+    pinned = replace(on_cpu, planner=PlannerSpec(pin=PinSpec(offload_parameters=True)))
+    (only,), _ = arrangements(pinned, alone())
+    assert only.words() == "ZeRO stage 3, optimizer states and parameters offloaded"
+    with pytest.raises(ConfigError, match=r"offload_optimizer=true is nothing that 8 devices can do"):
+        arrangements(job(8, PinSpec(zero_stage=1, offload_optimizer=True)), alone())
+    adagrad = replace(alone(), optimizer=Optimizer("paged_adamw_8bit"))
+    _, refused = arrangements(job(8, PinSpec(offload_optimizer=True)), adagrad)
+    assert len(refused) == 3 and all("CPU Adam in the place" in reason for reason in refused.values())
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.thorough)], ids=["all", "optimizer"])
+def test_what_is_offloaded_is_on_the_host(stage: int) -> None:
+    """DeepSpeed's own code, for a GPU: of every parameter 4 bytes of master weight, 8 of states, 4 of gradient."""
+    elements = 6_450_432  # of the architecture, counted by transformers
+    pin = PinSpec(zero_stage=stage, offload_optimizer=True, offload_parameters=stage == 3)
+    spec = replace(job(8, pin), training=TrainingSpec(global_batch_size=16, precision=Precision.BF16))
+    (item,), _ = arrangements(spec, replace(alone(), precision=Precision.BF16))
+    plan = item.applied_to(replace(alone(), precision=Precision.BF16), spec)
+    with Tracer(("deepspeed",)) as tracer:
+        estimate = Forecaster(spec, tracer, TraceCache(None)).estimate(plan)
+    assert estimate.resident_bytes[Category.OPTIMIZER_STATE] == 0
+    assert estimate.host is not None
+    updating = next(peak for peak in estimate.host.phases if peak.phase is Phase.OPTIMIZER_STEP)
+    part = elements / 8
+    assert updating.by_category_bytes[Category.OPTIMIZER_STATE] == pytest.approx(12 * part, rel=0.01)
+    assert updating.by_category_bytes[Category.GRADIENTS] >= 4 * part
+    kept = updating.by_category_bytes[Category.PARAMETERS]
+    assert kept == pytest.approx(2 * part, rel=0.05) if stage == 3 else kept == 0
+    # what is pinned has powers of two: of stage 3 the gradients of all micro batches
+    assert estimate.host.pinned_bytes >= 2 * part
 
 
 def test_a_pinned_stage_that_no_engine_has_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What several devices exchange per optimizer step, and how long it takes over the links of the hardware.
+"""What several devices exchange per step, with each other and with the host, and how long that takes over their links.
 
 Bytes are those of the algorithms that the engines run. A ring moves (n - 1)/n of a tensor per device to gather or to
 reduce-scatter it, and twice that to all-reduce it (Patarasuk and Yuan, 2009). What an engine sends while it computes is
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launcher.hardware import HardwareSpec
-from launcher.job import Engine
+from launcher.job import Engine, Precision
 from launcher.plan import Plan
 from launcher.step_time import StepTime
 
@@ -19,6 +19,11 @@ BACKWARD_SHARE = 2 / 3
 LINK_EFFICIENCY = 0.8
 """Share of a link's rate that collectives of large tensors reach: NCCL's bus bandwidth of all-reduce on eight A100 or
 H100 is about 230 of 300 and 360 to 370 of 450 GB/s (NVIDIA nccl-tests, README and published logs, read 2026-11)."""
+
+
+HOST_ADAM_SECONDS = 2.6e-10
+"""Time per parameter of DeepSpeed's CPU Adam on a whole node: 10 billion in 2.57 s on the host of a DGX-2 (Ren et al.,
+ZeRO-Offload, 2021, arXiv 2101.06840, table 4). Another host differs."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,37 @@ def communication_seconds(
     return sent.exposed_bytes / rate + max(0.0, sent.hidden_bytes / rate - window)
 
 
+def offload_seconds(
+    plan: Plan, hardware: HardwareSpec, trained_bytes: int, weight_bytes: int, computing_seconds: float
+) -> float:
+    """What offload adds to a step: the link to the host, and the update there.
+
+    Gradients of a rank's part are kept on the host in every micro batch, fetched to be added to, and sent once more in
+    fp32; updated weights come back (deepspeed 0.19.8, `async_accumulate_grad_in_cpu_via_gpu` and
+    `async_inplace_copy_grad_to_fp32_buffer_from_gpu` of stage 2, `partition_grads` of stage 3). Offloaded parameters
+    come for the forward and for the backward pass, ahead of their use, and are hidden as far as the device computes.
+
+    Args:
+        plan: The plan.
+        hardware: Its link to the host; one of unknown rate adds nothing.
+        trained_bytes: Gradients of all trained weights, as they are exchanged.
+        weight_bytes: All weights, as they are held for computing.
+        computing_seconds: How long the device computes.
+    """
+    if not plan.uses_offload:
+        return 0.0
+    part, passes = trained_bytes / plan.world_size, plan.gradient_accumulation_steps
+    elements = part / (4 if plan.precision is Precision.FP32 else 2)
+    fetches = passes if plan.zero_stage == 3 else passes - 1
+    kept = passes if plan.zero_stage == 3 or passes > 1 else 0
+    returned = 0.0 if plan.offload_parameters else part
+    moved = part * (kept + fetches) + 4 * elements + returned
+    fetched = 2 * passes * weight_bytes / plan.world_size if plan.offload_parameters else 0.0
+    update = HOST_ADAM_SECONDS * elements * plan.num_devices  # the ranks of a node share its processors
+    rate = LINK_EFFICIENCY * hardware.host_link_bytes_per_second
+    return update + (moved / rate + max(0.0, fetched / rate - computing_seconds) if rate else 0.0)
+
+
 def link_bytes_per_second(hardware: HardwareSpec, *, across_nodes: bool) -> float:
     """Rate of the slowest link that a ring passes, one direction; 0 where no link is known."""
     within = hardware.device_link_bytes_per_second / 2 or hardware.host_link_bytes_per_second
@@ -88,7 +124,12 @@ def link_bytes_per_second(hardware: HardwareSpec, *, across_nodes: bool) -> floa
 
 
 def with_communication(
-    step: StepTime, plan: Plan, hardware: HardwareSpec, held_weight_bytes: int, trained_bytes: int
+    step: StepTime,
+    plan: Plan,
+    hardware: HardwareSpec,
+    held_weight_bytes: int,
+    trained_bytes: int,
+    all_weight_bytes: int = 0,
 ) -> StepTime:
     """A step with what its plan's devices exchange.
 
@@ -98,10 +139,12 @@ def with_communication(
         hardware: Its links; a link of unknown rate adds nothing.
         held_weight_bytes: Weights that a device holds: at stage 3 its share of them.
         trained_bytes: Gradients of all that is trained, as they are exchanged.
+        all_weight_bytes: All weights; 0: nobody knows, and they are as many shares as there are devices.
     """
     if plan.world_size == 1:
         return step
     devices = plan.num_devices if plan.shard_within_node else plan.world_size
-    weights = held_weight_bytes * (devices if plan.zero_stage == 3 else 1)
+    weights = all_weight_bytes or held_weight_bytes * (devices if plan.zero_stage == 3 else 1)
     seconds = communication_seconds(plan, hardware, traffic(plan, trained_bytes, weights), step.seconds)
+    seconds += offload_seconds(plan, hardware, trained_bytes, weights, step.seconds)
     return replace(step, communication_seconds=seconds)

@@ -235,7 +235,8 @@ class Forecaster:
         batch, length = plan.micro_batch_size, plan.max_length
         step = self._speeds[key].step(batch, length, plan.gradient_accumulation_steps)
         held = skyline.resident_bytes(batch, length)[Category.PARAMETERS]
-        return with_communication(step, plan, self._job.hardware, held, gradient_bytes(plan, question.facts))
+        gradients, weights = gradient_bytes(plan, question.facts), question.facts.weight_bytes
+        return with_communication(step, plan, self._job.hardware, held, gradients, weights)
 
     def stream(self, plan: Plan) -> Stream:
         """Every allocation and release of a plan at its true shape.
