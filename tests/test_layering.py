@@ -103,6 +103,7 @@ DOORS: dict[str, set[str]] = {
         "planner.checkpoint",
         "planner.cuda_twin",
         "planner.fake_deepspeed",
+        "planner.fake_offload",
         "planner.fake_world",
         "planner.replica",
         "planner.generation",
