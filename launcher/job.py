@@ -242,11 +242,11 @@ class PinSpec:
     zero_stage: Annotated[int, Ge(0), Le(3)] | None = None
     """What is sharded over the devices: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool | None = None
-    """Whether optimizer states live off the device, on `offload_device`."""
+    """Whether optimizer states live in host memory: DeepSpeed, ZeRO stage 2 or 3."""
     offload_parameters: bool | None = None
-    """Whether parameters live off the device, on `offload_device`; ZeRO stage 3 and FSDP2 only."""
+    """Whether parameters live there too: ZeRO stage 3, together with optimizer states."""
     offload_device: OffloadDevice | None = None
-    """`cpu` (host memory) or `nvme` (DeepSpeed, a file system at `hardware.nvme_path`)."""
+    """`cpu` (host memory); `nvme` is refused, because nothing predicts what it takes."""
     shard_within_node: bool | None = None
     """FSDP2: shard over the devices of a node and repeat over nodes, in place of sharding over all."""
     reduce_bucket_elements: Annotated[int, Ge(1)] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,18 +19,21 @@ from launcher.job import (
     JobSpec,
     Method,
     ModelSpec,
+    Objective,
     Optimizer,
     PinSpec,
     PlannerSpec,
     Precision,
     TrainingSpec,
 )
-from launcher.memory import Category, MemoryEstimate, Phase
-from launcher.plan import Plan
+from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
+from launcher.plan import Plan, Rejection
 from launcher.planner.arrangements import arrangements
 from launcher.planner.depth import assemble, plan_depths
 from launcher.planner.forecast import Forecaster, subject_of
+from launcher.planner.objective import Price, Ranking
 from launcher.planner.polynomial import TracedShape
+from launcher.planner.reasons import taken
 from launcher.planner.replica import Layers, at_full_depth
 from launcher.planner.search import search
 from launcher.planner.skyline import Domain
@@ -216,6 +220,28 @@ def test_what_no_engine_can_carry_out_says_why(forecaster: Forecaster) -> None:
     )
     with pytest.raises(ConfigError, match="adapters under ZeRO stage 3 need reentrant"):
         search(job(8, pins), forecaster)
+
+
+def test_the_reason_says_what_those_that_shard_less_lack() -> None:
+    def rejected(stage: int, short_by_bytes: int, **changes: Any) -> Rejection:
+        engine = Engine.DEEPSPEED if stage else Engine.DDP
+        return Rejection(replace(full(engine, stage), **changes), "too large", short_by_bytes, 1)
+
+    peak = PhasePeak(Phase.TRAIN_STEP, 1 << 30, {Category.PARAMETERS: 1 << 30})
+    best = Price(full(Engine.DEEPSPEED, 2), MemoryEstimate((peak,), {}, 0), None)
+    others = [
+        rejected(0, 3 << 30),
+        rejected(0, 2 << 30, micro_batch_size=2),
+        rejected(1, 1 << 30),
+        rejected(0, 1 << 20, activation_checkpointing=Checkpointing.FULL),
+        rejected(3, 1 << 20),
+    ]
+    ranking = Ranking(Objective.SPEED, knows_speed=False)
+    words = taken(job(8), best, ranking, 2 << 30, 0, 0, others)
+    assert (
+        "DDP is short by 2.00 GiB or more; ZeRO stage 1 is short by 1.00 GiB or more; 1.00 GiB remain"
+        in words
+    )
 
 
 def test_offload_is_for_gpus_unless_it_is_pinned() -> None:

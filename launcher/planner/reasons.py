@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from launcher.job import Checkpointing, JobSpec
 from launcher.memory import MemoryEstimate, Phase
@@ -127,7 +127,15 @@ def _rule(plan: Plan, best: Plan) -> str:
     return f"micro batch {plan.micro_batch_size} while micro batch {best.micro_batch_size} fits"
 
 
-def taken(job: JobSpec, best: Price, ranking: Ranking, budget_bytes: int, position: int, left: int) -> str:
+def taken(
+    job: JobSpec,
+    best: Price,
+    ranking: Ranking,
+    budget_bytes: int,
+    position: int,
+    left: int,
+    rejected: Sequence[Rejection] = (),
+) -> str:
     """Why a plan was taken.
 
     Args:
@@ -137,6 +145,7 @@ def taken(job: JobSpec, best: Price, ranking: Ranking, budget_bytes: int, positi
         budget_bytes: What it may take of the device.
         position: Of its combination among the wanted ones.
         left: Combinations that are wanted less.
+        rejected: The other plans.
     """
     pin, plan = job.planner.pin, best.plan
     words = [
@@ -158,10 +167,32 @@ def taken(job: JobSpec, best: Price, ranking: Ranking, budget_bytes: int, positi
             words.append(f"no plan that fits is more than {SAME:.0%} faster")
         else:
             words.append(f"{size} is pinned" if pinned else f"{size} is the largest that fits")
+    words += _shortfalls(plan, rejected)
     words.append(f"{format_bytes(budget_bytes - best.estimate.peak_device_bytes)} remain above the headroom")
     if left:
         words.append(f"{left} less wanted combinations were not priced")
     return "; ".join(words)
+
+
+def _shortfalls(plan: Plan, rejected: Sequence[Rejection]) -> list[str]:
+    """By how much arrangements that shard less are short at least, with the same recomputation."""
+    short: dict[str, int] = {}
+    for item in rejected:
+        is_alike = item.plan.activation_checkpointing is plan.activation_checkpointing
+        is_same_job = (item.plan.method, item.plan.max_length, item.plan.rank) == (
+            plan.method,
+            plan.max_length,
+            plan.rank,
+        )
+        if item.short_by_bytes > 0 and is_alike and is_same_job and _shards_less(item.plan, plan):
+            name = arrangement_words(item.plan)
+            short[name] = min(short.get(name, item.short_by_bytes), item.short_by_bytes)
+    return [f"{name} is short by {format_bytes(num_bytes)} or more" for name, num_bytes in short.items()]
+
+
+def _shards_less(other: Plan, plan: Plan) -> bool:
+    mine = plan.uses_offload, plan.zero_stage, plan.offload_parameters
+    return (other.uses_offload, other.zero_stage, other.offload_parameters) < mine
 
 
 def none_fits(nearest: Rejection, considered: int, capacity_bytes: int, headroom_bytes: int) -> str:

@@ -88,7 +88,8 @@ class _Search:
             best, second = self._best_arranged(semantic)
             if best is not None:
                 left = len(semantics) - position - 1
-                reason = reasons.taken(self._job, best, self._ranking, self._budget, position, left)
+                known = self._job, best, self._ranking, self._budget, position, left
+                reason = reasons.taken(*known, self._rejected)
                 return self._choice(best, second, reason)
         self._settle_nearest()
         found = nearest(self._rejected)
