@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher.job import AdapterDtype, Engine, JobSpec, Method, Precision
 from launcher.memory import Category
 from launcher.plan import Plan
@@ -48,3 +50,8 @@ def gradient_bytes(plan: Plan, facts: SubjectFacts) -> int:
     if plan.engine is Engine.DEEPSPEED and plan.precision is not Precision.FP32:
         return 2 * facts.trained_elements
     return facts.trained_bytes
+
+
+def differs_in_engine(known: Plan, replicated: Plan) -> bool:
+    """Whether a plan is the same job under DDP."""
+    return known.engine is Engine.DDP and replace(known, buckets=None) == replace(replicated, buckets=None)

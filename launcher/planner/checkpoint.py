@@ -121,8 +121,9 @@ class FakeFiles:
     def save_safetensors(
         self, tensors: Mapping[str, torch.Tensor], filename: Any, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """`safetensors.torch.save_file`: on a GPU all tensors of a file are in host memory at once."""
-        copies = [torch.empty_like(tensor, device=OFF_DEVICE) for tensor in tensors.values() if self.on_gpu]
+        """`safetensors.torch.save_file`: all tensors of a file on a GPU are in host memory at once."""
+        on_device = [item for item in tensors.values() if item.device.type != OFF_DEVICE.type and self.on_gpu]
+        copies = [torch.empty_like(tensor, device=OFF_DEVICE) for tensor in on_device]
         self.mark(copies, Category.PARAMETERS)
         self.contents[str(filename)] = {name: describe(tensor) for name, tensor in tensors.items()}
         self.metadata[str(filename)] = metadata

@@ -12,7 +12,9 @@ from functools import wraps
 from typing import Any
 
 import deepspeed
+import deepspeed.checkpoint.utils as checkpoint_utils
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import (
     parameter_offload,
     partition_parameters,
@@ -23,9 +25,16 @@ from deepspeed.runtime.zero import (
 )
 from transformers.integrations.deepspeed import deepspeed_config as deepspeed_settings
 
+from launcher.planner.replaced import replaced
+from launcher.planner.tape import OFF_DEVICE
 
-def answer() -> None:
-    """No overflow, a valid norm, and the same answer from every rank (deepspeed 0.19.8, runtime/zero)."""
+
+def answer(*, on_gpu: bool) -> None:
+    """No overflow, a valid norm, and the same answer from every rank (deepspeed 0.19.8, runtime/zero).
+
+    Args:
+        on_gpu: Whether the job runs on a GPU; then what is saved goes to host memory first, which is another one.
+    """
     # takes the process group that is there
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     for module, optimizer in (
@@ -41,10 +50,25 @@ def answer() -> None:
     flat.copy_grads_in_partition = lambda self, param, group_idx=None: _point_into_part(self, param)
     stage_1_and_2.torch = _TorchWithoutShapesOnly()
     flat.get_grad_norm_direct = _norm_of_one_gradient
+    if on_gpu:
+        checkpoint_utils.clone_tensors_for_torch_save.__defaults__ = (OFF_DEVICE,)
+        whole = DeepSpeedEngine._zero3_consolidated_16bit_state_dict
+        DeepSpeedEngine._zero3_consolidated_16bit_state_dict = _moving_to_host(whole)
     for module in (utils, partitioned_param_coordinator, partition_parameters, parameter_offload, stage3):
         _replace(module, "assert_ints_same_as_other_ranks", lambda *values: None)
         _replace(module, "assert_lst_len_same_as_other_ranks", lambda *values: None)
         _replace(module, "get_lst_from_rank0", lambda values: values)
+
+
+def _moving_to_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """While it runs, `.cpu()` leaves the device: ZeRO 3 moves each weight as soon as it is gathered."""
+
+    @wraps(function)
+    def moving(*args: Any, **kwargs: Any) -> Any:
+        with replaced(torch.Tensor, "cpu", lambda tensor: tensor.to(OFF_DEVICE)):
+            return function(*args, **kwargs)
+
+    return moving
 
 
 class _TorchWithoutShapesOnly:

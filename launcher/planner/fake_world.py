@@ -63,9 +63,9 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: 
     )
     distributed.init_process_group("fake", rank=rank, world_size=plan.world_size, store=FakeStore())
     if plan.engine is Engine.DEEPSPEED:
-        importlib.import_module("launcher.planner.fake_deepspeed").answer()
+        on_gpu = job.hardware.kind is not DeviceKind.CPU
+        importlib.import_module("launcher.planner.fake_deepspeed").answer(on_gpu=on_gpu)
         if plan.uses_offload:
-            on_gpu = job.hardware.kind is not DeviceKind.CPU
             importlib.import_module("launcher.planner.fake_offload").offload(tape, on_gpu=on_gpu)
     elif plan.engine is Engine.FSDP2:
         FakeTensor.data_ptr = _stand_in_address  # type: ignore[method-assign, assignment]  # accelerate knows weights by it

@@ -25,6 +25,7 @@ from launcher.plan import Plan
 from launcher.planner.bounds import (
     RECOMPUTED,
     computes_alike,
+    differs_in_engine,
     gradient_bytes,
     sharded_categories,
     static_floor_bytes,
@@ -149,11 +150,9 @@ class Forecaster:
                 alike = replace(known, activation_checkpointing=mode)
                 if self.is_prepared(alike):
                     bounds.append(self._bound_from(alike, plan, question.facts))
-        replicated = replace(plan, engine=Engine.DDP, zero_stage=0, **NO_OFFLOAD)
-        same = [
-            known for known, exact in self._questions if not exact and _apart_from_engine(known, replicated)
-        ]
-        if plan.zero_stage and computes_alike(self._job, plan):
+        if plan.zero_stage and plan.world_size > 1 and computes_alike(self._job, plan):
+            like = replace(plan, engine=Engine.DDP, zero_stage=0, **NO_OFFLOAD)
+            same = [known for known, exact in self._questions if not exact and differs_in_engine(known, like)]
             bounds += [self._floor(known, sharded_categories(plan), only_steps=True) for known in same]
         return max(bounds)
 
@@ -171,7 +170,8 @@ class Forecaster:
         estimate = self.estimate(known)
         bound = estimate.peak_device_bytes
         if known.activation_checkpointing is not plan.activation_checkpointing:
-            bound = self._floor(known, RECOMPUTED, only_steps=False)
+            # what ZeRO 3 has gathered when a phase begins hangs on the step before
+            bound = self._floor(known, RECOMPUTED, only_steps=plan.zero_stage == 3)
         if known.gradient_accumulation_steps != plan.gradient_accumulation_steps:
             # under an engine the gradients that are held at the step are a part of those that were accumulated
             bound -= max(estimate.resident_bytes[Category.GRADIENTS], gradient_bytes(plan, facts))
@@ -352,11 +352,6 @@ def alone(plan: Plan) -> Plan:
     return replace(
         plan, engine=Engine.NONE, num_devices=1, num_nodes=1, zero_stage=0, **NO_OFFLOAD, buckets=None
     )
-
-
-def _apart_from_engine(known: Plan, replicated: Plan) -> bool:
-    """Whether a plan is the same job under DDP."""
-    return known.engine is Engine.DDP and replace(known, buckets=None) == replace(replicated, buckets=None)
 
 
 def _check_against(skyline: Skyline, stream: Stream, question: _Question) -> None:
