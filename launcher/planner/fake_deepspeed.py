@@ -51,6 +51,7 @@ def answer(*, on_gpu: bool) -> None:
     stage_1_and_2.torch = _TorchWithoutShapesOnly()
     flat.get_grad_norm_direct = _norm_of_one_gradient
     if on_gpu:
+        utils.torch = _TorchWithHost()
         checkpoint_utils.clone_tensors_for_torch_save.__defaults__ = (OFF_DEVICE,)
         whole = DeepSpeedEngine._zero3_consolidated_16bit_state_dict
         DeepSpeedEngine._zero3_consolidated_16bit_state_dict = _moving_to_host(whole)
@@ -69,6 +70,18 @@ def _moving_to_host(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return moving
+
+
+class _TorchWithHost:
+    """torch as `defragment` sees it: ZeRO 3 lays its partitions side by side in host memory, and takes them back."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *sizes: Any, device: Any, **options: Any) -> torch.Tensor:
+        """As torch's; what it calls `cpu` is the host."""
+        is_host = isinstance(device, str) and device == "cpu"
+        return torch.empty(*sizes, device=OFF_DEVICE if is_host else device, **options)
 
 
 class _TorchWithoutShapesOnly:
