@@ -92,8 +92,8 @@ def trace_here() -> list[float]:
 
     hide_libraries(OPTIONAL_LIBRARIES)
     from launcher.planner import trace  # noqa: PLC0415
-    from launcher.planner.forecast import subject_of  # noqa: PLC0415
     from launcher.planner.space import semantic_plans  # noqa: PLC0415
+    from launcher.planner.subject import subject_of  # noqa: PLC0415
 
     values = []
     skyline = None

@@ -30,7 +30,7 @@ from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan, Rejection
 from launcher.planner.arrangements import arrangements
 from launcher.planner.depth import assemble, plan_depths
-from launcher.planner.forecast import Forecaster, subject_of
+from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import Price, Ranking
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.reasons import taken
@@ -39,6 +39,7 @@ from launcher.planner.search import search
 from launcher.planner.skyline import Domain
 from launcher.planner.stream import phase_peaks
 from launcher.planner.stream_depth import extend_stream
+from launcher.planner.subject import subject_of
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planner.worlds import TRACED_RANKS, part_share, traced_world

@@ -30,9 +30,9 @@ from launcher.memory import Category, Phase
 from launcher.plan import Plan
 from launcher.planner import trace_cache
 from launcher.planner.depth import DepthPlan
-from launcher.planner.forecast import subject_of
 from launcher.planner.regimes import Lines
 from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
+from launcher.planner.subject import subject_of
 from launcher.planner.trace_cache import LIBRARIES, WORKLOAD, TraceCache, library_versions, source_digest
 from launcher.planner.tracer import SubjectFacts
 

@@ -9,16 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.errors import UnsupportedByPlanner
-from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.hardware import DeviceKind
 from launcher.job import (
     Checkpointing,
-    DataSpec,
     Engine,
-    EvaluationSpec,
     JobSpec,
-    MethodSpec,
-    ModelSpec,
-    TrainingSpec,
 )
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
@@ -40,16 +35,12 @@ from launcher.planner.skyline import Domain, Profile, Skyline
 from launcher.planner.speed import SpeedModel
 from launcher.planner.stream import Stream, phase_peaks, with_waiting_inputs
 from launcher.planner.stream_depth import extend_stream
+from launcher.planner.subject import NO_OFFLOAD, alone, subject_of
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Subject, SubjectFacts, Tracer
 from launcher.rates import Rates
 from launcher.step_time import StepTime
 
-NO_OFFLOAD: Mapping[str, Any] = {
-    "offload_optimizer": False,
-    "offload_parameters": False,
-    "shard_within_node": False,
-}
 PEAK_TOLERANCE = 1e-3
 """Share by which the peaks of a stream and of the skyline from the same traces may differ."""
 
@@ -347,13 +338,6 @@ class Forecaster:
         return facts
 
 
-def alone(plan: Plan) -> Plan:
-    """The plan on one device, without an engine."""
-    return replace(
-        plan, engine=Engine.NONE, num_devices=1, num_nodes=1, zero_stage=0, **NO_OFFLOAD, buckets=None
-    )
-
-
 def _check_against(skyline: Skyline, stream: Stream, question: _Question) -> None:
     """Raises DepthMismatch when a stream and a skyline that come from the same traces have different peaks."""
     batch, length = question.shape.batch, question.shape.length
@@ -364,49 +348,3 @@ def _check_against(skyline: Skyline, stream: Stream, question: _Question) -> Non
         apart = abs(peak.allocated_bytes - wanted[peak.phase])
         if apart > PEAK_TOLERANCE * wanted[peak.phase]:
             raise DepthMismatch(f"{peak.phase.value}: {peak.allocated_bytes} bytes, not {wanted[peak.phase]}")
-
-
-def subject_of(job: JobSpec, plan: Plan) -> Subject:
-    """Reduces job and plan to what a trace depends on; everything else takes its default."""
-    defaults = MethodSpec()
-    reduced = JobSpec(
-        model=ModelSpec(
-            architecture=job.model.architecture,
-            trust_remote_code=job.model.trust_remote_code,
-            task=job.model.task,
-            num_labels=job.model.num_labels,
-            freeze_vision=job.model.freeze_vision,
-        ),
-        method=replace(job.method, name=defaults.name, rank=defaults.rank, alpha=defaults.alpha),
-        data=DataSpec(packing=job.data.packing, images_per_example=job.data.images_per_example),
-        training=TrainingSpec(
-            max_grad_norm=1.0 if job.training.max_grad_norm > 0 else 0.0,
-            weight_decay=job.training.weight_decay,
-            optimizer_rank=job.training.optimizer_rank,
-            optimizer_target_modules=job.training.optimizer_target_modules,
-            save_steps=None if job.training.save_steps is None else 1,
-        ),
-        evaluation=_reduced(job.evaluation),
-        generation=job.generation,
-        hardware=HardwareSpec(),
-    )
-    shapeless = replace(plan, micro_batch_size=1, gradient_accumulation_steps=1, max_length=8)
-    facts = job.hardware
-    hardware = HardwareSpec(
-        kind=facts.kind,
-        supports_flash_attention=facts.supports_flash_attention,
-        compute_capability=facts.compute_capability if facts.prefers_cudnn_attention else "",
-    )
-    return Subject(reduced, shapeless, hardware)
-
-
-def _reduced(evaluation: EvaluationSpec) -> EvaluationSpec:
-    kept = EvaluationSpec(enabled=evaluation.enabled, batch_size=evaluation.batch_size)
-    if not evaluation.enabled or not evaluation.keep_logits:
-        return kept
-    return replace(
-        kept,
-        keep_logits=True,
-        num_examples=evaluation.num_examples,
-        accumulation_steps=evaluation.accumulation_steps,
-    )
