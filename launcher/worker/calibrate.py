@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ SECONDS_PER_MEASURE = 0.08
 """Time after which a measure stops; each has at least three calls."""
 SIDES = (512, 2048)
 THIN = 16
+COLD_BYTES = 1 << 27
+"""Second operands are taken in turn from so many bytes, more than caches hold: a pass over the layers uses each weight
+once, and finds it in memory, not in a cache."""
+MOST_COPIES = 64
 TOKENS_ON_CPU = (64, 512)
 TOKENS_ON_GPU = (256, 2048, 8192)
 PASS_BYTES_ON_CPU = (1 << 16, 1 << 20, 1 << 23, 1 << 25, 1 << 27)
@@ -111,8 +116,10 @@ def measure_matrices(bench: Bench, dtype: torch.dtype, name: str) -> Iterator[Ma
     """Products of every shape and layout."""
     for rows, inner, columns, layout in shapes(TOKENS_ON_GPU if bench.on_gpu else TOKENS_ON_CPU):
         left = _operand(bench, dtype, rows, inner, layout[0])
-        right = _operand(bench, dtype, inner, columns, layout[1])
-        seconds = bench.seconds(lambda left=left, right=right: torch.mm(left, right))  # type: ignore[misc]
+        num_bytes = inner * columns * dtype.itemsize
+        copies = max(1, min(MOST_COPIES, COLD_BYTES // num_bytes))
+        rights = cycle([_operand(bench, dtype, inner, columns, layout[1]) for _ in range(copies)])
+        seconds = bench.seconds(lambda left=left, rights=rights: torch.mm(left, next(rights)))  # type: ignore[misc]
         yield MatrixRate(name, rows, inner, columns, layout, 2.0 * rows * inner * columns / seconds)
 
 
