@@ -349,7 +349,7 @@ def test_open_keys_exist() -> None:
 def test_no_group_file_has_a_key_of_its_own() -> None:
     """`load_job` refuses unknown keys of files as of command lines; conf/config.yaml names every group."""
     named = (config_root() / "conf" / "config.yaml").read_text(encoding="utf-8")
-    assert len(groups()) == 10
+    assert len(groups()) == 11
     for group in groups():
         assert f"- {'recipes' if group == 'recipe' else group}: " in named
 
