@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,6 +84,8 @@ PEER_SPELLINGS: Mapping[str, str] = {
 """How other launchers spell our keys (LLaMA-Factory, Axolotl, TRL, torchtune, ms-swift, Unsloth; read 2026-11)."""
 
 HINT = "`launch --help` lists the groups; launcher/job.py explains every key"
+LARGEST = 2**63 - 1
+"""The largest number that torch, JSON readers and file systems take."""
 OPEN_KEYS = ("model.architecture", "hardware.sources", "planner.prices")
 """Mappings whose keys are not ours."""
 
@@ -147,7 +150,20 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
         composed = _compose(overrides)
     except ConfigError as failure:
         raise _all_of([*mistakes, failure.message], failure.hint) from failure
-    mistakes += _unknown_keys(composed, JobSpec, "")
+    return job_of(composed, mistakes)
+
+
+def job_of(composed: Mapping[str, Any], found: Sequence[str] = ()) -> JobSpec:
+    """The job that a composed configuration describes.
+
+    Args:
+        composed: Values by key, as Hydra leaves them.
+        found: Mistakes that are known already.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    mistakes = [*found, *_unknown_keys(composed, JobSpec, ""), *_unusable(composed, "")]
     try:
         job = TypeAdapter(JobSpec).validate_python(composed)
     except ValidationError as failure:
@@ -316,6 +332,22 @@ def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterato
         nested = _dataclass_of(hints[name])
         if nested is not None and isinstance(value, Mapping):
             yield from _unknown_keys(value, nested, f"{prefix}{name}.")
+
+
+def _unusable(value: object, key: str) -> Iterator[str]:
+    """Numbers that nothing can be computed with, and texts that no file can have as its name."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _unusable(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _unusable(item, f"{key}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"`{key}={value}`: must be a finite number"
+    elif isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        yield f"`{key}={str(value)[:20]}..`: beyond {LARGEST}, the largest 64-bit number"
+    elif isinstance(value, str) and "\0" in value:
+        yield f"`{key}={value!r}`: holds a NUL character"
 
 
 def _explain(error: Mapping[str, Any]) -> str:

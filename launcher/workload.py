@@ -46,6 +46,7 @@ from launcher.job import (
     Quantization,
     Task,
 )
+from launcher.loading import require_loaded
 from launcher.optimizers import low_rank_arguments
 from launcher.plan import Plan
 from launcher.trainers import RowPreparation, require_liger_loss, token_accuracy, trainer_class
@@ -111,7 +112,8 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec) -> nn.Module:
     """Builds the model: with the weights of a folder or hub id, or (empty) with its shapes only.
 
-    Without weights the tensors are on the current default device, and not quantised yet.
+    Without weights the tensors are on the current default device, and not quantised yet. Weights are read from
+    safetensors files only: a pickle may run what is in it.
     """
     options: dict[str, Any] = {
         "dtype": weight_dtype(plan.precision),
@@ -129,7 +131,9 @@ def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec
         if plan.engine is not Engine.DEEPSPEED or plan.zero_stage < 3:  # transformers refuses both together
             device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
             options["device_map"] = {"": device}
-    model = auto_class.from_pretrained(weights, config=config, revision=job.model.revision, **options)
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, loaded = auto_class.from_pretrained(weights, config=config, revision=job.model.revision, **options)
+    require_loaded(model, loaded, weights, job.model.task)  # in place of transformers' own objection to sizes
     return model
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from launcher.errors import ConfigError, DataError
 from launcher.job import DataFormat, DataSpec, EvaluationSpec
 from launcher.worker.data import ROWS_PER_CHUNK, load_examples, require_chat_template, split_examples
+from launcher.worker.source_rows import LONGEST_ROW_BYTES
 
 Row = dict[str, Any]
 
@@ -337,6 +339,9 @@ def test_an_ambiguous_row_is_read_as_the_job_says(tmp_path: Path) -> None:
         (b'{"text": "a"}\n' + b"1" * 5_000, "line 2: unreadable JSON"),
         (b'{"text": "a"}\n"text"\n', "row 2 (line 2): expected an object, found text"),
         (b"[null]", "row 1: expected an object, found null"),
+        (b'{"text": "a"}\n{"text": "b\x00"}\n', "line 2: a NUL byte"),
+        (b'{"text": "a"}\n' + bytes(300), "line 2: a NUL byte"),
+        (b'[{"text": "a"},\n{"text": \x00}]', "line 2: a NUL byte"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(content: bytes, said: str, tmp_path: Path) -> None:
@@ -346,6 +351,26 @@ def test_a_malformed_file_is_named_with_its_line(content: bytes, said: str, tmp_
         load(file, DataFormat.TEXT)
     assert str(file) in failed.value.message
     assert said in failed.value.message
+
+
+@pytest.mark.parametrize("opening", [b"", b"["], ids=["lines", "array"])
+def test_a_line_of_200_megabytes_is_refused_by_its_number(opening: bytes, tmp_path: Path) -> None:
+    """Of a file of lines no more is read than an example may have."""
+    file = tmp_path / "rows.json"
+    with file.open("wb") as stream:
+        stream.write(opening + b'{"text": "a"}' + (b"," if opening else b"") + b'\n{"text": "')
+        for _ in range(200):
+            stream.write(b"x" * 1_000_000)
+        stream.write(b'"}\n' + (b"]" if opening else b""))
+    tracemalloc.start()
+    with pytest.raises(DataError) as failed:
+        load(file, DataFormat.TEXT)
+    highest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    where = "row 2: `text` has 200000000 characters" if opening else "line 2: longer than 64.00 MiB"
+    assert f"{file}, {where}" in failed.value.message
+    assert "cut long texts into several examples" in failed.value.hint
+    assert opening or highest < 3 * LONGEST_ROW_BYTES
 
 
 def test_paths_that_lead_nowhere_are_data_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

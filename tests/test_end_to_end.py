@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,6 +251,17 @@ def test_bad_data_ends_with_its_own_code(job: list[str], tmp_path: Path) -> None
     result = launch([*arguments, f"data.path={broken}"], tmp_path)
     assert result.returncode == 5
     assert "broken.jsonl" in result.stderr and "2" in result.stderr
+
+
+def test_a_damaged_model_ends_before_there_is_anything(job: list[str], tiny: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(tiny, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1_000])
+    result = launch([*job, f"model.path={damaged}", f"run_dir={tmp_path / 'run'}"], tmp_path)
+    assert result.returncode == 5
+    assert "model.safetensors` has" in result.stderr and "it was cut off" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "launcher"
 NOUNS = {
+    "architecture",
     "checkpoints",
     "cluster",
     "cluster_limits",
@@ -124,7 +125,17 @@ DOORS: dict[str, set[str]] = {
 }
 """Library: modules or folders that may import it."""
 DOORS["transformers"] = DOORS["peft"] = DOORS["trl"] = DOORS["datasets"] = DOORS["torch"] | {"planner.depth"}
-WORKLOAD = {"workload", "callbacks", "classification", "engines", "merge", "optimizers", "trainers", "vision"}
+WORKLOAD = {
+    "workload",
+    "callbacks",
+    "classification",
+    "engines",
+    "loading",
+    "merge",
+    "optimizers",
+    "trainers",
+    "vision",
+}
 """What is traced and run."""
 STANDARD_NOUNS = {"errors", "units"}
 MAX_FILE_LINES = 400

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from launcher.engine_limits import engine_limits
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind
 from launcher.job import Engine, JobSpec, OffloadDevice
 from launcher.plan import Buckets, Plan, offload_words
@@ -19,6 +19,9 @@ PERSISTENT_ROWS = 10
 more time than they take room (DeepSpeed's default is 1e5 elements, about 24 rows of 4,096)."""
 LIVE_BUCKETS = 4
 """Gathered parameters that may wait for their next use, in buckets."""
+
+WIDTH, DEPTH = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")
+"""How configs spell width and depth."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,12 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
     Args:
         architecture: The model's config.
         plan: The plan; its method and rank count.
+
+    Raises:
+        UnsupportedByPlanner: When the config tells neither width nor depth under a known name.
     """
     text = architecture.get("text_config") or architecture
-    hidden = int(text["hidden_size"])
+    hidden, num_layers = (_fact(text, *names) for names in (WIDTH, DEPTH))
     inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
     experts = int(text.get("num_local_experts") or text.get("num_experts") or 1)
     expert_inner = int(text.get("moe_intermediate_size") or inner)
@@ -170,7 +176,7 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
     reduced = largest
     if plan.rank:
         # all linear layers of a decoder layer have about seven pairs of adapters
-        trained = 7 * plan.rank * (hidden + inner) * int(text["num_hidden_layers"])
+        trained = 7 * plan.rank * (hidden + inner) * num_layers
         reduced = FUSED_ELEMENTS if trained <= FUSED_ELEMENTS else 7 * plan.rank * (hidden + inner)
     reduced += reduced % 2  # DeepSpeed wants an even number
     return Buckets(
@@ -181,3 +187,13 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
         max_live_elements=LIVE_BUCKETS * largest,
         max_reuse_distance_elements=LIVE_BUCKETS * largest,
     )
+
+
+def _fact(text: Mapping[str, Any], *names: str) -> int:
+    found = next((text[name] for name in names if isinstance(text.get(name), int)), None)
+    if found is None:
+        raise UnsupportedByPlanner(
+            f"the config of {text.get('model_type')} has none of {', '.join(names)}, which the buckets' sizes come from",
+            "one device, where there are no buckets",
+        )
+    return int(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from launcher.errors import ConfigError
@@ -62,10 +63,8 @@ def batch_splits(job: JobSpec) -> tuple[tuple[int, int], ...]:
         )
     splits = tuple(
         (micro, total // micro)
-        for micro in range(1, total + 1)
-        if total % micro == 0
-        and pin.micro_batch_size in (None, micro)
-        and pin.gradient_accumulation_steps in (None, total // micro)
+        for micro in divisors(total)
+        if pin.micro_batch_size in (None, micro) and pin.gradient_accumulation_steps in (None, total // micro)
     )
     if not splits:
         raise ConfigError(
@@ -75,6 +74,12 @@ def batch_splits(job: JobSpec) -> tuple[tuple[int, int], ...]:
             f"the product must be {total}: set training.global_batch_size, or unpin one of the two",
         )
     return splits
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """What divides a number from 1, smallest first."""
+    small = [item for item in range(1, math.isqrt(number) + 1) if number % item == 0]
+    return tuple(dict.fromkeys([*small, *(number // item for item in reversed(small))]))
 
 
 def checkpointing_modes(job: JobSpec) -> tuple[Checkpointing, ...]:

@@ -89,8 +89,11 @@ def require_disk(root: Path, needed_bytes: int) -> None:
     Raises:
         LaunchError: When it has not.
     """
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    try:
+        existing = next(folder for folder in (root, *root.parents) if folder.exists())
+        free_bytes = shutil.disk_usage(existing).free
+    except OSError as failure:  # a name too long, a folder that may not be entered
+        raise LaunchError(f"`{root}` can't be looked for: {failure}", "choose another `run_dir`") from failure
     if free_bytes < needed_bytes:
         raise LaunchError(
             f"`{root}` needs {needed_bytes} bytes ({format_bytes(needed_bytes)}) for checkpoints and models; its file "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from launcher.architecture import architecture_mistakes
 from launcher.errors import ConfigError, DataError
 from launcher.job import ModelSpec, StoredDtype
 from launcher.run.fetch import parse_packaged_path
@@ -31,8 +32,14 @@ def resolve_model(model: ModelSpec, catalogue: Catalogue) -> ModelSpec:
     path = model.path or model.id
     if not path:
         raise ConfigError("`model.path` is empty", "give a hub id, a local folder, or choose `model=<name>`")
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(path).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as failure:  # a name too long, `~name` of nobody
+        raise DataError(
+            f"`model.path={path}` can't be looked for: {failure}", "give a folder or a hub id"
+        ) from failure
+    if is_folder:
         return _described_by(_read_config(folder / "config.json"), _own_facts(model, path))
     if path == model.id or parse_packaged_path(path) is not None:
         return replace(model, path=path)
@@ -57,16 +64,30 @@ def _own_facts(model: ModelSpec, path: str) -> ModelSpec:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        config: Any = json.loads(text)
     except OSError as failure:
         raise DataError(
             f"`{file}` can't be read: {failure}", "`model.path` must hold a config.json, or be a hub id"
         ) from failure
     except ValueError as failure:
         raise DataError(f"`{file}` is not JSON: {failure}") from failure
+    except RecursionError as failure:
+        raise DataError(f"`{file}` is nested too deeply to be read", "fetch the model again") from failure
     if not isinstance(config, dict) or "model_type" not in config:
         raise DataError(f"`{file}` has no `model_type`", "is it the config.json of a transformers model?")
+    if mistakes := architecture_mistakes(config):
+        lines = text.splitlines()
+        said = [f"`{file}`{_line_of(key, lines)}: `{key}` {what}" for key, what in mistakes]
+        raise DataError("\n".join(said), "correct the file, or fetch the model again")
     return config
+
+
+def _line_of(key: str, lines: Sequence[str]) -> str:
+    """Where a key stands in a JSON text, in words; empty where it is not on exactly one line."""
+    name = json.dumps(key.rpartition(".")[2])
+    found = [number for number, line in enumerate(lines, 1) if name in line]
+    return f", line {found[0]}" if len(found) == 1 else ""
 
 
 def _hub_config(hub_id: str, revision: str | None) -> Path:
@@ -74,6 +95,6 @@ def _hub_config(hub_id: str, revision: str | None) -> Path:
         return Path(hf_hub_download(hub_id, "config.json", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as failure:
         raise DataError(
-            f"config.json of `{hub_id}` can't be had: {str(failure).splitlines()[0]}",
+            f"config.json of `{hub_id}` can't be had: {str(failure).partition(chr(10))[0]}",
             "check `model.path` (a folder must exist; a hub id needs the network), or choose `model=<name>`",
         ) from failure

@@ -22,7 +22,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from launcher.errors import DataError
 from launcher.job import DataFormat, DataSpec, EvaluationSpec
 from launcher.worker.python_docs import SourceRow
-from launcher.worker.source_rows import kind_of, read_rows
+from launcher.worker.source_rows import LONGEST_ROW_BYTES, TOO_LONG_HINT, kind_of, read_rows
 
 ROWS_PER_CHUNK: Final = 10_000
 """Rows turned into Arrow at a time: what is held as Python objects when a file has one object a line."""
@@ -334,6 +334,11 @@ def _text(value: object, where: str, field: str) -> str:
         raise DataError(f"{where}: `{field}` is missing")
     if not isinstance(value, str):
         raise DataError(f"{where}: `{field}` must be text, found {kind_of(value)}")
+    if len(value) > LONGEST_ROW_BYTES:
+        raise DataError(
+            f"{where}: `{field}` has {len(value)} characters; legal: up to {LONGEST_ROW_BYTES}",
+            hint=TOO_LONG_HINT,
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from launcher import workload
+from launcher.errors import DataError
 from launcher.hardware import DeviceKind
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
 from launcher.worker.engine import rank
+from launcher.worker.laid_out import check_laid_out, require_known_ids
 from launcher.worker.longest import keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
-from launcher.worker.tasks import examples_of, source_of, tokenizer_of, unreadable_model
-
+from launcher.worker.tasks import UNREADABLE, examples_of, source_of, tokenizer_of, unreadable_model
 
 @dataclass(frozen=True)
 class Ingredients:
@@ -37,8 +39,8 @@ class Ingredients:
     """Changes to the trainer's arguments."""
     output_dir: Path
     """Where checkpoints go."""
-    settle: Callable[[Trainer], None] = lambda trainer: None
-    """Has the last word on the data, when the trainer has laid it out."""
+    settle: Callable[[Trainer], tuple[str, ...]] = lambda trainer: ()
+    """Has the last word on the data, when the trainer has laid it out; what there is to say of it."""
     adapt: Callable[[nn.Module], nn.Module] = lambda model: model
     """Attaches adapters; run under the meter."""
     metrics: Path | None = None
@@ -62,12 +64,19 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     source = source_of(order.weights, order.converted)
     try:
         config = workload.model_config(source, job.model)
-    except (OSError, ValueError) as failure:
+    except UNREADABLE as failure:
         raise unreadable_model(source, failure) from failure
+    require_known_ids(tokenizer, config, source)
     train_rows, eval_rows = examples_of(job, tokenizer)
 
     def load() -> nn.Module:
-        return workload.build_model(config, plan, source, job)
+        try:
+            return workload.build_model(config, plan, source, job)
+        except (*UNREADABLE, SafetensorError) as failure:
+            raise DataError(
+                f"the weights at `{source}` can't be loaded: {failure}",
+                "fetch the model again, or correct its config.json where sizes differ",
+            ) from failure
 
     prompts: tuple[Batch, ...] = ()
     if job.generation.enabled:
@@ -80,6 +89,15 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
             num_rows = workload.evaluation_batch_size(job, plan) * plan.world_size
             eval_rows = most_text(eval_rows, num_rows, num_rows * plan.max_length)
         prompts = tuple(sorted(prompts, key=lambda batch: -batch[0].shape[1])[:1])
+
+    num_given = len(train_rows)
+
+    def settle(trainer: Trainer) -> tuple[str, ...]:
+        if not order.rehearses:
+            return check_laid_out(trainer, job, plan, num_given)
+        keep_longest(trainer, job, plan)
+        return ()
+
     training = job.training
     return Ingredients(
         load=load,
@@ -95,7 +113,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         },
         output_dir=paths.checkpoints,
         adapt=lambda model: workload.attach_adapters(model, job, plan),
-        settle=lambda trainer: keep_longest(trainer, job, plan) if order.rehearses else None,
+        settle=settle,
         metrics=paths.metrics,
         prompts=prompts,
         generations=paths.generations,

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Final
 
@@ -17,12 +18,17 @@ import datasets
 
 from launcher.errors import ConfigError, DataError
 from launcher.job import DataSpec
+from launcher.units import format_bytes
 from launcher.worker.python_docs import PYTHON_DOCS, SourceRow, rows_of_python_docs
 
 BUILTIN_PREFIX: Final = "builtin:"
 FILE_SUFFIXES: Final = (".json", ".jsonl")
 LEGAL_SUFFIXES: Final = " or ".join(FILE_SUFFIXES)
 FILE_HINT: Final = "the file must hold a JSON array, or one JSON object a line"
+LONGEST_ROW_BYTES: Final = 64 << 20
+"""No example is so long: no model has a context of millions of tokens, and a tokenizer takes minutes for it, and many
+times its size in memory."""
+TOO_LONG_HINT: Final = "end each example with a line break, and cut long texts into several examples"
 HUB_ID: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -88,7 +94,7 @@ def _opens_array(stream: IO[bytes]) -> bool:
     """
     start = len(codecs.BOM_UTF8) if stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
     stream.seek(start)
-    opening = next(filter(None, map(bytes.strip, stream)), b"")
+    opening = next(filter(None, map(bytes.strip, iter(lambda: stream.read(1 << 16), b""))), b"")
     stream.seek(start)
     return opening.startswith(b"[")
 
@@ -102,13 +108,25 @@ def _values_of_array(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, objec
 
 def _values_of_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, object]]:
     """Parses one JSON value a line; blank lines are skipped. Lines count from 1."""
-    for line_number, line in enumerate(stream, start=1):
+    read_line = partial(stream.readline, LONGEST_ROW_BYTES + 1)
+    for line_number, line in enumerate(iter(read_line, b""), start=1):
+        if len(line) > LONGEST_ROW_BYTES:
+            raise DataError(
+                f"{file}, line {line_number}: longer than {format_bytes(LONGEST_ROW_BYTES)}",
+                hint=TOO_LONG_HINT,
+            )
         if line.strip():
             yield line_number, _parsed(line.rstrip(), file, first_line=line_number)
 
 
 def _parsed(encoded: bytes, file: Path, first_line: int) -> object:
     """Parses JSON that begins at a line of a file; DataError names the line that is malformed."""
+    if (place := encoded.find(0)) >= 0 and not encoded.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        line = first_line + encoded.count(b"\n", 0, place)
+        raise DataError(
+            f"{file}, line {line}: a NUL byte, which no text has",
+            hint="the file was damaged, say by a full disk or a lost connection, or is UTF-16: make it again, as UTF-8",
+        )
     try:
         parsed: object = json.loads(encoded.decode())
     except UnicodeDecodeError as error:

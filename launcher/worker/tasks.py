@@ -30,6 +30,9 @@ FORMATS = {
 }
 """The one layout of a task; a task that is not here has several, recognised by their keys."""
 
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+"""What transformers was seen to raise on damaged tokenizers, configs and weights; a missing package is none of them."""
+
 
 def source_of(weights: str, converted: str) -> str:
     """Where weights and tokenizer are: a folder or hub id, or what a packaged model is converted to, once.
@@ -54,7 +57,7 @@ def tokenizer_of(job: JobSpec, weights: str, converted: str) -> PreTrainedTokeni
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin = processing_class.from_pretrained(
             source, revision=job.model.revision
         )
-    except (OSError, ValueError) as failure:
+    except UNREADABLE as failure:
         raise unreadable_model(source, failure) from failure
     return tokenizer
 

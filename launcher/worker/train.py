@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import (
     Trainer,
@@ -47,6 +48,7 @@ from launcher.worker.engine import (
     world_size,
 )
 from launcher.worker.ingredients import Ingredients, prepare
+from launcher.worker.laid_out import blamed_template
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
@@ -109,9 +111,13 @@ def train(
         write = _generation_writer(ingredients, report)
         callbacks.append(GenerationCallback(enter, ingredients.prompts, job.generation, write))
     rows = (ingredients.train_dataset, ingredients.eval_dataset)
-    trainer = workload.build_trainer(model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks)
+    try:
+        trainer = workload.build_trainer(model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks)
+    except TemplateError as failure:
+        raise blamed_template(ingredients.tokenizer, ingredients.train_dataset, failure) from failure
     built.append(trainer)
-    ingredients.settle(trainer)
+    for note in ingredients.settle(trainer):
+        report(note)
     prepare_trainer(trainer, plan, enter)
     check_images(trainer, job)
     _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
