@@ -25,64 +25,19 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from launcher.documents import adapter
 from launcher.errors import ConfigError
 from launcher.job import Action, JobSpec, ReportFormat
 from launcher.job_limits import job_limits
+from launcher.redaction import secret_in
+from launcher.spellings import PEER_SPELLINGS
 
 PAST = ("recipe", "model", "hardware", "status", "export", "compare", "check")
 """Keys of `report` that are about past runs."""
 REPORTED = (Action.PLAN, Action.EXPLAIN, Action.MEMORY)
 """Actions that write files about a plan."""
-PEER_SPELLINGS: Mapping[str, str] = {
-    "per_device_train_batch_size": "planner.pin.micro_batch_size",
-    "micro_batch_size": "planner.pin.micro_batch_size",
-    "batch_size": "training.global_batch_size",
-    "effective_batch_size": "training.global_batch_size",
-    "global_batch_size": "training.global_batch_size",
-    "gradient_accumulation_steps": "planner.pin.gradient_accumulation_steps",
-    "gradient_checkpointing": "planner.pin.activation_checkpointing",
-    "activation_checkpointing": "planner.pin.activation_checkpointing",
-    "per_device_eval_batch_size": "evaluation.batch_size",
-    "cutoff_len": "data.max_length",
-    "sequence_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "max_length": "data.max_length",
-    "packing": "data.packing",
-    "sample_packing": "data.packing",
-    "dataset": "data.path",
-    "dataset_name": "data.path",
-    "model_name_or_path": "model.path",
-    "base_model": "model.path",
-    "lora_r": "method.rank",
-    "lora_rank": "method.rank",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "lora_target": "method.target_modules",
-    "lora_target_modules": "method.target_modules",
-    "target_modules": "method.target_modules",
-    "finetuning_type": "method",
-    "learning_rate": "training.learning_rate",
-    "lr": "training.learning_rate",
-    "num_train_epochs": "training.num_epochs",
-    "max_steps": "training.max_steps",
-    "save_steps": "training.save_steps",
-    "optim": "training.optimizer",
-    "optimizer": "training.optimizer",
-    "bf16": "training.precision",
-    "fp16": "training.precision",
-    "seed": "training.seed",
-    "output_dir": "run_dir",
-    "resume_from_checkpoint": "resume",
-    "attn_implementation": "planner.pin.attention",
-    "deepspeed": "planner.pin.zero_stage",
-    "num_gpus": "hardware.num_devices",
-    "report_to": "training.report_to",
-}
-"""How other launchers spell our keys (LLaMA-Factory, Axolotl, TRL, torchtune, ms-swift, Unsloth; read 2026-11)."""
-
 HINT = "`launch --help` lists the groups; launcher/job.py explains every key"
 LARGEST = 2**63 - 1
 """The largest number that torch, JSON readers and file systems take."""
@@ -165,7 +120,7 @@ def job_of(composed: Mapping[str, Any], found: Sequence[str] = ()) -> JobSpec:
     """
     mistakes = [*found, *_unknown_keys(composed, JobSpec, ""), *_unusable(composed, "")]
     try:
-        job = TypeAdapter(JobSpec).validate_python(composed)
+        job = adapter(JobSpec).validate_python(composed)
     except ValidationError as failure:
         mistakes += [_explain(error) for error in failure.errors()]
     else:
@@ -348,6 +303,11 @@ def _unusable(value: object, key: str) -> Iterator[str]:
         yield f"`{key}={str(value)[:20]}..`: beyond {LARGEST}, the largest 64-bit number"
     elif isinstance(value, str) and "\0" in value:
         yield f"`{key}={value!r}`: holds a NUL character"
+    elif isinstance(value, str) and (found := secret_in(value)):
+        yield (
+            f"`{key}` holds {found}, and a job is written to its run directory: give it in the environment of `launch`, "
+            "which training processes and sbatch inherit, or by `huggingface-cli login`"
+        )
 
 
 def _explain(error: Mapping[str, Any]) -> str:

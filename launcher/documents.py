@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,9 +14,15 @@ from launcher.errors import LaunchError
 T = TypeVar("T")
 
 
+@cache
+def adapter(kind: type[T]) -> TypeAdapter[T]:
+    """Reads and writes a dataclass; made once per class, because that takes longer than a use of it."""
+    return TypeAdapter(kind)
+
+
 def to_json(value: object, indent: int | None = 2) -> str:
     """JSON text of a dataclass."""
-    return TypeAdapter(type(value)).dump_json(value, indent=indent).decode()
+    return adapter(type(value)).dump_json(value, indent=indent).decode()
 
 
 def from_json(kind: type[T], text: str) -> T:
@@ -24,7 +31,7 @@ def from_json(kind: type[T], text: str) -> T:
     Raises:
         ValueError: When the text does not describe one.
     """
-    return TypeAdapter(kind).validate_json(text)
+    return adapter(kind).validate_json(text)
 
 
 def write_document(path: Path, value: object) -> None:

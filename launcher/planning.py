@@ -80,7 +80,7 @@ def plan_job(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:
         )
         if plan is not None and estimate is not None
     }
-    choice = replace(choice, **estimates, notes=(*choice.notes, *note))  # type: ignore[arg-type]  # the names are above
+    choice = replace(choice, **estimates, notes=(*choice.notes, *note, *trust_notes(job)))  # type: ignore[arg-type]  # the names are above
     if choice.plan is None or choice.estimate is None:
         return choice
     return replace(choice, squeeze=squeeze(choice.plan, choice.estimate, choice.capacity_bytes))
@@ -89,6 +89,19 @@ def plan_job(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:
 def settled(job: JobSpec) -> JobSpec:
     """The job with its headroom as a number, as `plan_job` settles it."""
     return with_headroom(job, _past_residuals(Path("runs")))[0]
+
+
+def trust_notes(job: JobSpec) -> tuple[str, ...]:
+    """What a plan says of a job that lets code run which came with its weights."""
+    model = job.model
+    if not model.trust_remote_code:
+        return ()
+    which = (
+        f"revision {model.revision}"
+        if model.revision
+        else "whatever revision is newest: model.revision pins one"
+    )
+    return (f"model.trust_remote_code=true: Python code from `{model.path}` ({which}) runs with your rights",)
 
 
 def with_headroom(job: JobSpec, past: Sequence[Residual]) -> tuple[JobSpec, tuple[str, ...]]:

@@ -135,14 +135,10 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         return _start(order, paths, json.loads(paths.plan.read_text(encoding="utf-8")), show)
     began = time.perf_counter()
     devices = detect_cuda()
-<<<<<<< HEAD
-    job, choice, lengths = _plan_with_lengths(resolve(job, devices), show)
-=======
     job = resolve(job, devices)
     if (folder := Path(job.model.path).expanduser()).is_dir():
         check_model_folder(folder)
-    choice = plan_job(job)
->>>>>>> 95737f6 (Data, weights and configs that can't be trained on are refused by file and line, before the first step)
+    job, choice, lengths = _plan_with_lengths(job, show)
     seconds = time.perf_counter() - began
     show(tables.plan_text(job, choice, seconds))
     if lengths is not None:

@@ -15,7 +15,6 @@ import pytest
 
 from launcher.config import (
     OPEN_KEYS,
-    PEER_SPELLINGS,
     config_root,
     group_choices,
     groups,
@@ -34,6 +33,7 @@ from launcher.job import (
     Output,
     Precision,
 )
+from launcher.spellings import PEER_SPELLINGS
 
 LAUNCH = str(Path(sys.executable).with_name("launch"))
 

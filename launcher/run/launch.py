@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from launcher.cluster import DEFAULT_PORT, Cluster, Node
 from launcher.documents import to_json, write_text
@@ -33,12 +33,16 @@ from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder, WorkerOutcome
 from launcher.units import format_bytes
 
+PRIVATE: Final = 0o700
+"""A run directory is its user's alone: examples, logs and weights lie there. A folder that is there already keeps its
+mode, which is how to share one."""
+
 
 def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
     """Writes a run directory: all of it or nothing.
 
-    It is made under another name and renamed. An empty folder that is there already (it may be a mount, or in
-    a folder that can't be written) is filled instead, worker.json last.
+    It is made under another name and renamed, for nobody but the user to enter. An empty folder that is there already
+    (it may be a mount, or in a folder that can't be written) is filled instead, worker.json last.
 
     Raises:
         ConfigError: When the plan asks for what its engine can't do.
@@ -52,6 +56,8 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
         if root.exists():
             _fill(paths, order, document)
         else:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            partial.root.mkdir(mode=PRIVATE)
             _write_run_files(partial, paths, order, document)
             partial.root.rename(root)
     except FileExistsError as failure:

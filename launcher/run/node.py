@@ -163,9 +163,14 @@ def compared_versions() -> dict[str, str]:
 
 
 def _network_environment(node: Node, environment: Mapping[str, str]) -> dict[str, str]:
-    """The network interface for gloo, which would take that of the machine's name: often the loopback."""
-    if "GLOO_SOCKET_IFNAME" in environment or not node.address:
+    """The network interface for gloo, which would take that of the machine's name: often the loopback.
+
+    Processes of one machine alone meet on the loopback, where no other machine can reach them.
+    """
+    if "GLOO_SOCKET_IFNAME" in environment:
         return {}
+    if not node.address:
+        return _interface_of("127.0.0.1")
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((node.address, node.port))  # sends nothing; the kernel chooses the way
         mine = probe.getsockname()[0]

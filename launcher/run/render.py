@@ -31,6 +31,10 @@ QUIET: Final = {
 }
 """What every worker gets unless the user set it: a log of whole lines, written at once, and no telemetry."""
 
+SAFE: Final = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+"""No checkpoint may run code when it is read: transformers asks for that itself, DeepSpeed 0.19 asks for the opposite
+(torch_checkpoint_engine.py), and torch heeds this variable first."""
+
 ALLOCATOR_SETTINGS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Where torch 2.9 to 2.13 look for the CUDA allocator's settings; the first one is the older name."""
 
@@ -110,7 +114,7 @@ def worker_environment(
     """
     engine, num_devices = (plan.engine, plan.num_devices) if plan else (Engine.NONE, 1)
     additions = {name: inherited.get(name, value) for name, value in QUIET.items()}
-    additions |= import_path(inherited)
+    additions |= import_path(inherited) | SAFE
     if engine is not Engine.NONE:
         additions["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = LINE_PREFIX
     if hardware.kind is DeviceKind.CPU:

@@ -21,6 +21,7 @@ from typing import IO, Final
 import psutil
 
 from launcher.errors import LaunchError
+from launcher.redaction import Redactor, secrets_of
 from launcher.run_record import WORKER_MARK
 
 SAVE_GRACE_SECONDS: Final = 120.0
@@ -78,7 +79,7 @@ def supervise(
     Args:
         command: The command line.
         environment: The whole environment.
-        log: Where all output is appended.
+        log: Where all output is appended, but for secrets of the environment.
         pid: File in which the worker, a descendant of the command, writes its process id.
         show: Called with every line that the worker marked as its own.
         grace_seconds: How long an interrupted worker may take.
@@ -93,7 +94,8 @@ def supervise(
     with log.open("ab") as stream, _interrupts(numbers) as interrupts:
         began_at, kills_before, reason = stream.tell(), memory_kills(), ""
         with _start(command, environment, shields) as child:
-            relay, family = _Relay(child, stream, show), Family(child)
+            redactor = Redactor(secrets_of(environment))
+            relay, family = _Relay(child, stream, show, redactor), Family(child)
             try:
                 reason = _follow(family, pid, relay, interrupts, grace_seconds, should_stop)
             finally:
@@ -168,6 +170,7 @@ class _Relay:
     child: subprocess.Popen[bytes]
     log: IO[bytes]
     show: Callable[[str], None]
+    redactor: Redactor
     unfinished: bytes = b""
     is_open: bool = True
 
@@ -181,6 +184,7 @@ class _Relay:
             return False
         chunk = os.read(stream.fileno(), CHUNK_BYTES)
         self.is_open = bool(chunk)
+        chunk = self.redactor.feed(chunk) if chunk else self.redactor.rest()
         with suppress(OSError):  # the disk is full: what the worker says of it must still be passed on
             self.log.write(chunk)
             self.log.flush()
@@ -198,6 +202,8 @@ class _Relay:
         deadline = time.monotonic() + LAST_WORDS_SECONDS
         while self.pump(0) and time.monotonic() < deadline:
             pass
+        with suppress(OSError):
+            self.log.write(self.redactor.rest())
 
 
 class Family:

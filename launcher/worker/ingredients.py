@@ -23,6 +23,7 @@ from launcher.worker.longest import keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.tasks import UNREADABLE, examples_of, source_of, tokenizer_of, unreadable_model
 
+
 @dataclass(frozen=True)
 class Ingredients:
     """What one training needs besides job and plan."""

@@ -55,7 +55,7 @@ def tokenizer_of(job: JobSpec, weights: str, converted: str) -> PreTrainedTokeni
     processing_class = AutoProcessor if sees else AutoTokenizer
     try:
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin = processing_class.from_pretrained(
-            source, revision=job.model.revision
+            source, revision=job.model.revision, trust_remote_code=job.model.trust_remote_code
         )
     except UNREADABLE as failure:
         raise unreadable_model(source, failure) from failure

@@ -38,6 +38,7 @@ from launcher.errors import DataError, LauncherError
 from launcher.job import JobSpec
 from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
+from launcher.redaction import redacted, secrets_of
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 from launcher.worker.checkpoints import save_aside
@@ -230,6 +231,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     except Exception as failure:  # the process boundary: whatever it was, the parent must learn of it
         status, message = _classify(failure), f"{type(failure).__name__}: {failure}"
         traceback.print_exc()
+    message = redacted(message, secrets_of(os.environ))
     try:
         if measurement is not None:
             write_document(paths.measured(rank()), measurement)

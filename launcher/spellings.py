@@ -1,0 +1,53 @@
+"""Our keys in other launchers' words, for people who come from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PEER_SPELLINGS: Mapping[str, str] = {
+    "per_device_train_batch_size": "planner.pin.micro_batch_size",
+    "micro_batch_size": "planner.pin.micro_batch_size",
+    "batch_size": "training.global_batch_size",
+    "effective_batch_size": "training.global_batch_size",
+    "global_batch_size": "training.global_batch_size",
+    "gradient_accumulation_steps": "planner.pin.gradient_accumulation_steps",
+    "gradient_checkpointing": "planner.pin.activation_checkpointing",
+    "activation_checkpointing": "planner.pin.activation_checkpointing",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "sample_packing": "data.packing",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "lora_r": "method.rank",
+    "lora_rank": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "lora_target": "method.target_modules",
+    "lora_target_modules": "method.target_modules",
+    "target_modules": "method.target_modules",
+    "finetuning_type": "method",
+    "learning_rate": "training.learning_rate",
+    "lr": "training.learning_rate",
+    "num_train_epochs": "training.num_epochs",
+    "max_steps": "training.max_steps",
+    "save_steps": "training.save_steps",
+    "optim": "training.optimizer",
+    "optimizer": "training.optimizer",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "seed": "training.seed",
+    "output_dir": "run_dir",
+    "resume_from_checkpoint": "resume",
+    "attn_implementation": "planner.pin.attention",
+    "deepspeed": "planner.pin.zero_stage",
+    "num_gpus": "hardware.num_devices",
+    "report_to": "training.report_to",
+}
+"""How other launchers spell our keys (LLaMA-Factory, Axolotl, TRL, torchtune, ms-swift, Unsloth; read 2026-11)."""
