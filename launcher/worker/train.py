@@ -62,6 +62,7 @@ from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weig
 from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.signals import heed_parent_alone
 from launcher.worker.tasks import check_images
+from launcher.worker.trusted import trusted_reads
 
 EXIT_CODES = {
     Status.DONE: 0,
@@ -212,7 +213,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         ingredients = prepare(order, paths)
         _report("loading the model")
         began = time.perf_counter()
-        with engine(order.plan, order.job.hardware.kind):
+        with trusted_reads(order.plan), engine(order.plan, order.job.hardware.kind):
             _, measurement = train(
                 order.job, order.plan, ingredients, progress, _report, last_checkpoint(paths.checkpoints)
             )

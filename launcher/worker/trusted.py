@@ -1,0 +1,82 @@
+"""What the engines' checkpoints may name while they are read: data, and no code.
+
+`TORCH_FORCE_WEIGHTS_ONLY_LOAD` (launcher/run/render.py) makes torch.load refuse every class that is not named here; the
+index of a sharded checkpoint is a pickle that torch reads by itself (2.13, distributed/checkpoint/filesystem.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import IO, Any, Final
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from launcher.job import Engine
+from launcher.plan import Plan
+
+DEEPSPEED: Final = (
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+"""Classes of deepspeed 0.19.8 in the files of a ZeRO checkpoint; each holds numbers, and runs nothing when it is made."""
+INDEX: Final = {
+    metadata.__name__: (
+        *(
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+        ),
+        *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    ),
+    filesystem.__name__: ("_StorageInfo", "_StoragePrefix"),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+}
+"""Names in the index of a sharded checkpoint (torch 2.13)."""
+
+
+@contextmanager
+def trusted_reads(plan: Plan) -> Iterator[None]:
+    """Names what checkpoints of a plan's engine hold, while it trains; everything else in them is refused."""
+    if plan.engine is Engine.DEEPSPEED:
+        torch.serialization.add_safe_globals(
+            [getattr(importlib.import_module(module), name) for module, name in DEEPSPEED]
+        )
+    module: Any = filesystem
+    original = module.pickle
+    module.pickle = SimpleNamespace(**{**vars(original), "load": load_index})
+    try:
+        yield
+    finally:
+        module.pickle = original
+
+
+def load_index(stream: IO[bytes]) -> Any:
+    """Reads the index of a sharded checkpoint.
+
+    Raises:
+        pickle.UnpicklingError: When it names anything but what an index holds.
+    """
+    return _Index(stream).load()
+
+
+class _Index(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """The few names that an index has; dtypes, layouts and sizes of torch among them."""
+        if name in INDEX.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch":
+            found = getattr(torch, name, None)
+            if found is torch.Size or isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+                return found
+        raise pickle.UnpicklingError(f"the checkpoint's index names {module}.{name}, which no index holds")

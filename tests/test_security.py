@@ -1,0 +1,346 @@
+"""Nothing that a model, a data set or a run folder holds is run; secrets stay where they are; runs are private.
+
+Every attack is real: a pickle that writes a file when it is read, a model with code of its own, a worker that prints a
+token. The canary must appear nowhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from packaging.requirements import Requirement
+
+from launcher.cluster import Cluster, LaunchSpec, Node
+from launcher.config import load_job
+from launcher.errors import ConfigError, DataError
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import Engine, JobSpec, ModelSpec
+from launcher.planning import trust_notes
+from launcher.redaction import Redactor, redacted, secret_in, secrets_of
+from launcher.run import node
+from launcher.run.launch import launch_worker, prepare_run
+from launcher.run.render import worker_environment
+from launcher.run_paths import RunPaths
+from scripts.audit import audit
+from tests.test_launch import ORDER, PROGRAM
+from tests.tiny_job import tiny_order, write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CANARY = "canary" + "0123456789abcdef"
+SECRETS = {
+    "HF_TOKEN": CANARY,
+    "WANDB_API_KEY": CANARY + "-wandb",
+    "AWS_SECRET_ACCESS_KEY": "aws-" + CANARY,
+    "HTTPS_PROXY": f"http://me:{CANARY}-proxy@127.0.0.1:1",
+}
+
+
+# ---------------------------------------------------------------------------------------------- secrets
+
+
+def test_secrets_are_known_by_the_names_of_their_variables() -> None:
+    harmless = {
+        "TOKENIZERS_PARALLELISM": "false-false",
+        "HF_TOKEN_PATH": "/home/me/token",
+        "PYTHONPATH": "/a/b/c/d/e",
+        "API_TOKEN": "short",
+        "KEYBOARD": "qwertyuiop",
+    }
+    assert set(secrets_of(harmless | SECRETS).values()) == set(SECRETS)
+    assert secrets_of(harmless) == {}
+
+
+def test_a_text_names_the_variable_in_place_of_its_value() -> None:
+    text = redacted(f"401: Bearer {CANARY}-wandb, {CANARY}.", secrets_of(SECRETS))
+    assert text == "401: Bearer [WANDB_API_KEY], [HF_TOKEN]."
+
+
+def test_a_stream_is_redacted_wherever_its_pieces_end() -> None:
+    secrets = {"abcabcabd": "ONE", "bcabca-xyz": "TWO"}
+    text = b"abcabc abcabcabd|abcabcabcabd bcabca-xy bcabca-xyz abcabcab"
+    whole = Redactor(secrets)
+    expected = whole.feed(text) + whole.rest()
+    assert expected == b"abcabc [ONE]|abc[ONE] bcabca-xy [TWO] abcabcab"
+    for size in range(1, len(text)):
+        stream = Redactor(secrets)
+        pieces = [stream.feed(text[at : at + size]) for at in range(0, len(text), size)]
+        assert b"".join(pieces) + stream.rest() == expected, size
+
+
+def test_a_stream_without_secrets_waits_for_nothing() -> None:
+    assert Redactor({}).feed(b"a progress bar 5%\r") == b"a progress bar 5%\r"
+    assert Redactor({CANARY: "HF_TOKEN"}).feed(b"a progress bar 5%\r") == b"a progress bar 5%\r"
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (f"export HF_TOKEN={CANARY}", "a value for HF_TOKEN"),
+        (f"my_password: '{CANARY}'", "a value for my_password"),
+        ("login hf_" + "A1b2" * 8, "an access token"),
+        (f"pip install -i https://me:{CANARY}@index.example/simple x", "a password in an address"),
+    ],
+)
+def test_a_job_that_holds_a_secret_is_refused_without_repeating_it(line: str, what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job(["action=plan", f'launch.setup=["{line}"]'])
+    assert f"`launch.setup.0` holds {what}" in caught.value.message
+    assert CANARY not in str(caught.value) and "A1b2A1b2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export HF_TOKEN=$MINE", 'export HF_TOKEN="$MINE"', "module load cuda", "tokenizer=llama-tokenizer"],
+)
+def test_a_secret_that_a_variable_holds_is_none(line: str) -> None:
+    assert secret_in(line) == ""
+
+
+def everything_below(folder: Path) -> Mapping[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("cluster", list(Cluster))
+def test_no_rendered_file_holds_a_secret_of_the_environment(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    launch = LaunchSpec(cluster=cluster, image="image", volume="claim", volume_path=str(tmp_path))
+    hardware = HardwareSpec(name="a100_80g", kind=DeviceKind.CUDA)
+    order = replace(ORDER, job=replace(ORDER.job, launch=launch, hardware=hardware))
+    prepare_run(RunPaths(tmp_path / "run"), order, {})
+    files = everything_below(tmp_path / "run")
+    assert len(files) >= 4
+    assert [name for name, content in files.items() if CANARY.encode() in content] == []
+
+
+def test_what_a_worker_prints_of_its_secrets_is_struck_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    program = PROGRAM + textwrap.dedent("""
+        print("token", os.environ["HF_TOKEN"][:9], end="", flush=True)
+        time.sleep(0.3)
+        print(os.environ["HF_TOKEN"][9:], "is out")
+        report("key " + os.environ["WANDB_API_KEY"])
+        sys.stderr.write(os.environ["HTTPS_PROXY"])
+        sys.stderr.flush()
+        end()
+    """)
+    paths = RunPaths(tmp_path / "run")
+    prepare_run(paths, ORDER, {})
+    command = (sys.executable, "-c", program, str(paths.root))
+    monkeypatch.setattr(node, "worker_command", lambda paths, plan, node: command)
+    shown: list[str] = []
+    launch_worker(paths, ORDER, shown.append)
+    assert "key [WANDB_API_KEY]" in shown
+    log = paths.log.read_text()
+    assert "token canary01" in log or "token [HF_TOKEN] is out" in log
+    assert "http://me:[HTTPS_PROXY]@127.0.0.1:1" in log
+    assert [name for name, content in everything_below(tmp_path).items() if CANARY.encode() in content] == []
+
+
+# -------------------------------------------------------------------------------- code in what is read
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.file),)
+
+
+def test_no_checkpoint_runs_code_whatever_the_library_asks_for(tmp_path: Path) -> None:
+    """DeepSpeed 0.19 reads its checkpoints with `weights_only=False`; the workers' environment forbids it."""
+    import torch
+
+    marker = tmp_path / "ran"
+    torch.save({"state": Payload(marker)}, tmp_path / "state.pt")
+    read = "import sys, torch; torch.load(sys.argv[1], weights_only=False)"
+    hardware = HardwareSpec(name="cpu", kind=DeviceKind.CPU)
+    for additions, runs in ((worker_environment(hardware, os.environ), False), ({}, True)):
+        done = subprocess.run(
+            [sys.executable, "-c", read, str(tmp_path / "state.pt")],
+            env={**os.environ, **additions},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert marker.exists() is runs, done.stderr  # without it the attack works: the test can fail
+        assert ("Weights only load failed" in done.stderr) is not runs
+
+
+def test_the_index_of_a_sharded_checkpoint_holds_data_only(tmp_path: Path) -> None:
+    """Written and read by torch's own functions; then with a payload in the place of the index."""
+    import pickle
+
+    import torch
+    from torch.distributed import checkpoint
+
+    from launcher.worker.trusted import trusted_reads
+
+    plan = tiny_order(tmp_path, Engine.FSDP2, 3).plan
+    state = {
+        "weight": torch.arange(6.0).reshape(2, 3),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "step": 3,
+    }
+    checkpoint.save(state, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
+    wanted = {"weight": torch.zeros(2, 3), "half": torch.zeros(2, dtype=torch.bfloat16), "step": 0}
+    with trusted_reads(plan):
+        checkpoint.load(wanted, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
+    assert torch.equal(wanted["weight"], state["weight"]) and wanted["step"] == 3
+    marker = tmp_path / "ran"
+    (tmp_path / "sharded" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
+    with trusted_reads(plan), pytest.raises(Exception, match=r"names posix\.mkdir"):
+        checkpoint.load(wanted, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
+    assert not marker.exists()
+
+
+def test_a_user_cannot_turn_it_off_by_accident() -> None:
+    hardware = HardwareSpec(name="cpu", kind=DeviceKind.CPU)
+    inherited = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"}
+    assert worker_environment(hardware, inherited)["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder)
+    return folder
+
+
+def test_a_models_own_code_does_not_run_unless_the_job_says_so(tiny: Path, tmp_path: Path) -> None:
+    from launcher.worker.ingredients import prepare
+
+    folder, marker = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"import os\nos.makedirs({str(marker)!r}, exist_ok=True)\n"
+        "from transformers import LlamaConfig\nclass Own(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    order = tiny_order(folder, Engine.NONE, num_devices=1)
+    with pytest.raises(DataError, match="can't be read"):
+        prepare(order, RunPaths(tmp_path / "run"))
+    assert not marker.exists()
+
+
+def test_a_plan_names_the_code_that_it_lets_run() -> None:
+    assert trust_notes(JobSpec(model=ModelSpec(path="org/model"))) == ()
+    (note,) = trust_notes(JobSpec(model=ModelSpec(path="org/model", trust_remote_code=True)))
+    assert "`org/model`" in note and "model.revision pins one" in note
+    (note,) = trust_notes(JobSpec(model=ModelSpec(path="org/model", trust_remote_code=True, revision="1a")))
+    assert "revision 1a" in note
+
+
+FORBIDDEN = {
+    "pickle.load", "pickle.loads", "torch.load", "joblib.load", "dill.load", "os.system", "os.popen",
+    "yaml.load", "yaml.unsafe_load", "eval", "exec", "shelve.open", "subprocess.getoutput",
+}  # fmt: skip
+
+
+def test_nothing_of_ours_unpickles_evaluates_or_asks_a_shell() -> None:
+    found = []
+    for file in sorted((ROOT / "launcher").rglob("*.py")):
+        for item in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(item, ast.Call):
+                continue
+            shell = any(key.arg == "shell" and getattr(key.value, "value", True) for key in item.keywords)
+            pickles = any(
+                key.arg == "allow_pickle" and getattr(key.value, "value", True) for key in item.keywords
+            )
+            if ast.unparse(item.func) in FORBIDDEN or shell or pickles:
+                found.append(f"{file.name}:{item.lineno} {ast.unparse(item.func)}")
+    assert found == []
+
+
+# ------------------------------------------------------------------------------------------------ access
+
+
+def test_a_run_directory_is_its_users_alone(tmp_path: Path) -> None:
+    previous = os.umask(0o002)
+    try:
+        prepare_run(RunPaths(tmp_path / "a" / "run"), ORDER, {})
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "a" / "run").stat().st_mode) == 0o700
+
+
+def test_a_folder_that_is_there_keeps_its_mode_and_can_be_shared(tmp_path: Path) -> None:
+    shared = tmp_path / "run"
+    shared.mkdir()
+    shared.chmod(0o2750)
+    prepare_run(RunPaths(shared), ORDER, {})
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o2750
+
+
+def test_processes_of_one_machine_meet_on_the_loopback() -> None:
+    found = node._network_environment(Node(), {})
+    addresses = psutil.net_if_addrs()[found["GLOO_SOCKET_IFNAME"]]
+    assert "127.0.0.1" in {address.address for address in addresses}
+    assert node._network_environment(Node(), {"GLOO_SOCKET_IFNAME": "eth7"}) == {}
+
+
+# ------------------------------------------------------------------------------------------ dependencies
+
+
+def test_every_dependency_has_a_range_that_holds_what_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [item for some in project["optional-dependencies"].values() for item in some]
+    for text in (*project["dependencies"], *extras):
+        requirement = Requirement(text)
+        operators = {item.operator for item in requirement.specifier}
+        assert operators == {">=", "<"}, text
+    for text in project["dependencies"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True), text
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        (
+            "import sys; sys.exit('no connection to the advisories')",
+            0,
+            "skipped: no connection to the advisories",
+        ),
+        ("import time; time.sleep(60)", 0, "skipped: "),
+        (
+            'print(\'{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}\')',
+            0,
+            "1 packages, no holes",
+        ),
+        (
+            'print(\'{"dependencies": [{"name": "a", "version": "1", "vulns": '
+            '[{"id": "CVE-1", "fix_versions": ["2"]}]}]}\')',
+            1,
+            "a 1: CVE-1, mended in 2",
+        ),
+    ],
+    ids=["unreachable", "silent", "clean", "vulnerable"],
+)
+def test_an_audit_finds_or_says_why_it_was_skipped(program: str, code: int, said: str) -> None:
+    found, text = audit([sys.executable, "-c", program], 5.0)
+    assert found == code and said in text
