@@ -212,7 +212,7 @@ def test_the_index_of_a_sharded_checkpoint_holds_data_only(tmp_path: Path) -> No
     assert torch.equal(wanted["weight"], state["weight"]) and wanted["step"] == 3
     marker = tmp_path / "ran"
     (tmp_path / "sharded" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
-    with trusted_reads(plan), pytest.raises(Exception, match=r"names posix\.mkdir"):
+    with trusted_reads(plan), pytest.raises(checkpoint.CheckpointException, match=r"names posix\.mkdir"):
         checkpoint.load(wanted, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
     assert not marker.exists()
 
