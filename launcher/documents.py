@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,9 +14,13 @@ from launcher.errors import LaunchError
 T = TypeVar("T")
 
 
-@cache
 def adapter(kind: type[T]) -> TypeAdapter[T]:
     """Reads and writes a dataclass; made once per class, because that takes longer than a use of it."""
+    return _adapter(kind)  # type: ignore[arg-type]  # every class can be hashed; mypy doubts it of type[T]
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -63,7 +63,8 @@ def model_limits(job: JobSpec) -> tuple[tuple[str, str], ...]:
     ]
     longest = longest_sequence(facts)
     lengths = (planner.pin.max_length,) if planner.pin.max_length else planner.choices.max_length
-    too_long = [length for length in lengths or (job.data.max_length,) if longest and length > longest]
+    known = [length for length in lengths or (job.data.max_length,) if length != "auto"]
+    too_long = [length for length in known if longest and length > longest]
     if too_long and not found:
         key = (
             f"planner.{'pin' if planner.pin.max_length else 'choices'}.max_length"

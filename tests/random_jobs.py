@@ -24,8 +24,9 @@ from launcher.errors import LauncherError, NoPlanFits
 from launcher.job import JobSpec
 from launcher.memory import MemoryEstimate
 from launcher.plan import PlanChoice
+from launcher.planner.interval import with_interval
 from launcher.planner.search import search
-from launcher.planning import needed_libraries, resolve, with_headroom, with_interval
+from launcher.planning import needed_libraries, resolve, with_headroom
 from launcher.report.documents import plan_document
 from launcher.report.tables import plan_text
 from launcher.run.detect import DetectedDevice

@@ -156,7 +156,10 @@ def cut(name: str, num_bytes: int) -> Damage:
 
 
 def written(name: str, content: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
 
 
 def swapped_header(folder: Path) -> None:

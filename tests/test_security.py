@@ -7,6 +7,7 @@ token. The canary must appear nowhere.
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import shutil
@@ -195,18 +196,22 @@ def test_the_index_of_a_sharded_checkpoint_holds_data_only(tmp_path: Path) -> No
     import pickle
 
     import torch
-    from torch.distributed import checkpoint
 
     from launcher.worker.trusted import trusted_reads
 
+    checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
     plan = tiny_order(tmp_path, Engine.FSDP2, 3).plan
-    state = {
+    state: dict[str, Any] = {
         "weight": torch.arange(6.0).reshape(2, 3),
         "half": torch.ones(2, dtype=torch.bfloat16),
         "step": 3,
     }
     checkpoint.save(state, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
-    wanted = {"weight": torch.zeros(2, 3), "half": torch.zeros(2, dtype=torch.bfloat16), "step": 0}
+    wanted: dict[str, Any] = {
+        "weight": torch.zeros(2, 3),
+        "half": torch.zeros(2, dtype=torch.bfloat16),
+        "step": 0,
+    }
     with trusted_reads(plan):
         checkpoint.load(wanted, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
     assert torch.equal(wanted["weight"], state["weight"]) and wanted["step"] == 3
