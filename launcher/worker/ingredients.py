@@ -58,6 +58,19 @@ class Ingredients:
     """Where the merged model goes, if the job asks for one."""
 
 
+def _with_most_text(
+    order: WorkerOrder, train_rows: Dataset, eval_rows: Dataset | None
+) -> tuple[Dataset, Dataset | None]:
+    """The examples among which a rehearsal finds its worst batches."""
+    job, plan = order.job, order.plan
+    num_rows = plan.micro_batch_size * num_batches_trained(job, plan)
+    train_rows = most_text(train_rows, num_rows, num_rows * plan.max_length)
+    if eval_rows is not None and not job.evaluation.keep_logits:
+        num_rows = workload.evaluation_batch_size(job, plan) * plan.world_size
+        eval_rows = most_text(eval_rows, num_rows, num_rows * plan.max_length)
+    return train_rows, eval_rows
+
+
 def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     """Reads data, tokenizer and config; nothing of the model's weights yet."""
     job, plan = order.job, order.plan
@@ -84,13 +97,8 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a model that sees does not generate here
         prompts = prompt_batches(tokenizer, train_rows if eval_rows is None else eval_rows, job.generation)
     if order.rehearses:
-        num_rows = plan.micro_batch_size * num_batches_trained(job, plan)
-        train_rows = most_text(train_rows, num_rows, num_rows * plan.max_length)
-        if eval_rows is not None and not job.evaluation.keep_logits:
-            num_rows = workload.evaluation_batch_size(job, plan) * plan.world_size
-            eval_rows = most_text(eval_rows, num_rows, num_rows * plan.max_length)
+        train_rows, eval_rows = _with_most_text(order, train_rows, eval_rows)
         prompts = tuple(sorted(prompts, key=lambda batch: -batch[0].shape[1])[:1])
-
     num_given = len(train_rows)
 
     def settle(trainer: Trainer) -> tuple[str, ...]:
