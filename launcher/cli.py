@@ -30,7 +30,7 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
                               reads the data: what each length costs, and keeps
   launch profile=production recipe=llama_lora hardware=a100_40g action=plan
                               for runs of weeks: refuses squeezed plans
-  launch -m recipe=llama_lora hardware=a100_40g,h100_80g max_length=2048,8192 action=plan
+  launch -m recipe=llama_lora max_length=2048,8192 action=plan
                               one table of all combinations
   launch action=report        past runs, predicted and measured
   launch action=status run_dir=<run>
