@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from launcher import workload
 from launcher.errors import DataError
@@ -83,15 +83,6 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     require_known_ids(tokenizer, config, source)
     train_rows, eval_rows = examples_of(job, tokenizer)
 
-    def load() -> nn.Module:
-        try:
-            return workload.build_model(config, plan, source, job)
-        except (*UNREADABLE, SafetensorError) as failure:
-            raise DataError(
-                f"the weights at `{source}` can't be loaded: {failure}",
-                "fetch the model again, or correct its config.json where sizes differ",
-            ) from failure
-
     prompts: tuple[Batch, ...] = ()
     if job.generation.enabled:
         assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a model that sees does not generate here
@@ -109,7 +100,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
 
     training = job.training
     return Ingredients(
-        load=load,
+        load=lambda: _loaded(config, order, source),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         tokenizer=tokenizer,
@@ -130,3 +121,13 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         model=paths.model,
         merged=paths.merged,
     )
+
+
+def _loaded(config: PretrainedConfig, order: WorkerOrder, source: str) -> nn.Module:
+    try:
+        return workload.build_model(config, order.plan, source, order.job)
+    except (*UNREADABLE, SafetensorError) as failure:
+        raise DataError(
+            f"the weights at `{source}` can't be loaded: {failure}",
+            "fetch the model again, or correct its config.json where sizes differ",
+        ) from failure
