@@ -60,24 +60,25 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
             partial.root.mkdir(mode=PRIVATE)
             _write_run_files(partial, paths, order, document)
             partial.root.rename(root)
-    except FileExistsError as failure:
-        raise LaunchError(
-            f"`{root}` exists and is not empty",
-            "choose another `run_dir`, or continue it with `resume=<run dir>`",
-        ) from failure
     except OSError as failure:
-        if failure.errno == errno.ENOTEMPTY:  # another launch was there first
-            raise LaunchError(f"`{root}` exists and is not empty", "choose another `run_dir`") from failure
+        if failure.errno == errno.ENOTEMPTY:
+            raise LaunchError(
+                f"`{root}` exists and is not empty",
+                "choose another `run_dir`, or continue it with `resume=<run dir>`",
+            ) from failure
         raise LaunchError(f"`{root}` can't be written: {failure}", "choose another `run_dir`") from failure
     finally:
         shutil.rmtree(partial.root, ignore_errors=True)
 
 
 def _fill(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
-    """Writes a run directory into an empty folder; FileExistsError when it isn't empty, or another launch does."""
+    """Writes a run directory into an empty folder; ENOTEMPTY, as of a rename, when it isn't, or another launch does."""
     if any(paths.root.iterdir()):
-        raise FileExistsError
-    paths.lock.touch(exist_ok=False)  # of two launches that found it empty one comes first
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+    try:
+        paths.lock.touch(exist_ok=False)  # of two launches that found it empty one comes first
+    except FileExistsError as failure:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY)) from failure
     try:
         _write_run_files(paths, paths, order, document)
     except BaseException:
