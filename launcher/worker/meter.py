@@ -54,6 +54,9 @@ class Meter(Protocol):
     def finish(self) -> tuple[MeasuredPhase, ...]:
         """Stops measuring and returns the peak of every phase that was seen."""
 
+    def abandon(self) -> None:
+        """Stops measuring; a process that ends while torch's profiler runs may crash on its way out (torch 2.13)."""
+
 
 @dataclass(frozen=True)
 class MappedFile:
@@ -211,6 +214,12 @@ class CpuMeter:
             if phase in self._peaks
         )
 
+    def abandon(self) -> None:
+        """See `Meter`."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
     def _note_process(self) -> None:
         """The process's highest memory by the end of the phase, the kernel's view: it never falls."""
         highest = process_memory_bytes().get("peak")
@@ -303,6 +312,9 @@ class CudaMeter:
         """See `Meter`."""
         self._fold()
         return tuple(self._peaks[phase] for phase in Phase if phase in self._peaks)
+
+    def abandon(self) -> None:
+        """See `Meter`; counters cost nothing."""
 
     def _fold(self) -> None:
         seen = self._peaks.get(self._phase)

@@ -15,7 +15,8 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -94,46 +95,57 @@ def train(
     set_seed(job.training.seed)  # the adapters are the same on every process, and on any number of them
     built: list[Trainer] = []
     meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter(lambda: native_bucket_bytes(built))
-    with meter.measure_load():
-        model = ingredients.load()
-    meter.enter(Phase.LOAD, 0)
-    model = ingredients.adapt(model)
+    with _abandoned_on_failure(meter):
+        with meter.measure_load():
+            model = ingredients.load()
+        meter.enter(Phase.LOAD, 0)
+        model = ingredients.adapt(model)
 
-    def enter(phase: Phase) -> None:
-        if phase is Phase.OPTIMIZER_STEP and not progress.gradient_bytes:
-            progress.gradient_bytes = weigh_gradients(model, trainer.optimizer)
-        progress.enter(phase)
-        meter.enter(phase, max(0, trainer.state.global_step - progress.first_step))
+        def enter(phase: Phase) -> None:
+            if phase is Phase.OPTIMIZER_STEP and not progress.gradient_bytes:
+                progress.gradient_bytes = weigh_gradients(model, trainer.optimizer)
+            progress.enter(phase)
+            meter.enter(phase, max(0, trainer.state.global_step - progress.first_step))
 
-    callbacks: list[TrainerCallback] = [
-        ProgressCallback(progress, plan, ingredients.metrics, report),
-        PhaseCallback(enter),
-    ]
-    if ingredients.prompts:
-        write = _generation_writer(ingredients, report)
-        callbacks.append(GenerationCallback(enter, ingredients.prompts, job.generation, write))
-    rows = (ingredients.train_dataset, ingredients.eval_dataset)
+        shown = ProgressCallback(progress, plan, ingredients.metrics, report)
+        callbacks: list[TrainerCallback] = [shown, PhaseCallback(enter)]
+        if ingredients.prompts:
+            write = _generation_writer(ingredients, report)
+            callbacks.append(GenerationCallback(enter, ingredients.prompts, job.generation, write))
+        rows = (ingredients.train_dataset, ingredients.eval_dataset)
+        try:
+            trainer = workload.build_trainer(
+                model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks
+            )
+        except TemplateError as failure:
+            raise blamed_template(ingredients.tokenizer, ingredients.train_dataset, failure) from failure
+        built.append(trainer)
+        for note in ingredients.settle(trainer):
+            report(note)
+        prepare_trainer(trainer, plan, enter)
+        check_images(trainer, job)
+        _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
+        _count_tokens(model, progress)
+        save_aside(trainer, ingredients.output_dir)
+        if resume is not None:
+            enter(Phase.RESUME)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        resident = {**weigh_residents(model, trainer.optimizer), Category.GRADIENTS: progress.gradient_bytes}
+        if not progress.is_stopped:
+            gather_when_saving(trainer, plan)
+            merged = ingredients.merged if job.method.merge else None
+            save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
+        return trainer, _measured(meter, resident, progress, ingredients)
+
+
+@contextmanager
+def _abandoned_on_failure(meter: Meter) -> Iterator[None]:
+    """Stops a meter when what it measures fails."""
     try:
-        trainer = workload.build_trainer(model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks)
-    except TemplateError as failure:
-        raise blamed_template(ingredients.tokenizer, ingredients.train_dataset, failure) from failure
-    built.append(trainer)
-    for note in ingredients.settle(trainer):
-        report(note)
-    prepare_trainer(trainer, plan, enter)
-    check_images(trainer, job)
-    _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
-    _count_tokens(model, progress)
-    save_aside(trainer, ingredients.output_dir)
-    if resume is not None:
-        enter(Phase.RESUME)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    resident = {**weigh_residents(model, trainer.optimizer), Category.GRADIENTS: progress.gradient_bytes}
-    if not progress.is_stopped:
-        gather_when_saving(trainer, plan)
-        merged = ingredients.merged if job.method.merge else None
-        save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
-    return trainer, _measured(meter, resident, progress, ingredients)
+        yield
+    except BaseException:
+        meter.abandon()
+        raise
 
 
 def _measured(
