@@ -24,6 +24,8 @@ CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 PARTIAL: Final = ".partial"
 """Folder in which checkpoints are written."""
 SEAL: Final = "seal.json"
+FULL_BYTES: Final = 1 << 20
+"""A file system with less than this is full."""
 TORN: Final = "torn-"
 """What the name of a checkpoint begins with that does not match its seal."""
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn
 
-from launcher.checkpoints import last_checkpoint
+from launcher.checkpoints import FULL_BYTES, last_checkpoint
 from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, Terminated, WorkerOutOfMemory
 from launcher.plan import Plan
 from launcher.run.ranks import KilledRank, deciding_outcome, killed_rank, rank_tail, read_outcomes
@@ -22,8 +22,6 @@ from launcher.run_record import WORKER_MARK, Status, WorkerOutcome
 LOG_TAIL_LINES: Final = 20
 LOG_TAIL_BYTES: Final = 1 << 16
 """How much of the log's end is read."""
-FULL_BYTES: Final = 1 << 20
-"""A file system with less than this is full."""
 LONGEST_LINE: Final = 400
 """Characters shown of a line of the log."""
 KILLED_BELOW: Final = re.compile(r"died with <Signals\.(\w+): \d+>")

@@ -10,11 +10,8 @@ import torch.distributed as dist
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from launcher.checkpoints import PARTIAL, publish, seal
+from launcher.checkpoints import FULL_BYTES, PARTIAL, publish, seal
 from launcher.errors import LaunchError
-
-FULL_BYTES = 1 << 20
-"""A file system with less than this is full."""
 
 
 def save_aside(trainer: Trainer, folder: Path) -> None:
