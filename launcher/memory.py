@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby, pairwise
 
+from launcher.leak import Leak
+
 
 class Phase(StrEnum):
     """A stretch of a run with a peak of its own, in the order in which they happen."""
@@ -300,6 +302,8 @@ class MemoryMeasurement:
     """Files with tensors that the run left, by folder: `checkpoint` (the last one), `model`, `merged`."""
     evaluation_shapes: tuple[StepShape, ...] = ()
     """Shapes of evaluation's forward passes."""
+    leak: Leak | None = None
+    """Memory after each step that grew steadily; None where it did not."""
 
     @property
     def peak_allocated_bytes(self) -> int:

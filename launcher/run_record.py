@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from launcher.job import JobSpec
+from launcher.leak import Leak
 from launcher.memory import MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan
 from launcher.step_time import StepTime
@@ -168,3 +169,9 @@ class RunRecord:
     """What the rehearsal showed; None where there was none, or it did not end well."""
     replans: tuple[Replan, ...] = ()
     """Plans that ran out of memory before this one."""
+
+    @property
+    def leak(self) -> Leak | None:
+        """The rank's with the fastest growth after each step; None where no rank's memory grew."""
+        leaks = [measured.leak for measured in self.measured_ranks if measured.leak is not None]
+        return max(leaks, key=lambda leak: leak.bytes_per_step, default=None)

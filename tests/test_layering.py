@@ -32,6 +32,7 @@ NOUNS = {
     "job",
     "job_limits",
     "knob_limits",
+    "leak",
     "memory",
     "optimisation",
     "model",

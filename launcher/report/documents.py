@@ -78,6 +78,11 @@ def run_fields(record: RunRecord) -> dict[str, Any]:
             "phase": record.outcome.phase.value if record.outcome.phase else None,
         },
         **rehearsal_fields(record.rehearsal, record.replans),
+        "leak": (
+            None
+            if record.leak is None
+            else {**asdict(record.leak), "gib_per_1000_steps": record.leak.gib_per_1000_steps}
+        ),
         "run_dir": record.run_dir,
     }
 

@@ -57,4 +57,8 @@ def bill_at_failure(predicted: MemoryEstimate, phase: Phase | None) -> str:
 def record_text(record: RunRecord) -> str:
     """A finished run: predicted beside measured, then what the rehearsal found and what was recovered from."""
     found = record.rehearsal.findings if record.rehearsal else ()
-    return "\n".join([run_text(record), *map(replan_text, record.replans), *map(finding_text, found)])
+    lines = [run_text(record), *map(replan_text, record.replans), *map(finding_text, found)]
+    leak = record.leak
+    if leak is not None:
+        lines.append(wrapped("finding  ", leak.words(None)))
+    return "\n".join(lines)

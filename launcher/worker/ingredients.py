@@ -56,6 +56,8 @@ class Ingredients:
     """Where the trained weights or adapter go; None: nowhere."""
     merged: Path | None = None
     """Where the merged model goes, if the job asks for one."""
+    spare_bytes: int | None = None
+    """What the device has above the predicted peak; None where nobody knows."""
 
 
 def _with_most_text(
@@ -98,7 +100,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         keep_longest(trainer, job, plan)
         return ()
 
-    training = job.training
+    training, memory_bytes = job.training, job.hardware.memory_bytes
     return Ingredients(
         load=lambda: _loaded(config, order, source),
         train_dataset=train_rows,
@@ -120,6 +122,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         timeline=paths.timeline(rank()),
         model=paths.model,
         merged=paths.merged,
+        spare_bytes=memory_bytes - order.predicted.peak_device_bytes if memory_bytes else None,
     )
 
 

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from trl import SFTConfig
 
 from launcher import workload
 from launcher.callbacks import GenerationCallback, PhaseCallback
@@ -51,6 +53,7 @@ from launcher.worker.engine import (
 )
 from launcher.worker.ingredients import Ingredients, prepare
 from launcher.worker.laid_out import blamed_template
+from launcher.worker.leaks import LeakCallback, LeakWatch
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
@@ -107,18 +110,16 @@ def train(
             progress.enter(phase)
             meter.enter(phase, max(0, trainer.state.global_step - progress.first_step))
 
-        shown = ProgressCallback(progress, plan, ingredients.metrics, report)
-        callbacks: list[TrainerCallback] = [shown, PhaseCallback(enter)]
+        leaks = LeakWatch(ingredients.spare_bytes)
+        callbacks: list[TrainerCallback] = [
+            ProgressCallback(progress, plan, ingredients.metrics, report),
+            PhaseCallback(enter),
+            LeakCallback(leaks, METERED_STEPS + 1, report),
+        ]
         if ingredients.prompts:
             write = _generation_writer(ingredients, report)
             callbacks.append(GenerationCallback(enter, ingredients.prompts, job.generation, write))
-        rows = (ingredients.train_dataset, ingredients.eval_dataset)
-        try:
-            trainer = workload.build_trainer(
-                model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks
-            )
-        except TemplateError as failure:
-            raise blamed_template(ingredients.tokenizer, ingredients.train_dataset, failure) from failure
+        trainer = _built(model, job, plan, arguments, ingredients, callbacks)
         built.append(trainer)
         for note in ingredients.settle(trainer):
             report(note)
@@ -135,7 +136,22 @@ def train(
             gather_when_saving(trainer, plan)
             merged = ingredients.merged if job.method.merge else None
             save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
-        return trainer, _measured(meter, resident, progress, ingredients)
+        return trainer, replace(_measured(meter, resident, progress, ingredients), leak=leaks.leak)
+
+
+def _built(
+    model: nn.Module,
+    job: JobSpec,
+    plan: Plan,
+    arguments: SFTConfig,
+    ingredients: Ingredients,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    rows = (ingredients.train_dataset, ingredients.eval_dataset)
+    try:
+        return workload.build_trainer(model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks)
+    except TemplateError as failure:
+        raise blamed_template(ingredients.tokenizer, ingredients.train_dataset, failure) from failure
 
 
 @contextmanager
