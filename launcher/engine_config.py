@@ -18,8 +18,6 @@ from launcher.plan import Buckets, Plan
 
 NO_PROGRESS_LINES: Final = 1_000_000_000
 """`steps_per_print`: DeepSpeed would print a line of its own every ten steps."""
-SUB_GROUP_ELEMENTS: Final = 1_000_000_000
-"""`sub_group_size`, DeepSpeed's default: ZeRO 3 updates so many elements at a time."""
 OPTIMIZER_BUFFERS: Final = 4
 PARAMETER_BUFFERS: Final = 5
 """Buffers between NVMe and host memory, DeepSpeed's defaults (deepspeed 0.19.8, runtime/zero/offload_config.py)."""
@@ -146,7 +144,7 @@ def _zero_optimization(job: JobSpec, plan: Plan) -> dict[str, Any]:
         }
     else:
         section |= {
-            "sub_group_size": SUB_GROUP_ELEMENTS,
+            "sub_group_size": buckets.sub_group_elements,
             "stage3_prefetch_bucket_size": buckets.prefetch_bucket_elements,
             "stage3_param_persistence_threshold": buckets.persistence_threshold_elements,
             "stage3_max_live_parameters": buckets.max_live_elements,

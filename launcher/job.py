@@ -261,6 +261,8 @@ class PinSpec:
     """Elements of gathered parameters that may stay for their next use (ZeRO 3)."""
     max_reuse_distance_elements: Annotated[int, Ge(0)] | None = None
     """A gathered parameter is kept when its next use is fewer elements away (ZeRO 3)."""
+    sub_group_elements: Annotated[int, Ge(1)] | None = None
+    """Elements of a rank that are updated at a time, each with a gradient in fp32 (ZeRO 3)."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class Buckets:
     """`stage3_max_live_parameters`: gathered parameters that may wait for their next use."""
     max_reuse_distance_elements: int = 0
     """`stage3_max_reuse_distance`: a parameter waits only for a use that is nearer."""
+    sub_group_elements: int = 1_000_000_000
+    """`sub_group_size`: elements of a rank that ZeRO 3 updates at a time, each with a gradient in fp32."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ ARCHITECTURE: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+GROUP_ELEMENTS = 345_000
+"""A little less than the 362,496 elements of a layer that each of two ranks holds."""
 STEPS = 3
 PHASES = (Phase.LOAD, Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP, Phase.SAVE)
 
@@ -99,6 +101,10 @@ def jobs() -> Iterator[RankJob]:
             shape = micro, length, accumulation
             plan = plan_of(Engine.DEEPSPEED, stage, Method.FULL, Checkpointing.NONE, *shape, **offloaded)
             yield RankJob(name, plan)
+    plan = plan_of(Engine.DEEPSPEED, 3, Method.FULL, Checkpointing.NONE, 1, 384, 2)
+    if plan.buckets is not None:
+        plan = replace(plan, buckets=replace(plan.buckets, sub_group_elements=GROUP_ELEMENTS))
+    yield RankJob("zero3-full-none-1x384x2-groups", plan)
     for label, engine, stage in arrangements:
         plan = plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 384, 2, num_devices=4)
         yield RankJob(f"{label}-full-none-1x384x2-4ranks", plan)

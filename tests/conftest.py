@@ -10,7 +10,12 @@ import pytest
 
 UNCLEAN = ("ACCELERATE_", "DEEPSPEED_", "FSDP_", "HYDRA_", "LAUNCHER_", "TRL_", "WANDB_")
 """Beginnings of variables that would steer the libraries under test."""
-UNCLEAN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+UNCLEAN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_configure() -> None:
+    """One thread a process: two tests run at a time, and threads that share cores wait for each other by turning."""
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

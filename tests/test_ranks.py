@@ -43,7 +43,15 @@ from launcher.planner.subject import subject_of
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planner.worlds import TRACED_RANKS, part_share, traced_world
-from scripts.accuracy_ranks import ARCHITECTURE, RankJob, compare, job_of, plan_of, write_model
+from scripts.accuracy_ranks import (
+    ARCHITECTURE,
+    GROUP_ELEMENTS,
+    RankJob,
+    compare,
+    job_of,
+    plan_of,
+    write_model,
+)
 
 WITHIN = 0.02
 
@@ -104,18 +112,21 @@ def test_more_ranks_share_the_same_states(forecaster: Forecaster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "stage"),
+    ("engine", "stage", "changes"),
     [
-        (Engine.DEEPSPEED, 1),
-        pytest.param(Engine.DDP, 0, marks=pytest.mark.thorough),
-        pytest.param(Engine.DEEPSPEED, 3, marks=pytest.mark.thorough),
+        (Engine.DEEPSPEED, 1, {}),
+        pytest.param(Engine.DDP, 0, {}, marks=pytest.mark.thorough),
+        pytest.param(Engine.DEEPSPEED, 3, {}, marks=pytest.mark.thorough),
+        (Engine.DEEPSPEED, 3, {"sub_group_elements": GROUP_ELEMENTS}),
     ],
 )
-def test_few_layers_tell_of_all_block_by_block(engine: Engine, stage: int) -> None:
+def test_few_layers_tell_of_all_block_by_block(engine: Engine, stage: int, changes: dict[str, int]) -> None:
     """The woven stream and the skyline have the peaks of a trace of every layer, to the byte."""
     from launcher.planner import trace
 
     plan = full(engine, stage)
+    assert plan.buckets is not None
+    plan = replace(plan, buckets=replace(plan.buckets, **changes))
     subject = trace.open_subject(subject_of(job_of(plan, Path("nowhere")), plan))
     shape = TracedShape(1, 64, batch_is_symbol=False, length_is_symbol=False)
     depths = plan_depths(subject.config)

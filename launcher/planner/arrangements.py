@@ -20,6 +20,11 @@ more time than they take room (DeepSpeed's default is 1e5 elements, about 24 row
 LIVE_BUCKETS = 4
 """Gathered parameters that may wait for their next use, in buckets."""
 
+ONE_GROUP_ELEMENTS = 1_000_000_000
+"""DeepSpeed's `sub_group_size`."""
+BELOW_A_LAYER = 0.95
+"""A group closes with the parameter that fills it: one a little smaller than a layer closes with each layer's last and
+largest."""
 WIDTH, DEPTH = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")
 """How configs spell width and depth."""
 
@@ -159,6 +164,8 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
 
     DeepSpeed's default of 5e8 elements is 1 GB that is there whatever the model's size. Gradients come parameter by
     parameter, so a bucket as large as the largest one is sent as soon as that one is there, layer after layer alike.
+    ZeRO 3 updates a layer at a time: with DeepSpeed's 1e9 elements a rank would hold 4 GB of gradients in fp32 in its
+    optimizer's step.
 
     Args:
         architecture: The model's config.
@@ -179,6 +186,8 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
         trained = 7 * plan.rank * (hidden + inner) * num_layers
         reduced = FUSED_ELEMENTS if trained <= FUSED_ELEMENTS else 7 * plan.rank * (hidden + inner)
     reduced += reduced % 2  # DeepSpeed wants an even number
+    in_layer = _layer_elements(text, hidden, inner) if not plan.rank else 7 * plan.rank * (hidden + inner)
+    one_group = in_layer * num_layers <= FUSED_ELEMENTS * plan.world_size
     return Buckets(
         reduce_bucket_elements=reduced,
         allgather_bucket_elements=reduced,
@@ -186,7 +195,20 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
         persistence_threshold_elements=PERSISTENT_ROWS * hidden,
         max_live_elements=LIVE_BUCKETS * largest,
         max_reuse_distance_elements=LIVE_BUCKETS * largest,
+        sub_group_elements=(
+            ONE_GROUP_ELEMENTS if one_group else int(BELOW_A_LAYER * in_layer / plan.world_size)
+        ),
     )
+
+
+def _layer_elements(text: Mapping[str, Any], hidden: int, inner: int) -> int:
+    """Elements of a decoder layer with a gated feed-forward part, by the config; a rough figure for other layers."""
+    heads = int(text.get("num_attention_heads") or text.get("n_head") or 1)
+    head_size = int(text.get("head_dim") or hidden // heads)
+    attention = 2 * hidden * head_size * (heads + int(text.get("num_key_value_heads") or heads))
+    num_experts = int(text.get("num_local_experts") or text.get("num_experts") or 1)
+    expert_inner = int(text.get("moe_intermediate_size") or inner) if num_experts > 1 else inner
+    return attention + 3 * hidden * expert_inner * num_experts
 
 
 def _fact(text: Mapping[str, Any], *names: str) -> int:

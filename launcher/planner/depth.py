@@ -242,7 +242,8 @@ def _left_out(matches: Sequence[int]) -> dict[int, int]:
 def _gap(short: Sequence[int], at: int, long: Sequence[int], begin: int) -> int:
     """How many instants to leave out of `long` at `begin`, so that it goes on as `short` does at `at`."""
     left = len(short) - at, len(long) - begin
-    follows = [end for end in range(begin + 1, len(long)) if long[end] == short[at]]
+    last = len(long) - left[0]  # what is left of the shallower trace must still find room
+    follows = [end for end in range(begin + 1, last + 1) if long[end] == short[at]]
     agreeing = {end: _agreeing(short, at, long, end) for end in follows}
     for rules in GAP_RULES:
         for end in follows:

@@ -8,12 +8,15 @@ storage object is its release. Left out: scratch memory that a kernel takes and 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ OFF_DEVICE = torch.device("meta")
 """Where a trace puts tensors that live in host memory while the job runs on a GPU: a list of their own."""
 
 
+TORCH_FOLDER, PLANNER_FOLDER = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 ENGINE_FRAME = "_engine_run_backward"
 """The Python function from which the autograd engine runs; what it calls itself comes straight from there."""
 STORAGE_USES = 2
@@ -76,6 +80,7 @@ class Tape(TorchDispatchMode):
         self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._sizes: dict[tuple[tuple[int, ...], int], dict[Exponents, int]] = {}
         self._names: dict[Any, str] = {}
+        self._callers: dict[CodeType, str] = {}
         self._mask_checks = WeakTensorKeyDictionary()  # by identity: comparing tensors is an operation
 
     @classmethod
@@ -127,6 +132,8 @@ class Tape(TorchDispatchMode):
             name = self._names.get(func)
             if name is None:
                 name = self._names[func] = str(func)
+            if self.region is Region.OUTSIDE:
+                name += self._place()
             for tensor in births:
                 self._record(tensor, name)
         elif isinstance(output, (tuple, list)) and any(isinstance(item, list) for item in output):
@@ -164,6 +171,24 @@ class Tape(TorchDispatchMode):
         if tensor.dtype is torch.bool:
             return True
         return 1.0 if tensor.dtype.is_floating_point else 1
+
+    def _place(self) -> str:
+        """The line of the library that asked, of those that are neither torch's nor the tracer's.
+
+        Engines work through all parameters in one loop after another, with the same operation on blocks of all sizes:
+        where depths are aligned, the line tells the loops apart.
+        """
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            name = self._callers.get(code)
+            if name is None:
+                own = code.co_filename.startswith((TORCH_FOLDER, PLANNER_FOLDER))
+                name = self._callers[code] = "" if own else f" {Path(code.co_filename).stem}.{code.co_name}"
+            if name:
+                return f"{name}:{frame.f_lineno}"
+            frame = frame.f_back
+        return ""
 
     def _record(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
