@@ -30,6 +30,7 @@ from launcher.planner.depth import (
     DepthPlan,
     align,
     extend,
+    extended_blocks,
     layer_period,
     match,
     meet_in_the_middle,
@@ -46,6 +47,35 @@ HEAD, TAIL = list(range(30)), list(range(500, 530))
 def step(depth: int) -> list[int]:
     """A made-up step: something before, a stretch per layer, something after."""
     return HEAD + LAYER * depth + TAIL
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "full"),
+    [
+        ((5, 100), (5, 150), (5, 300)),  # one buffer for all layers
+        ((7, 9, 9, 7), (7, 9, 9, 9, 7), (7, 7, *(9,) * 6)),  # one for each layer
+        ((7, 9, 9, 20), (7, 9, 9, 9, 30), (7, *(9,) * 6, 60)),  # both
+    ],
+)
+def test_pinned_blocks_grow_or_come_with_each_layer(
+    low: tuple[int, ...], high: tuple[int, ...], full: tuple[int, ...]
+) -> None:
+    """Two and three layers tell of six."""
+    assert sorted(extended_blocks(low, high, 4.0)) == sorted(full)
+
+
+def test_a_pinned_block_of_a_new_size_is_no_repeated_layer() -> None:
+    with pytest.raises(DepthMismatch, match="2 and 3 pinned blocks"):
+        extended_blocks((7, 9), (7, 9, 11), 4.0)
+
+
+def test_a_gap_leaves_room_for_what_is_left() -> None:
+    """Two steps are alike: from a place where the second layer's list is short, the second step agrees for longer."""
+    one, two = [1, 2, 3, *LAYER, 4, 5], [1, 2, 3, *LAYER, *LAYER, 4, 4, 5]
+    short, long = [*one, *TAIL, *one, *TAIL], [*two, *TAIL, *two, *TAIL]
+    matches = align(short, long)
+    assert [long[place] for place in matches] == short
+    assert matches[len(one) + len(TAIL)] == len(two) + len(TAIL), "each step matches its own"
 
 
 def test_equal_sequences_match_one_to_one() -> None:

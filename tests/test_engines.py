@@ -161,6 +161,7 @@ def test_sharded_processes_learn_save_and_resume_as_one(
     assert run.resume_after(2) == pytest.approx(alone.losses()[2:], rel=SAME_LOSS)
 
 
+@pytest.mark.thorough
 def test_a_sharded_adapter_is_saved_as_anybody_loads_it(tiny: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -235,6 +236,7 @@ def memory_group(name: str, limit_bytes: int) -> Path | None:
     return group
 
 
+@pytest.mark.thorough
 def test_a_rank_that_the_kernel_kills_for_memory_ends_with_its_own_code(tiny: Path, tmp_path: Path) -> None:
     group = memory_group(f"launcher-test-{os.getpid()}", 32 << 20)
     if group is None:

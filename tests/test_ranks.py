@@ -28,7 +28,7 @@ from launcher.job import (
 )
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan, Rejection
-from launcher.planner.arrangements import arrangements
+from launcher.planner.arrangements import arrangements, default_buckets
 from launcher.planner.depth import assemble, plan_depths
 from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import Price, Ranking
@@ -72,7 +72,7 @@ def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
     [
         (Engine.DDP, 0, Method.FULL),
         pytest.param(Engine.DEEPSPEED, 1, Method.FULL, marks=pytest.mark.thorough),
-        (Engine.DEEPSPEED, 1, Method.LORA),
+        pytest.param(Engine.DEEPSPEED, 1, Method.LORA, marks=pytest.mark.thorough),
     ],
 )
 def test_each_rank_takes_what_was_predicted(
@@ -137,6 +137,31 @@ def test_few_layers_tell_of_all_block_by_block(engine: Engine, stage: int, chang
     assert {peak.phase: peak.allocated_bytes for peak in phase_peaks(woven)} == expected
     skyline = assemble(Domain(1, 1, 64, 64, 1, None), [low, high], depths.steps, 2)
     assert {peak.phase: peak.allocated_bytes for peak in skyline.peaks(1, 64, 2)} == expected
+
+
+def test_zero_3_updates_a_layer_at_a_time_unless_little_is_trained() -> None:
+    """Llama-3.1-8B: 218.1 million elements a layer (2 x 4096 x 128 x (32 + 8) and 3 x 4096 x 14336)."""
+    architecture = {
+        **ARCHITECTURE,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    layer = 41_943_040 + 176_160_768
+    for ranks in (2, 8, 32):
+        buckets = default_buckets(architecture, full(Engine.DEEPSPEED, 3, ranks))
+        # a group closes with the layer's last parameter, a third of its feed-forward part
+        assert layer - 4096 * 14336 < ranks * buckets.sub_group_elements <= layer
+    few = plan_of(Engine.DEEPSPEED, 3, Method.LORA, Checkpointing.NONE, 1, 384, 2)
+    assert default_buckets(architecture, few).sub_group_elements == 1_000_000_000
+    plan = full(Engine.DEEPSPEED, 3, 32)
+    plan = replace(plan, buckets=default_buckets(architecture, plan))
+    assert plan.buckets is not None
+    traced = traced_world(plan)
+    assert traced.buckets is not None and traced.world_size == TRACED_RANKS
+    assert traced.buckets.sub_group_elements == plan.buckets.sub_group_elements * 32 // TRACED_RANKS
 
 
 def test_a_model_cut_to_few_layers_still_has_the_names_of_all() -> None:

@@ -139,11 +139,7 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
     host = None
     if shallow.host is not None and deep.host is not None:
         host = extend(shallow.host, deep.host, steps)
-    if len(shallow.pinned) != len(deep.pinned):
-        raise DepthMismatch(f"{len(shallow.pinned)} and {len(deep.pinned)} pinned blocks")
-    pinned = [
-        round(low + steps * (high - low)) for low, high in zip(shallow.pinned, deep.pinned, strict=True)
-    ]
+    pinned = extended_blocks(shallow.pinned, deep.pinned, steps)
     disk = {
         name: round(size + steps * (deep.disk_bytes[name] - size))
         for name, size in shallow.disk_bytes.items()
@@ -157,8 +153,25 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
         host=host,
         disk_bytes=disk,
         work=extend_tally(shallow.work, deep.work, steps),
-        pinned=tuple(pinned),
+        pinned=pinned,
     )
+
+
+def extended_blocks(low: Sequence[int], high: Sequence[int], steps: float) -> tuple[int, ...]:
+    """Sizes of pinned blocks at full depth: each larger, or those of one period more for each step, or some of both.
+
+    Raises:
+        DepthMismatch: When a block of the deeper trace is neither.
+    """
+    if len(low) == len(high):
+        return tuple(round(size + steps * (other - size)) for size, other in zip(low, high, strict=True))
+    shrunk, gained = Counter(low) - Counter(high), Counter(high) - Counter(low)
+    repeated = [size for size in gained.elements() if size in low]
+    smaller, larger = list(shrunk.elements()), [size for size in gained.elements() if size not in low]
+    if len(smaller) != len(larger) or not float(steps).is_integer():
+        raise DepthMismatch(f"{len(low)} and {len(high)} pinned blocks")
+    grown = [round(size + steps * (other - size)) for size, other in zip(smaller, larger, strict=True)]
+    return (*(Counter(low) - shrunk).elements(), *round(steps) * repeated, *grown)
 
 
 def _signatures(*traces: Sequence[Instant]) -> list[list[int]]:

@@ -23,6 +23,9 @@ def traced_world(plan: Plan) -> Plan:
         return replace(plan, num_nodes=2)
     if plan.world_size <= TRACED_RANKS:
         return plan
+    if plan.buckets is not None:  # a sub-group is so many elements of a rank's part
+        elements = plan.buckets.sub_group_elements * plan.world_size // TRACED_RANKS
+        plan = replace(plan, buckets=replace(plan.buckets, sub_group_elements=elements))
     return replace(plan, num_devices=TRACED_RANKS, num_nodes=1)
 
 
