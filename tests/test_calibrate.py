@@ -52,6 +52,7 @@ def test_a_cpu_is_named_with_its_threads(tmp_path: Path) -> None:
 
 def test_an_own_calibration_comes_first_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "detect_cuda", lambda: ())
+    monkeypatch.delenv("OMP_NUM_THREADS")
     before = device_rates(CPU, tmp_path)
     assert before is not None and not before.is_calibrated
     assert "another CPU" in before.source

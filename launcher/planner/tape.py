@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Tape(TorchDispatchMode):
         self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._sizes: dict[tuple[tuple[int, ...], int], dict[Exponents, int]] = {}
         self._names: dict[Any, str] = {}
-        self._callers: dict[CodeType, str] = {}
+        self._callers: dict[str, str] = {}
         self._mask_checks = WeakTensorKeyDictionary()  # by identity: comparing tensors is an operation
 
     @classmethod
@@ -180,13 +180,13 @@ class Tape(TorchDispatchMode):
         """
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
-            code = frame.f_code
-            name = self._callers.get(code)
-            if name is None:
-                own = code.co_filename.startswith((TORCH_FOLDER, PLANNER_FOLDER))
-                name = self._callers[code] = "" if own else f" {Path(code.co_filename).stem}.{code.co_name}"
-            if name:
-                return f"{name}:{frame.f_lineno}"
+            file = frame.f_code.co_filename
+            caller = self._callers.get(file)
+            if caller is None:
+                own = file.startswith((TORCH_FOLDER, PLANNER_FOLDER))
+                caller = self._callers[file] = "" if own else Path(file).stem
+            if caller:
+                return f" {caller}.{frame.f_code.co_name}:{frame.f_lineno}"
             frame = frame.f_back
         return ""
 
