@@ -17,8 +17,6 @@ FUSED_ELEMENTS = 50_000_000
 PERSISTENT_ROWS = 10
 """Parameters up to so many rows of the hidden size (norms, biases) are held whole under ZeRO 3: gathering them costs
 more time than they take room (DeepSpeed's default is 1e5 elements, about 24 rows of 4,096)."""
-LIVE_BUCKETS = 4
-"""Gathered parameters that may wait for their next use, in buckets."""
 
 ONE_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's `sub_group_size`."""
@@ -186,17 +184,18 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
         trained = 7 * plan.rank * (hidden + inner) * num_layers
         reduced = FUSED_ELEMENTS if trained <= FUSED_ELEMENTS else 7 * plan.rank * (hidden + inner)
     reduced += reduced % 2  # DeepSpeed wants an even number
-    in_layer = _layer_elements(text, hidden, inner) if not plan.rank else 7 * plan.rank * (hidden + inner)
-    one_group = in_layer * num_layers <= FUSED_ELEMENTS * plan.world_size
+    in_layer = _layer_elements(text, hidden, inner)
+    trained_in_layer = 7 * plan.rank * (hidden + inner) if plan.rank else in_layer
+    one_group = trained_in_layer * num_layers <= FUSED_ELEMENTS * plan.world_size
     return Buckets(
         reduce_bucket_elements=reduced,
         allgather_bucket_elements=reduced,
         prefetch_bucket_elements=largest,
         persistence_threshold_elements=PERSISTENT_ROWS * hidden,
-        max_live_elements=LIVE_BUCKETS * largest,
-        max_reuse_distance_elements=LIVE_BUCKETS * largest,
+        max_live_elements=in_layer,  # more would keep layers gathered that the next ones don't use
+        max_reuse_distance_elements=in_layer,
         sub_group_elements=(
-            ONE_GROUP_ELEMENTS if one_group else int(BELOW_A_LAYER * in_layer / plan.world_size)
+            ONE_GROUP_ELEMENTS if one_group else int(BELOW_A_LAYER * trained_in_layer / plan.world_size)
         ),
     )
 

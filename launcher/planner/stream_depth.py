@@ -29,6 +29,7 @@ SMALL_BYTES = 1 << 16
 """Sizes up to this do not tell kinds of blocks apart: those of stacked norms grow with depth."""
 
 Integers = NDArray[np.int64]
+_Description = tuple[int, int, tuple[str, int, str], str]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def extend_stream(shallow: Stream, deep: Stream, steps: int, period: int) -> Str
         DepthMismatch: When the traces do not differ by repeated periods.
     """
     known: dict[object, int] = {}
-    telling = set(shallow.sizes_bytes.tolist()) & set(deep.sizes_bytes.tolist())
+    telling = set(_descriptions(shallow, period)) & set(_descriptions(deep, period))
     low, high = _read(shallow, period, known, telling), _read(deep, period, known, telling)
     weave = _weave(low.kinds, high.kinds, steps)
     births = deep.events[weave.sources] > 0
@@ -99,26 +100,18 @@ def extend_stream(shallow: Stream, deep: Stream, steps: int, period: int) -> Str
     )
 
 
-def _read(stream: Stream, period: int, known: dict[object, int], telling: Container[int]) -> _Trace:
+def _read(stream: Stream, period: int, known: dict[object, int], telling: Container[_Description]) -> _Trace:
     """Reads the events of a stream; `known` numbers the kinds, and grows.
 
-    Sizes tell kinds apart that both traces have. One that a single trace has is that of something that spans all
-    layers (a flat buffer of all weights, a rank's part of it), and grows with depth.
+    Sizes tell kinds apart that both traces have for the same operation. One that a single trace has is that of something
+    that spans all layers (a flat buffer of all weights, a rank's part of it), and grows with depth.
     """
-    paths = [_split_path(name) for name in stream.module_names]
-    places = [(before, layer % period, after) for before, layer, after in paths]
-    kind_of_block = [
-        known.setdefault(
-            (size if size > SMALL_BYTES and size in telling else 0, category, place, operation), len(known)
-        )
-        for size, category, place, operation in zip(
-            stream.sizes_bytes.tolist(),
-            stream.categories.tolist(),
-            [places[module] for module in stream.modules.tolist()],
-            [stream.operation_names[operation] for operation in stream.operations.tolist()],
-            strict=True,
-        )
-    ]
+    layer_of_module = np.array([_split_path(name)[1] for name in stream.module_names])
+    kind_of_block = []
+    for description in _descriptions(stream, period):
+        size, *rest = description
+        tells = size > SMALL_BYTES and description in telling
+        kind_of_block.append(known.setdefault((size if tells else 0, *rest), len(known)))
     live: dict[int, list[int]] = {}
     kinds, ranks = [], []
     for event, phase in zip(stream.events.tolist(), stream.phases.tolist(), strict=True):
@@ -138,8 +131,23 @@ def _read(stream: Stream, period: int, known: dict[object, int], telling: Contai
         kinds=np.array(kinds),
         block_kinds=np.array(kind_of_block)[blocks],
         ranks=np.array(ranks),
-        layers=np.array([layer for _, layer, _ in paths])[stream.modules[blocks]],
+        layers=layer_of_module[stream.modules[blocks]],
         sizes_bytes=stream.sizes_bytes[blocks],
+    )
+
+
+def _descriptions(stream: Stream, period: int) -> list[_Description]:
+    """Size, category, place in a period and operation of each block."""
+    paths = [_split_path(name) for name in stream.module_names]
+    places = [(before, layer % period, after) for before, layer, after in paths]
+    return list(
+        zip(
+            stream.sizes_bytes.tolist(),
+            stream.categories.tolist(),
+            [places[module] for module in stream.modules.tolist()],
+            [stream.operation_names[operation] for operation in stream.operations.tolist()],
+            strict=True,
+        )
     )
 
 
