@@ -18,6 +18,7 @@ from launcher.hardware import DeviceKind
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
 from launcher.worker.engine import rank
+from launcher.worker.exhausted import is_out_of_memory
 from launcher.worker.laid_out import check_laid_out, require_known_ids
 from launcher.worker.longest import keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
@@ -130,6 +131,8 @@ def _loaded(config: PretrainedConfig, order: WorkerOrder, source: str) -> nn.Mod
     try:
         return workload.build_model(config, order.plan, source, order.job)
     except (*UNREADABLE, SafetensorError) as failure:
+        if is_out_of_memory(failure):
+            raise
         raise DataError(
             f"the weights at `{source}` can't be loaded: {failure}",
             "fetch the model again, or correct its config.json where sizes differ",

@@ -51,6 +51,7 @@ from launcher.worker.engine import (
     rank,
     world_size,
 )
+from launcher.worker.exhausted import is_out_of_memory
 from launcher.worker.ingredients import Ingredients, prepare
 from launcher.worker.laid_out import blamed_template
 from launcher.worker.leaks import LeakCallback, LeakWatch
@@ -75,8 +76,6 @@ EXIT_CODES = {
     Status.FAILED: 6,
     Status.INTERRUPTED: 130,
 }
-CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""How torch's CPU allocator words it, in a plain RuntimeError (c10/core/impl/alloc_cpu.cpp)."""
 
 
 def train(
@@ -258,7 +257,8 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     except KeyboardInterrupt:
         status, message = Status.INTERRUPTED, "stopped before the first step; there is nothing to save"
     except Exception as failure:  # the process boundary: whatever it was, the parent must learn of it
-        status, message = _classify(failure), f"{type(failure).__name__}: {failure}"
+        status = Status.OUT_OF_MEMORY if is_out_of_memory(failure) else Status.FAILED
+        message = f"{type(failure).__name__}: {failure}"
         traceback.print_exc()
     message = redacted(message, secrets_of(os.environ))
     try:
@@ -279,13 +279,6 @@ def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
     progress.stop_asked = True
     _report("interrupted: saving a checkpoint soon (press again to stop at once)")
-
-
-def _classify(failure: BaseException) -> Status:
-    is_memory = isinstance(failure, (torch.OutOfMemoryError, MemoryError)) or CPU_OUT_OF_MEMORY in str(
-        failure
-    )
-    return Status.OUT_OF_MEMORY if is_memory else Status.FAILED
 
 
 def _outcome(status: Status, message: str, seconds: float, progress: Progress) -> WorkerOutcome:
