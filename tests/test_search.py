@@ -14,7 +14,7 @@ from itertools import product
 
 import pytest
 
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, UnsupportedByPlanner
 from launcher.job import (
     Attention,
     Checkpointing,
@@ -28,6 +28,7 @@ from launcher.job import (
     PinSpec,
     PlannerSpec,
 )
+from launcher.memory import MemoryEstimate
 from launcher.plan import Plan, PlanChoice
 from launcher.planner.interval import CONVENTION
 from launcher.planner.objective import SAME
@@ -352,6 +353,39 @@ def test_a_plan_that_fits_only_on_the_skyline_is_rejected() -> None:
     )
     late = search(only_second_mode, FakeForecaster(law))
     assert late.plan == brute_force(only_second_mode, law).best[0]
+
+
+class Unfollowed(FakeForecaster):
+    """Can't follow one checkpointing at the true shape, as where engines gather in what is recomputed."""
+
+    def __init__(self, law: Law, mode: Checkpointing) -> None:
+        super().__init__(law)
+        self.mode = mode
+
+    def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        if exact and plan.activation_checkpointing is self.mode:
+            raise UnsupportedByPlanner("the tracer can't follow it", "another one")
+        return super().estimate(plan, exact=exact)
+
+
+def test_a_mode_that_can_not_be_traced_at_its_true_shape_makes_room_for_the_next() -> None:
+    job = job_with(1, batch=4)
+    kept, selective, full, _ = (
+        [plan for plan in all_plans(job, (Method.LORA, 64, 16)) if plan.activation_checkpointing is mode]
+        for mode in MODES
+    )
+    law = Law()
+    memory = max(law.peak(plan) for plan in (*selective, *full))
+    memory = min(memory, min(law.peak(plan) for plan in kept) - 1)
+    job = replace(job, hardware=replace(job.hardware, memory_bytes=memory))
+    assert search(job, FakeForecaster(law)).plan in selective
+    choice = search(job, Unfollowed(law, Checkpointing.SELECTIVE))
+    fitting = [plan for plan in full if law.peak(plan) <= memory]
+    assert fitting and choice.plan == min(fitting, key=law.seconds)
+    reasons = {item.plan: item.reason for item in choice.rejected}
+    assert any("can't follow" in reasons[plan] for plan in selective if plan in reasons)
+    with pytest.raises(UnsupportedByPlanner):
+        search(job_with(10**12), Unfollowed(law, Checkpointing.NONE))
 
 
 def test_every_reason_names_figures_or_the_plan_taken() -> None:

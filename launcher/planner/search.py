@@ -191,22 +191,30 @@ class _Search:
         try:
             price = Price(plan, self._forecaster.estimate(plan), self._forecaster.step_time(plan))
         except UnsupportedByPlanner as failure:
-            if plan.activation_checkpointing is self._modes[0]:
-                raise
-            mode = plan.activation_checkpointing
-            for other in [
-                plan,
-                *(item for item in options.unpriced if item.activation_checkpointing is mode),
-            ]:
-                self._reject(other, str(failure), 0, 0)
-            options.unpriced = [
-                item for item in options.unpriced if item.activation_checkpointing is not mode
-            ]
+            options.unpriced.append(plan)
+            self._reject_mode(plan, options, failure)
             return
         if self._fits(price):
             options.fitting.append(price)
         elif plan.gradient_accumulation_steps > 1 and price.estimate.peak_device_bytes > self._budget:
             options.failed.append(price)
+
+    def _reject_mode(self, plan: Plan, options: _Options, failure: UnsupportedByPlanner) -> None:
+        """Rejects all plans of an arrangement with a checkpointing that the tracer can't follow.
+
+        Raises:
+            UnsupportedByPlanner: When that keeps all activations; then it is not for the checkpointing.
+        """
+        mode = plan.activation_checkpointing
+        if mode is self._modes[0]:
+            raise failure
+        for item in (*(price.plan for price in options.fitting), *options.unpriced):
+            if item.activation_checkpointing is mode:
+                self._reject(item, str(failure), 0, 0)
+        options.fitting = [
+            price for price in options.fitting if price.plan.activation_checkpointing is not mode
+        ]
+        options.unpriced = [item for item in options.unpriced if item.activation_checkpointing is not mode]
 
     def _fits(self, price: Price) -> bool:
         """Whether a plan fits; it is rejected when it doesn't."""
@@ -227,11 +235,14 @@ class _Search:
         return True
 
     def _verified(self, price: Price, options: _Options) -> Price | None:
-        """A plan at its true shape; None, and rejected, when it doesn't fit there."""
+        """A plan at its true shape; None, and rejected, when it doesn't fit or can't be traced there."""
         plan = price.plan
-        exact = Price(
-            plan, self._forecaster.estimate(plan, exact=True), self._forecaster.step_time(plan, exact=True)
-        )
+        try:
+            estimate = self._forecaster.estimate(plan, exact=True)
+            exact = Price(plan, estimate, self._forecaster.step_time(plan, exact=True))
+        except UnsupportedByPlanner as failure:
+            self._reject_mode(plan, options, failure)
+            return None
         if self._fits(exact):
             return exact
         options.fitting.remove(price)
