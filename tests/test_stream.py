@@ -33,7 +33,7 @@ from launcher.job import (
 )
 from launcher.memory import Category, Phase
 from launcher.plan import Plan
-from launcher.planner import forecast, rehearsal, trace
+from launcher.planner import depth, forecast, rehearsal, trace
 from launcher.planner.attribution import Attribution
 from launcher.planner.depth import DepthMismatch, assemble, plan_depths
 from launcher.planner.fast_fake import FastFakeTensorMode
@@ -419,4 +419,22 @@ def test_a_stream_that_contradicts_its_skyline_is_not_believed(monkeypatch: pyte
     monkeypatch.setattr(forecast, "extend_stream", too_low)
     tracer = TracerHere()
     Forecaster(JOB, tracer, TraceCache(None)).stream(PLAN)
+    assert tracer.depths == [2, 3, 6]
+
+
+def test_a_skyline_that_contradicts_its_stream_is_not_believed_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the two differ every layer is traced, and what that says stands for both, in later runs too."""
+    right = Forecaster(JOB, TracerHere(), TraceCache(None)).estimate(PLAN, exact=True)
+    extend = depth.extend
+
+    def too_high(shallow: Profile, deep: Profile, steps: float) -> Profile:
+        return extend(shallow, deep, 2 * steps)
+
+    monkeypatch.setattr(depth, "extend", too_high)
+    tracer = TracerHere()
+    for _ in range(2):
+        found = Forecaster(JOB, tracer, TraceCache(tmp_path)).estimate(PLAN, exact=True)
+        assert found.phases == right.phases and found.resident_bytes == right.resident_bytes
     assert tracer.depths == [2, 3, 6]

@@ -177,23 +177,13 @@ def extended_blocks(low: Sequence[int], high: Sequence[int], steps: float) -> tu
 def _signatures(*traces: Sequence[Instant]) -> list[list[int]]:
     """What happens at each instant, for each of several traces.
 
-    A size that one trace has for an operation and another has not grows with depth (what engines gather over all
-    layers), and does not tell instants apart.
+    A size that one trace has and another has not grows with depth (what engines gather over all layers), and does not
+    tell instants apart.
     """
-    sizes: list[dict[tuple[object, ...], set[object]]] = [{} for _ in traces]
-    for found, instants in zip(sizes, traces, strict=True):
-        for instant in instants:
-            found.setdefault((instant.signature, instant.phase), set()).update(instant.sizes)
-    common = {
-        key: frozenset.intersection(*(frozenset(found.get(key, ())) for found in sizes)) for key in sizes[0]
-    }
-    nothing: frozenset[object] = frozenset()
+    sizes = [{size for instant in instants for size in instant.sizes} for instants in traces]
+    common = frozenset.intersection(*map(frozenset, sizes))
     return [
-        [
-            hash((*key, instant.sizes & common.get(key, nothing)))
-            for instant in instants
-            for key in [(instant.signature, instant.phase)]
-        ]
+        [hash((instant.signature, instant.phase, instant.sizes & common)) for instant in instants]
         for instants in traces
     ]
 

@@ -180,11 +180,13 @@ class Forecaster:
             UnsupportedByPlanner: When the tracer can't follow the plan.
         """
         question = self._question(plan, exact)
+        replays = exact and self._job.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
+        stream = self.stream(plan) if replays else None  # comes first: it may correct the skyline
         skyline = self._kept(question) or self._make(question)
         estimate = read_estimate(skyline, plan, self._job, question.facts.process_bytes)
-        if not exact or self._job.hardware.kind not in (DeviceKind.CUDA, DeviceKind.ROCM):
+        if stream is None:
             return estimate
-        return with_reserved(estimate, self.stream(plan), self._budget_bytes - estimate.context_bytes)
+        return with_reserved(estimate, stream, self._budget_bytes - estimate.context_bytes)
 
     @property
     def knows_speed(self) -> bool:
@@ -257,8 +259,16 @@ class Forecaster:
             _check_against(skyline, stream, question)
         except DepthMismatch as mismatch:
             logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
-            (stream,) = self._keep_streams(question, self._trace_all_layers(question))
+            profiles = self._trace_all_layers(question)
+            (stream,) = self._keep_streams(question, profiles)
+            # whichever of the two was wrong: every layer is right for both
+            self._keep_skyline(question, assemble(question.domain, profiles, 0.0, question.accumulation))
         return stream
+
+    def _keep_skyline(self, question: _Question, skyline: Skyline) -> None:
+        self._skylines[question.key] = skyline
+        self._speeds.pop(question.key, None)
+        self._cache.keep_skyline(question.key, skyline)
 
     def _kept(self, question: _Question) -> Skyline | None:
         known = self._skylines.get(question.key)
@@ -289,8 +299,7 @@ class Forecaster:
             logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
             profiles = self._trace_all_layers(question)
             skyline = assemble(question.domain, profiles, 0.0, question.accumulation)
-        self._skylines[question.key] = skyline
-        self._cache.keep_skyline(question.key, skyline)
+        self._keep_skyline(question, skyline)
         self._keep_streams(question, profiles)
         return skyline
 
