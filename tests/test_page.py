@@ -317,6 +317,14 @@ def test_a_length_that_is_none_changes_nothing(wide: Opened) -> None:
         assert wide.page.locator("#length-number").get_attribute("aria-invalid") == "true"
 
 
+CHARTS_FOLLOW = """isLight => {
+    const text = document.querySelector('#step-chart .legendtext');
+    const parts = getComputedStyle(text).fill.match(/\\d+/g).slice(0, 3).map(Number);
+    return (parts.reduce((sum, part) => sum + part) / 3 < 128) === isLight;
+}"""
+"""Whether the charts' ink is dark on a light page and light on a dark one; they are drawn anew a moment after it."""
+
+
 def test_nothing_overflows_narrow_or_wide_light_or_dark(browser: Any, wide: Opened, written: Written) -> None:
     narrow = opened(browser, written.file, viewport={"width": 360, "height": 800}, color_scheme="dark")
     for shown, width in ((narrow, 360), (wide, 1400)):
@@ -326,11 +334,7 @@ def test_nothing_overflows_narrow_or_wide_light_or_dark(browser: Any, wide: Open
             background = shown.page.evaluate("getComputedStyle(document.body).backgroundColor")
             brightness = sum(int(part) for part in background.strip("rgb()").split(",")) / 3
             assert (brightness > 128) is (scheme == "light")
-            line = shown.page.locator("#step-chart .legendtext").first.evaluate(
-                "text => getComputedStyle(text).fill"
-            )
-            inked = sum(int(part) for part in line.strip("rgb()").split(",")) / 3
-            assert (inked < 128) is (scheme == "light")  # the charts follow
+            shown.page.wait_for_function(CHARTS_FOLLOW, arg=scheme == "light", timeout=20_000)
     assert narrow.complaints == wide.complaints == []
     narrow.page.context.close()
 
