@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -174,7 +175,7 @@ def command(trial: Trial, folder: Path, run_dir: Path) -> list[str]:
     return [*LAUNCHER, *job]
 
 
-def write_texts(file: Path, lengths: tuple[int, ...]) -> Path:
+def write_texts(file: Path, lengths: Sequence[int]) -> Path:
     """Texts of so many bytes, the end of a text counted."""
     rows = [{"text": (f"{number} " * length)[: length - 1]} for number, length in enumerate(lengths)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

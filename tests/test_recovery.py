@@ -32,6 +32,7 @@ from launcher.recovery import difference
 from launcher.run.rehearse import rehearsal_order
 from launcher.units import MIB
 from scripts.endurance import MOMENTS, endure_all
+from scripts.memory_limits import write_texts
 from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, quoted, wait_for
 from tests.tiny_job import tiny_order, write_tiny_model
 
@@ -46,13 +47,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny model")
     write_tiny_model(folder)
     return folder
-
-
-def write_rows(file: Path, lengths: list[int]) -> Path:
-    """Texts of so many bytes each."""
-    rows = [{"text": (f"{number} " * length)[: length - 1]} for number, length in enumerate(lengths)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def arguments(tiny: Path, cache: Path, data: Path) -> list[str]:
@@ -85,7 +79,7 @@ def losses(run_dir: str) -> list[float]:
 
 def short_job(tiny: Path, cache: Path, folder: Path) -> list[str]:
     """A job with every phase but merging."""
-    data = write_rows(folder / "rows.jsonl", [20 + 3 * number for number in range(40)])
+    data = write_texts(folder / "rows.jsonl", [20 + 3 * number for number in range(40)])
     return [
         *arguments(tiny, cache, data),
         "data.max_length=512",
@@ -129,7 +123,7 @@ def test_a_rehearsed_run_is_the_same_bit_for_bit(tiny: Path, cache: Path, tmp_pa
 
 def long_job(tiny: Path, cache: Path, folder: Path) -> list[str]:
     """One long text among short ones: attention scores of 4 heads x 2048 x 2048 floats, kept in each of six layers."""
-    data = write_rows(folder / "rows.jsonl", [40] * 9 + [LONG] + [40] * 14)
+    data = write_texts(folder / "rows.jsonl", [40] * 9 + [LONG] + [40] * 14)
     return [
         *arguments(tiny, cache, data),
         f"data.max_length={LONG}",
@@ -169,9 +163,9 @@ def test_a_job_that_runs_out_of_memory_goes_on_with_the_next_plan(
 
 @pytest.mark.thorough
 def test_an_evaluation_without_memory_shrinks_its_own_batch(tiny: Path, cache: Path, tmp_path: Path) -> None:
-    held_out = write_rows(tmp_path / "held_out.jsonl", [LONG] * 4)
+    held_out = write_texts(tmp_path / "held_out.jsonl", [LONG] * 4)
     job = [
-        *arguments(tiny, cache, write_rows(tmp_path / "rows.jsonl", [40] * 24)),
+        *arguments(tiny, cache, write_texts(tmp_path / "rows.jsonl", [40] * 24)),
         f"data.max_length={LONG}",
         "training.global_batch_size=4",
         "training.max_steps=2",
@@ -229,7 +223,7 @@ def test_findings_name_what_there_was_more_of() -> None:
 
 
 def test_what_can_shrink_no_further_ends_with_the_bill(tiny: Path, cache: Path, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", [LONG] * 8)
+    data = write_texts(tmp_path / "rows.jsonl", [LONG] * 8)
     job: list[Any] = [
         *arguments(tiny, cache, data),
         f"data.max_length={LONG}",
@@ -270,7 +264,7 @@ def test_a_disk_that_fills_while_saving_costs_no_checkpoint(
     tiny: Path, cache: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     """Somebody else fills the disk after the first checkpoint; when there is room again the run goes on."""
-    data = write_rows(tmp_path / "rows.jsonl", [200] * 40)
+    data = write_texts(tmp_path / "rows.jsonl", [200] * 40)
     run_dir = small_disk / "run"
     job = [
         *arguments(tiny, cache, data),
