@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
@@ -56,15 +58,15 @@ def test_a_plan_that_can_not_fit_shows_what_it_would_hold() -> None:
     assert priced.peak_reserved_bytes == 200 * MIB
 
 
-def test_workspaces_are_born_at_the_first_step_and_stay() -> None:
-    stream = made([30, 100], [1, 2, -2], [LOAD, TRAIN, TRAIN])
-    richer = with_workspaces(stream, 8 * MIB, 2)
-    load, train = phase_peaks(richer)
+def test_workspaces_have_the_size_of_the_card() -> None:
+    stream = made([30, 0, 100, 1], [1, 2, 3, -3, 4], [LOAD, *[TRAIN] * 4])
+    workspaces = np.isin(np.arange(4), (1, 3))
+    categories = np.where(workspaces, CATEGORIES.index(Category.WORKSPACES), stream.categories)
+    stream = replace(stream, categories=categories.astype(np.int8))
+    load, train = phase_peaks(with_workspaces(stream, 8 * MIB))
     assert load.allocated_bytes == 30 * MIB
-    assert train.allocated_bytes == (30 + 16 + 100) * MIB
-    assert train.by_category_bytes[Category.WORKSPACES] == 16 * MIB
-    assert CATEGORIES[richer.categories[1]] is Category.WORKSPACES
-    assert with_workspaces(stream, 0, 2) is stream
+    assert train.allocated_bytes == (30 + 8 + 100) * MIB
+    assert with_workspaces(stream, 8 * MIB).sizes_bytes.tolist() == [30 * MIB, 8 * MIB, 100 * MIB, MIB]
 
 
 def test_a_phase_that_the_stream_lacks_has_no_reserved_bytes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from launcher.memory import Category, Phase
 from launcher.planner import worst_case
@@ -274,3 +275,62 @@ def test_outputs_share_the_argument_where_torchs_do(
             base = torch.empty(3, 4)
             result = operation(base)
             assert (result.untyped_storage()._cdata == base.untyped_storage()._cdata) is shares, name
+
+
+def test_each_thread_takes_the_matrix_librarys_workspaces_at_its_first_product() -> None:
+    fake = FastFakeTensorMode()
+    tape = Tape(TracedShape(1, 1, False, False), fake=fake, has_matrix_library=True)
+    with fake, tape:
+        tape.phase = Phase.TRAIN_STEP
+        first, second = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4)
+        second(first(torch.empty(2, 4)).exp()).sum().backward()
+    assert [birth.removeprefix("aten.").split(".")[0] for birth in library_births(tape)] == [
+        "mm",  # forward: the first product, and what lies behind it
+        "workspace",
+        "addmm",  # a bias, so the other library too
+        "workspace 1 MiB",
+        "mm",  # backward: no product here adds a bias
+        "workspace",
+        "mm",
+        "mm",
+    ]
+
+
+def library_births(tape: Tape) -> list[str]:
+    """Products and workspaces in the order of their births."""
+    names = [event.block for event in tape.events if event.birth]
+    return [
+        "workspace 1 MiB" if block.category is Category.WORKSPACES and block.num_bytes else block.operation
+        for block in names
+        if block.category is Category.WORKSPACES or "mm." in block.operation
+    ]
+
+
+def test_a_cpu_has_no_workspaces() -> None:
+    fake = FastFakeTensorMode()
+    tape = Tape(TracedShape(1, 1, False, False), fake=fake)
+    with fake, tape:
+        tape.phase = Phase.TRAIN_STEP
+        torch.empty(2, 4) @ torch.empty(4, 4)
+    assert all(event.block.category is None for event in tape.events)
+
+
+def test_the_gradient_of_picked_rows_is_written_in_place() -> None:
+    """As the real engine does: the zeros it starts from are the gradient."""
+    rows, width = 1000, 512
+
+    def run() -> None:
+        picked = torch.ones(rows, width, requires_grad=True)
+        picked[torch.ones(rows, dtype=torch.bool)].sum().backward()
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    real = [event.nbytes() for event in events if event.name() == "[memory]"]
+    fake = FastFakeTensorMode()
+    tape = Tape(TracedShape(1, 1, False, False), twins=worst_case.twins(), fake=fake)
+    with fake, tape:
+        run()
+    traced = [event.block.num_bytes for event in tape.events if event.birth]
+    large = rows * width * 4
+    assert sum(size == large for size in real) == sum(size == large for size in traced)

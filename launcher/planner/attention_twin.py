@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import transformers.modeling_flash_attention_utils as transformers_flash
 import transformers.modeling_utils as transformers_modeling
+from torch.nn import functional
 
 from launcher.hardware import HardwareSpec
 from launcher.planner.replaced import replaced
@@ -149,6 +151,45 @@ def cudnn_attention_backward(
     return gradients
 
 
+def all_scores_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """What torch does where no kernel can: all scores, shape (batch, heads, length, keys), and their softmax.
+
+    `_scaled_dot_product_attention_math` (aten/native/transformers/attention.cpp, torch 2.11), step by step: for fake
+    tensors it does not add the mask in place, and the holes that are left would be others.
+    """
+    factor = math.sqrt(scale if scale is not None else 1.0 / math.sqrt(query.shape[-1]))
+    attn_mask = _as_bias(attn_mask, query)
+    scaled = query * factor
+    if is_causal:
+        causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        attn_mask = _as_bias(causal, query)
+        del causal
+    times = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    attention = torch.matmul(scaled, keys.transpose(-2, -1) * factor)
+    if attn_mask is not None:
+        attention = attention.add_(attn_mask)
+    attention = aten._safe_softmax(attention, -1)
+    if dropout_p > 0.0:
+        attention = functional.dropout(attention, dropout_p)
+    return torch.matmul(attention, values)
+
+
+def _as_bias(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    number = query.new_empty(())
+    return torch.where(mask, number, number)
+
+
 def twins(*, rounds: bool) -> Mapping[Any, Callable[..., Any]]:
     """What CUDA's attention kernels allocate, by operation; autograd and checkpointing see torch's own operations.
 
@@ -208,10 +249,7 @@ def attention(hardware: HardwareSpec) -> Callable[..., torch.Tensor]:
             output = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
             return output
         if enable_gqa and key.shape[1] != query.shape[1]:
-            output = aten._scaled_dot_product_attention_math(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
-            )[0]
-            return output
+            return all_scores_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         bias = None
         if attn_mask is not None:
             bias = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])

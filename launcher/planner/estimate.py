@@ -66,7 +66,8 @@ def _with_unpaged_states(peak: PhasePeak, phases: Sequence[PhasePeak], host: Hos
 
 
 def _with_workspaces(peak: PhasePeak, num_bytes: int) -> PhasePeak:
-    amounts = {**peak.by_category_bytes, Category.WORKSPACES: num_bytes}
+    amounts = dict(peak.by_category_bytes)
+    amounts[Category.WORKSPACES] = amounts.get(Category.WORKSPACES, 0) + num_bytes
     return PhasePeak(peak.phase, sum(amounts.values()), amounts)
 
 

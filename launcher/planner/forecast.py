@@ -27,7 +27,7 @@ from launcher.planner.bounds import (
 )
 from launcher.planner.communication import with_communication
 from launcher.planner.depth import DepthMismatch, assemble
-from launcher.planner.estimate import WORKSPACES, read_estimate
+from launcher.planner.estimate import read_estimate
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.reserve import with_reserved, with_workspaces
@@ -247,7 +247,7 @@ class Forecaster:
             streams = self._streams[question.key]
         waiting = plan.gradient_accumulation_steps - question.accumulation
         whole = with_waiting_inputs(self._whole_stream(question, skyline, streams), waiting)
-        return with_workspaces(whole, self._job.hardware.blas_workspace_bytes, WORKSPACES)
+        return with_workspaces(whole, self._job.hardware.blas_workspace_bytes)
 
     def _whole_stream(self, question: _Question, skyline: Skyline, streams: tuple[Stream, ...]) -> Stream:
         if len(streams) == 1:

@@ -31,6 +31,18 @@ def softmax_backward(
     return gradient
 
 
+def safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The softmax of attention that is computed with all scores, and a byte for each score.
+
+    It looks for rows that are masked throughout (`_safe_softmax`, aten/native/transformers/attention.cpp, torch 2.11;
+    seen on an H200, 2026-11-26).
+    """
+    output = torch.empty_like(scores, dtype=dtype)
+    masked = torch.empty_like(scores, dtype=torch.bool)
+    del masked
+    return output
+
+
 def embedding_backward(
     grad: torch.Tensor,
     indices: torch.Tensor,
@@ -72,6 +84,7 @@ def twins(*, exact: bool) -> Mapping[Any, Callable[..., Any]]:
         exact: Whether the traced shape is the real one, and stands for no other.
     """
     return {
+        aten._safe_softmax.default: safe_softmax,
         aten._softmax_backward_data.default: softmax_backward,
         aten.embedding_dense_backward.default: partial(embedding_backward, exact=exact),
     }

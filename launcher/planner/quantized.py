@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import bitsandbytes
@@ -102,19 +103,26 @@ def dequantized(module: Any) -> torch.Tensor:
 
 
 def int8_vectorwise_quant(
-    activations: torch.Tensor, threshold: float = 0.0
+    activations: torch.Tensor, threshold: float = 0.0, *, on_cpu: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Rows scaled to int8; shapes (rows, columns), (rows,).
 
-    No column is taken for an outlier: how many there are is a matter of the data, and each adds only a column.
+    Magnitudes are held while outliers are looked for. A CPU scales in fp32, and rounds that. No column is taken for an
+    outlier: how many there are is a matter of the data, and each adds only a column.
     """
     scales = activations.new_empty(activations.numel() // activations.shape[-1], dtype=torch.float32)
-    rows = torch.empty_like(activations, dtype=torch.int8)
-    outliers = None
+    rows = None if on_cpu else torch.empty_like(activations, dtype=torch.int8)
+    outliers, held = None, []
     if threshold > 0:
-        above = torch.empty_like(activations, dtype=torch.bool)
-        del above
+        magnitudes = activations.abs()
+        held.append(torch.empty_like(magnitudes, dtype=torch.bool))
+        del magnitudes
         outliers = activations.new_empty(0, dtype=torch.int64)
+    if rows is None:
+        scaled = torch.empty_like(activations, dtype=torch.float32)
+        rounded = torch.round(scaled)
+        del scaled
+        rows = rounded.to(torch.int8)
     return rows, scales, outliers
 
 
@@ -126,11 +134,10 @@ def int8_scaled_mm(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """int8 product: accumulated in int32, scaled in fp16, cast to `dtype`; shape (rows, outputs)."""
+    """int8 product: accumulated in int32, scaled in fp16, cast to `dtype`, all held until the end; (rows, outputs)."""
     size = (*left.shape[:-1], right.shape[0])
     accumulator = left.new_empty(size, dtype=torch.int32)
-    scaled = left.new_empty(size, dtype=torch.float16)
-    del accumulator
+    scaled = torch.empty_like(accumulator, dtype=torch.float16)
     return scaled.to(dtype or torch.float16)
 
 
@@ -142,7 +149,7 @@ def twins(*, on_cpu: bool) -> Mapping[Any, Callable[..., Any]]:
     """The stand-ins, by operation. On a CPU bitsandbytes' own Python kernels run, with their temporaries."""
     common = {
         ops.gemm_4bit.default: bnb_default._gemm_4bit_default_impl,
-        ops.int8_vectorwise_quant.default: int8_vectorwise_quant,
+        ops.int8_vectorwise_quant.default: partial(int8_vectorwise_quant, on_cpu=on_cpu),
         ops.int8_scaled_mm.default: int8_scaled_mm,
         ops.int8_mixed_scaled_mm.default: _int8_mixed_scaled_mm,
     }

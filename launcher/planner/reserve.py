@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from launcher.memory import Category, MemoryEstimate, Phase
+from launcher.memory import Category, MemoryEstimate
 from launcher.planner.allocator import AllocatorMode, OutOfDeviceMemory, ReplayedPeak, replay
-from launcher.planner.stream import CATEGORIES, PHASES, Stream
+from launcher.planner.stream import CATEGORIES, Stream
 
 MODE = AllocatorMode.EXPANDABLE
 """How the launcher sets the allocator up (run/render.py)."""
@@ -45,30 +45,13 @@ def _fits(stream: Stream, capacity_bytes: int) -> bool:
     return True
 
 
-def with_workspaces(stream: Stream, num_bytes: int, count: int) -> Stream:
-    """Adds the matrix library's workspaces: born at the first step, through the caching allocator, and never freed.
+def with_workspaces(stream: Stream, num_bytes: int) -> Stream:
+    """Gives the matrix library's workspaces their size, which is the card's.
 
     Args:
-        stream: The stream.
+        stream: A stream, in which they are blocks of no size.
         num_bytes: Size of one.
-        count: How many there are.
     """
-    training = np.flatnonzero(stream.phases == PHASES.index(Phase.TRAIN_STEP))
-    if not num_bytes or not len(training):
-        return stream
-    at = int(training[0])
-    before = int((stream.events[:at] > 0).sum())
-    numbers = np.abs(stream.events)
-    shifted = np.sign(stream.events) * np.where(numbers > before, numbers + count, numbers)
-    born = np.arange(before + 1, before + count + 1)
-    nobody, operation = stream.module_names, stream.operation_names
-    return Stream(
-        sizes_bytes=np.insert(stream.sizes_bytes, before, [num_bytes] * count),
-        categories=np.insert(stream.categories, before, [CATEGORIES.index(Category.WORKSPACES)] * count),
-        modules=np.insert(stream.modules, before, [len(nobody)] * count),
-        module_names=(*nobody, "matrix library"),
-        operations=np.insert(stream.operations, before, [len(operation)] * count),
-        operation_names=(*operation, "workspace"),
-        events=np.insert(shifted, at, born),
-        phases=np.insert(stream.phases, at, [PHASES.index(Phase.TRAIN_STEP)] * count),
-    )
+    is_workspace = stream.categories == CATEGORIES.index(Category.WORKSPACES)
+    sizes_bytes = np.where(is_workspace & (stream.sizes_bytes == 0), num_bytes, stream.sizes_bytes)
+    return replace(stream, sizes_bytes=sizes_bytes)

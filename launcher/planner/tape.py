@@ -29,7 +29,7 @@ from launcher.engines import local_tensors
 from launcher.memory import Category, Phase
 from launcher.planner.blocks import Block, Event, Region
 from launcher.planner.fast_fake import FastFakeTensorMode
-from launcher.planner.polynomial import Exponents, TracedShape, factor_shape
+from launcher.planner.polynomial import CONSTANT, Exponents, TracedShape, factor_shape
 from launcher.planner.recorder import WorkRecorder
 
 aten = torch.ops.aten
@@ -40,8 +40,23 @@ OFF_DEVICE = torch.device("meta")
 TORCH_FOLDER, PLANNER_FOLDER = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 ENGINE_FRAME = "_engine_run_backward"
 """The Python function from which the autograd engine runs; what it calls itself comes straight from there."""
+ENGINE_SUMS = (aten.add.Tensor, aten.index_put.default)
+"""What the autograd engine does in place, and never with tensor subclasses, as fake tensors are: it adds a gradient to
+those before it, and writes the gradient of rows that were picked into zeros (`index_backward`,
+torch/csrc/autograd/FunctionsManual.cpp, torch 2.9 to 2.13)."""
 STORAGE_USES = 2
 """Uses of a storage during a dispatch when nobody else holds it: the tensor and the dispatch."""
+PRODUCTS = frozenset(
+    overload
+    for product in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+    for overload in (product.default, product.out)
+)
+"""Operations that torch gives to the matrix library."""
+MATRIX_LIBRARY, WORKSPACE = "matrix library", "workspace"
+"""Named as module and operation of the matrix library's workspaces."""
+EPILOGUE_BYTES = 1 << 20
+"""What cuBLASLt, which adds a bias to a product as it goes, takes for itself once a thread: 1,024 KiB
+(aten/src/ATen/cuda/CUDABlas.cpp, torch 2.11; seen on an H200, 2026-11-26)."""
 PART_PHASES = (Phase.LOAD, Phase.OPTIMIZER_STEP, Phase.SAVE)
 """Phases in which what is as large as a rank's part is one, or a copy of one."""
 
@@ -57,6 +72,7 @@ class Tape(TorchDispatchMode):
         fake: The fake-tensor mode below; asked first, because its shortcut is quicker than a dispatch.
         locate: Tells the path of the module at work, for every block; None: nobody asks for modules.
         recorder: Counts the work of the operations; None: nobody asks for speed.
+        has_matrix_library: Whether matrix products are those of a GPU's library, which takes workspaces.
     """
 
     shape: TracedShape
@@ -65,6 +81,7 @@ class Tape(TorchDispatchMode):
     fake: FastFakeTensorMode | None = None
     locate: Callable[[], str] | None = None
     recorder: WorkRecorder | None = None
+    has_matrix_library: bool = False
     phase: Phase = Phase.LOAD
     region: Region = Region.OUTSIDE
     events: list[Event] = field(default_factory=list)
@@ -81,6 +98,7 @@ class Tape(TorchDispatchMode):
         self._sizes: dict[tuple[tuple[int, ...], int], dict[Exponents, int]] = {}
         self._names: dict[Any, str] = {}
         self._callers: dict[str, str] = {}
+        self._workspaces: set[tuple[bool, str]] = set()
         self._mask_checks = WeakTensorKeyDictionary()  # by identity: comparing tensors is an operation
 
     @classmethod
@@ -106,10 +124,9 @@ class Tape(TorchDispatchMode):
         recorder = self.recorder
         counted = 0 if recorder is None else recorder.total
         try:
-            if (
-                func is aten.add.Tensor
-                and sys._getframe(1).f_code.co_name == ENGINE_FRAME
-                and _is_summed_up(*args)
+            if func in ENGINE_SUMS and (
+                sys._getframe(1).f_code.co_name == ENGINE_FRAME
+                and (func is aten.index_put.default or _is_summed_up(*args))
             ):
                 output = args[0]
             else:
@@ -138,6 +155,8 @@ class Tape(TorchDispatchMode):
                 self._record(tensor, name)
         elif isinstance(output, (tuple, list)) and any(isinstance(item, list) for item in output):
             raise NotImplementedError(f"{func} returns nested lists of tensors")
+        if func in PRODUCTS and self.has_matrix_library and self.phase is not Phase.LOAD:
+            self._take_workspaces(func, args)
         return output
 
     @contextmanager
@@ -163,6 +182,24 @@ class Tape(TorchDispatchMode):
             if output is not NotImplemented:
                 return output
         return func(*args, **kwargs)
+
+    def _take_workspaces(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Records what the matrix library takes at the first product of a thread, and keeps.
+
+        Forward and backward pass have a thread each. Its large workspace differs from card to card: here it is a block
+        of no size, which shows where among the others it lies.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        wanted = [("products", 0)]
+        if func in (aten.addmm.default, aten.addmm.out) and args[0].dim() == 1:
+            wanted.append(("epilogues", EPILOGUE_BYTES))
+        for name, num_bytes in wanted:
+            if (in_backward, name) not in self._workspaces:
+                self._workspaces.add((in_backward, name))
+                size = {CONSTANT: num_bytes} if num_bytes else {}
+                block = Block(num_bytes, size, WORKSPACE, self.phase, self.region, Category.WORKSPACES)
+                block.module = MATRIX_LIBRARY
+                self._write(block, birth=True)
 
     def _answer(self, tensor: torch.Tensor) -> bool | int | float:
         """What `.item()` returns: there is no data, so a value that leads on through the step."""

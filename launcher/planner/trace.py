@@ -256,7 +256,8 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
         quantized_layers().prepare()
         twins |= quantized_layers().twins(on_cpu=not on_gpu)
     recorder = WorkRecorder(shape, _token_tile(plan))
-    tape = Tape(shape, twins, subject.padded and shape.batch > 1, fake, recorder=recorder)
+    is_padded = subject.padded and shape.batch > 1
+    tape = Tape(shape, twins, is_padded, fake, recorder=recorder, has_matrix_library=on_gpu)
     with ExitStack() as stack:
         stack.enter_context(quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -159,6 +159,8 @@ JOBS = (
     ValidationJob("llama3_2_1b", "full", "full", 4, 1024, optimizer="sgd", evaluation=True, save=True),
     ValidationJob("llama3_2_1b", "lora", "full", 2, 2048, attention="flash_attention_2"),
     ValidationJob("qwen2_5_0_5b", "full", "selective", 8, 1024, packing=False, loss="plain"),
+    ValidationJob("llama3_2_1b", "lora", "full", 4, 2048, precision="fp32", evaluation=True),
+    ValidationJob("llama3_2_1b", "full", "full", 2, 2048, optimizer="galore_adamw"),
 )
 CPU_JOBS = (
     ValidationJob(
