@@ -1,6 +1,6 @@
 """The door to the heavy libraries: traces run in child processes, two at a time.
 
-The planner's own process never imports torch. Two processes do, side by side, so that the traces of two depths
+The planner's own process never imports torch. A child process does, and forks into two, so that the traces of two depths
 (or of two plans) run at the same time.
 """
 
@@ -11,10 +11,9 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from launcher.hardware import HardwareSpec
 from launcher.job import JobSpec, Method, Optimizer
 from launcher.plan import Plan
 from launcher.planner.depth import DepthPlan
+from launcher.planner.forked import ForkedPool
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import Lines
 from launcher.planner.skyline import Profile
@@ -80,9 +80,11 @@ def _libraries() -> tuple[Any, int]:
     return trace, int(resident[0]) << 10 if resident else 0
 
 
-def import_libraries() -> None:
-    """Imports them before the first question comes; runs in a child process."""
+def import_libraries(hidden: Sequence[str]) -> None:
+    """Imports all that traces need, without the optional libraries that they don't."""
+    hide_libraries(hidden)
     _libraries()
+    importlib.import_module(FACTS_MODULE)
 
 
 def facts_of(subject: Subject) -> SubjectFacts:
@@ -114,7 +116,7 @@ class Tracer:
 
     def __init__(self, needed: Sequence[str] = ()) -> None:
         self._hidden = tuple(name for name in OPTIONAL_LIBRARIES if name not in needed)
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: ForkedPool | None = None
 
     def facts(self, subject: Subject) -> Future[SubjectFacts]:
         """Starts reading a subject's facts."""
@@ -130,7 +132,7 @@ class Tracer:
     def close(self) -> None:
         """Ends the child processes."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.close()
             self._pool = None
 
     def __enter__(self) -> Tracer:
@@ -139,17 +141,9 @@ class Tracer:
     def __exit__(self, *failure: object) -> None:
         self.close()
 
-    def _started(self) -> ProcessPoolExecutor:
+    def _started(self) -> ForkedPool:
         if self._pool is None:
-            # each process imports for itself, side by side: no slower than forking one that has imported
-            self._pool = ProcessPoolExecutor(
-                NUM_PROCESSES,
-                mp_context=get_context("spawn"),
-                initializer=hide_libraries,
-                initargs=(self._hidden,),
-            )
-            for _ in range(1, NUM_PROCESSES):  # a process starts when there is something for it to do
-                self._pool.submit(import_libraries)
+            self._pool = ForkedPool(NUM_PROCESSES, import_libraries, self._hidden)
         return self._pool
 
 
