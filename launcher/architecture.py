@@ -62,6 +62,9 @@ LEARNED_POSITIONS: Final[Mapping[str, tuple[str, int]]] = {
 """Models with a table of positions: the fact that says how long it is, and its default (transformers 5.24). A longer
 sequence is an index error there; elsewhere positions are computed, and have no end."""
 
+DEQUANTIZED_AS_READ: Final = "mxfp4"
+"""The one kind of stored quantisation that training undoes: gpt-oss's, whose experts become bf16 as they are read."""
+
 
 def architecture_mistakes(facts: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """What is impossible in the facts of a config.json: each key, dotted where it is nested, and what is wrong.

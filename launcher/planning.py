@@ -13,6 +13,7 @@ from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, JobSpec
 from launcher.knob_limits import knob_limits, model_limits
+from launcher.libraries import uses_bitsandbytes
 from launcher.plan import PlanChoice
 from launcher.planner.explain import squeeze
 from launcher.planner.forecast import Forecaster
@@ -29,7 +30,7 @@ from launcher.planner.refusal import judge
 from launcher.planner.search import search
 from launcher.planner.space import headroom_bytes, semantic_plans
 from launcher.planner.trace_cache import TraceCache
-from launcher.planner.tracer import Tracer, uses_bitsandbytes
+from launcher.planner.tracer import Tracer
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
 from launcher.run.detect import DetectedDevice, detect_cpu_memory_bytes, is_installed, resolve_hardware

@@ -91,7 +91,7 @@ def trace_here() -> list[float]:
     import resource  # noqa: PLC0415  # only the child process needs these
 
     from launcher.config import load_job  # noqa: PLC0415
-    from launcher.planner.tracer import OPTIONAL_LIBRARIES, hide_libraries  # noqa: PLC0415
+    from launcher.libraries import OPTIONAL_LIBRARIES, hide_libraries  # noqa: PLC0415
 
     hide_libraries(OPTIONAL_LIBRARIES)
     from launcher.planner import trace  # noqa: PLC0415

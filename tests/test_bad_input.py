@@ -100,6 +100,21 @@ def test_impossible_numbers_are_named_with_file_and_line(
         assert f", line {lines[0]}: " in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"text_config": {"quantization_config": {"quant_method": "awq", "bits": 4}}},
+    ],
+)
+def test_a_model_that_is_stored_quantised_is_refused(copy: Path, changes: dict[str, Any]) -> None:
+    """It would be planned as what it was before."""
+    change_config(copy, changes)
+    with pytest.raises(ConfigError, match=r"quantised already.*quant_method=(bitsandbytes|awq)") as caught:
+        resolve_model(ModelSpec(path=str(copy)), lambda _: None)
+    assert "method=qlora" in caught.value.hint
+
+
 def test_all_impossible_numbers_are_named_at_once(copy: Path) -> None:
     change_config(copy, {"hidden_size": 0, "vocab_size": 0})
     with pytest.raises(DataError, match=r"(?s)vocab_size.*hidden_size"):

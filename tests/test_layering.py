@@ -33,6 +33,7 @@ NOUNS = {
     "job_limits",
     "knob_limits",
     "leak",
+    "libraries",
     "memory",
     "optimisation",
     "model",

@@ -122,7 +122,7 @@ def test_accelerate_starts_one_worker_as_meant(
     folder = tmp_path / NASTY
     arguments, command, environment = what_accelerate_makes_of_it(hardware, folder, monkeypatch)
     assert not (arguments.multi_gpu or arguments.use_deepspeed or arguments.use_fsdp or arguments.tpu)
-    assert command == [sys.executable, "-m", "launcher.worker.train", str(folder)]
+    assert command == [sys.executable, "-m", "launcher.worker", str(folder)]
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     assert environment["ACCELERATE_USE_CPU"] == str(hardware is CPU)
     assert environment["CUDA_VISIBLE_DEVICES"] == ("" if hardware is CPU else "0")

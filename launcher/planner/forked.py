@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 import signal
 import threading
 import weakref
@@ -42,7 +41,7 @@ class ForkedPool:
         self._number = 0
         self._waiting: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
-        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._outbox: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
         self._is_broken = False
         self._end = weakref.finalize(self, _end, server, self._outbox)  # at the end of the program too
         for work in (self._read, self._write):
@@ -60,7 +59,7 @@ class ForkedPool:
                 return future
             self._number += 1
             self._waiting[self._number] = future
-            self._outbox.put(pickle.dumps((self._number, function, arguments)))
+            self._outbox.put((self._number, function, arguments))
         return future
 
     def close(self) -> None:
@@ -73,14 +72,14 @@ class ForkedPool:
         self._end()
 
     def _write(self) -> None:
-        while (message := self._outbox.get()) is not None:
+        while (question := self._outbox.get()) is not None:
             with suppress(OSError):  # the reader notices that nobody is there
-                self._connection.send_bytes(message)
+                self._connection.send(question)
 
     def _read(self) -> None:
         while True:
             try:
-                number, succeeded, answer = pickle.loads(self._connection.recv_bytes())
+                number, succeeded, answer = self._connection.recv()
             except (EOFError, OSError):
                 break
             with self._lock:
@@ -97,7 +96,7 @@ class ForkedPool:
         self._connection.close()
 
 
-def _end(server: BaseProcess, outbox: SimpleQueue[bytes | None]) -> None:
+def _end(server: BaseProcess, outbox: SimpleQueue[tuple[Any, ...] | None]) -> None:
     outbox.put(None)
     try:
         os.killpg(server.pid or 0, signal.SIGKILL)
@@ -144,9 +143,8 @@ def _work(connection: Connection, others: Sequence[Connection]) -> None:
     for other in others:
         other.close()
     while True:
-        number, function, arguments = pickle.loads(connection.recv_bytes())
+        number, function, arguments = connection.recv()
         try:
-            answer = pickle.dumps((number, True, function(*arguments)))
+            connection.send((number, True, function(*arguments)))
         except Exception as failure:  # the asker's to handle
-            answer = pickle.dumps((number, False, failure))
-        connection.send_bytes(answer)
+            connection.send((number, False, failure))

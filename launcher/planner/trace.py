@@ -32,6 +32,7 @@ from launcher.engines import engine
 from launcher.errors import LauncherError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Engine, JobSpec, Loss, Precision, Task
+from launcher.libraries import uses_bitsandbytes
 from launcher.plan import Plan
 from launcher.planner import attention_twin, cuda_twin, kernel_twins, worst_case
 from launcher.planner.attribution import Attribution
@@ -49,7 +50,7 @@ from launcher.planner.replaced import replaced
 from launcher.planner.replica import Layers
 from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
-from launcher.planner.tracer import Subject, uses_bitsandbytes
+from launcher.planner.tracer import Subject
 from launcher.planner.worlds import part_share, traced_world
 from launcher.vision import image_shape
 

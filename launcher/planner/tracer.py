@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -18,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.hardware import HardwareSpec
-from launcher.job import JobSpec, Method, Optimizer
+from launcher.job import JobSpec
+from launcher.libraries import OPTIONAL_LIBRARIES, hide_libraries
 from launcher.plan import Plan
 from launcher.planner.depth import DepthPlan
 from launcher.planner.forked import ForkedPool
@@ -27,9 +26,6 @@ from launcher.planner.regimes import Lines
 from launcher.planner.skyline import Profile
 
 NUM_PROCESSES = 2
-OPTIONAL_LIBRARIES = ("bitsandbytes", "deepspeed")
-"""Libraries that PEFT and accelerate load at import when they can, and that few traced steps call."""
-BITSANDBYTES_OPTIMIZERS = tuple(name for name in Optimizer if name.value.endswith(("_8bit", "_32bit")))
 TRACE_MODULE = "launcher.planner.trace"
 FACTS_MODULE = "launcher.planner.facts"
 
@@ -102,11 +98,6 @@ def record(subject: Subject, shape: TracedShape, depth: int, accumulation: int) 
     return answer
 
 
-def uses_bitsandbytes(plan: Plan) -> bool:
-    """Whether a plan's step calls bitsandbytes."""
-    return plan.method is Method.QLORA or plan.optimizer in BITSANDBYTES_OPTIMIZERS
-
-
 class Tracer:
     """Two child processes that trace. Started at the first use; close it, or use it as a context.
 
@@ -145,11 +136,3 @@ class Tracer:
         if self._pool is None:
             self._pool = ForkedPool(NUM_PROCESSES, import_libraries, self._hidden)
         return self._pool
-
-
-def hide_libraries(names: Sequence[str]) -> None:
-    """Makes optional libraries look absent in this process, which halves the time that imports take."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels that no trace runs
-    for name in names:
-        if name not in sys.modules:
-            sys.modules[name] = None  # type: ignore[assignment]  # how Python marks a module as absent

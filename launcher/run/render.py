@@ -19,7 +19,7 @@ from launcher.job import Engine
 from launcher.plan import Plan
 from launcher.run_paths import RunPaths
 
-WORKER_MODULE: Final = "launcher.worker.train"
+WORKER_MODULE: Final = "launcher.worker"
 NODE_MODULE: Final = "launcher.run.node"
 
 QUIET: Final = {

@@ -35,7 +35,7 @@ from trl import SFTConfig
 from launcher import workload
 from launcher.callbacks import GenerationCallback, PhaseCallback
 from launcher.checkpoints import last_checkpoint
-from launcher.documents import read_document, write_document
+from launcher.documents import write_document
 from launcher.engines import engine, engine_arguments, gather_when_saving, prepare_trainer
 from launcher.errors import DataError, LauncherError
 from launcher.job import JobSpec
@@ -65,7 +65,6 @@ from launcher.worker.meter import (
 from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
-from launcher.worker.signals import heed_parent_alone
 from launcher.worker.tasks import check_images
 from launcher.worker.trusted import trusted_reads
 
@@ -311,17 +310,3 @@ def _report(line: str) -> None:
         return
     sys.stderr.write(WORKER_MARK + line + "\n")
     sys.stderr.flush()
-
-
-def main(argv: Sequence[str]) -> int:
-    """Entry point: `python -m launcher.worker.train <run directory>`."""
-    heed_parent_alone()
-    paths = RunPaths(Path(argv[1]))
-    paths.host(rank()).write_text(socket.gethostname())
-    paths.pid(rank()).write_text(str(os.getpid()))
-    order = read_document(paths.worker, WorkerOrder)
-    return EXIT_CODES[run(order, paths)]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

@@ -14,4 +14,4 @@ export PYTHONUNBUFFERED=1
 export PYTORCH_ALLOC_CONF=expandable_segments:True
 export TOKENIZERS_PARALLELISM=false
 export TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
-exec /usr/bin/python3 -m accelerate.commands.launch --config_file '/home/me/my runs/1/accelerate.yaml' -m launcher.worker.train '/home/me/my runs/1'
+exec /usr/bin/python3 -m accelerate.commands.launch --config_file '/home/me/my runs/1/accelerate.yaml' -m launcher.worker '/home/me/my runs/1'

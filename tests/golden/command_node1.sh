@@ -15,4 +15,4 @@ export PYTORCH_ALLOC_CONF=expandable_segments:True
 export TOKENIZERS_PARALLELISM=false
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
 export TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
-exec /usr/bin/python3 -m accelerate.commands.launch --config_file '/home/me/my runs/1/accelerate.yaml' --main_process_port 29500 --tee 3 --log_dir '/home/me/my runs/1/logs' --same_network --rdzv_backend static --machine_rank 1 --main_process_ip head.cluster -m launcher.worker.train '/home/me/my runs/1'
+exec /usr/bin/python3 -m accelerate.commands.launch --config_file '/home/me/my runs/1/accelerate.yaml' --main_process_port 29500 --tee 3 --log_dir '/home/me/my runs/1/logs' --same_network --rdzv_backend static --machine_rank 1 --main_process_ip head.cluster -m launcher.worker '/home/me/my runs/1'
