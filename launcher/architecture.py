@@ -66,6 +66,18 @@ DEQUANTIZED_AS_READ: Final = "mxfp4"
 """The one kind of stored quantisation that training undoes: gpt-oss's, whose experts become bf16 as they are read."""
 
 
+def stored_quantization(facts: Mapping[str, Any]) -> str:
+    """How a config.json says that its weights are quantised, by transformers' name; empty when they are not."""
+    nested = facts.get("text_config")
+    for texts in (facts, nested) if isinstance(nested, Mapping) else (facts,):
+        found = texts.get("quantization_config")
+        if found:
+            return (
+                str(found.get("quant_method") or "(none given)") if isinstance(found, Mapping) else str(found)
+            )
+    return ""
+
+
 def architecture_mistakes(facts: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """What is impossible in the facts of a config.json: each key, dotted where it is nested, and what is wrong.
 

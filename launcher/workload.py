@@ -32,7 +32,7 @@ from trl import SFTConfig
 from trl.models import enable_selective_activation_checkpointing
 
 from launcher import vision
-from launcher.architecture import DEQUANTIZED_AS_READ
+from launcher.architecture import DEQUANTIZED_AS_READ, stored_quantization
 from launcher.classification import build_classifier_trainer, tokenized
 from launcher.errors import UnsupportedByPlanner
 from launcher.job import (
@@ -133,21 +133,13 @@ def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec
         if plan.engine is not Engine.DEEPSPEED or plan.zero_stage < 3:  # transformers refuses both together
             device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
             options["device_map"] = {"": device}
-    elif _stored_quantization(config) == DEQUANTIZED_AS_READ:
-        options["quantization_config"] = Mxfp4Config(
-            dequantize=True
-        )  # else that depends on what is installed
+    elif stored_quantization(config.to_dict()) == DEQUANTIZED_AS_READ:
+        # said by us, because transformers' own choice depends on the kernels that are installed
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, loaded = auto_class.from_pretrained(weights, config=config, revision=job.model.revision, **options)
     require_loaded(model, loaded, weights, job.model.task)  # in place of transformers' own objection to sizes
     return model
-
-
-def _stored_quantization(config: PretrainedConfig) -> str:
-    """How the stored weights are quantised, by transformers' name; empty when they are not."""
-    found = getattr(config, "quantization_config", None) or {}
-    method = found.get("quant_method", "") if isinstance(found, Mapping) else found.quant_method
-    return str(getattr(method, "value", method))
 
 
 def scales_of(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -105,12 +105,15 @@ def test_impossible_numbers_are_named_with_file_and_line(
     [
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         {"text_config": {"quantization_config": {"quant_method": "awq", "bits": 4}}},
+        {"quantization_config": {"load_in_4bit": True}},
     ],
 )
 def test_a_model_that_is_stored_quantised_is_refused(copy: Path, changes: dict[str, Any]) -> None:
     """It would be planned as what it was before."""
     change_config(copy, changes)
-    with pytest.raises(ConfigError, match=r"quantised already.*quant_method=(bitsandbytes|awq)") as caught:
+    with pytest.raises(
+        ConfigError, match=r"quantised already.*quant_method=(bitsandbytes|awq|.none given.)"
+    ) as caught:
         resolve_model(ModelSpec(path=str(copy)), lambda _: None)
     assert "method=qlora" in caught.value.hint
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from launcher.config import load_job
+from launcher.documents import write_document
 from launcher.job import Engine, Method, Optimizer
 from launcher.libraries import unneeded_libraries
 from launcher.planning import needed_libraries
+from launcher.run_paths import RunPaths
 from tests.tiny_job import tiny_order
 
 
@@ -52,3 +54,19 @@ def test_packages_of_low_rank_optimizers_import_bitsandbytes(package: str) -> No
     name = package.removesuffix("_torch")
     job = load_job(["method=full", f"training.optimizer={name}_adamw"])
     assert "bitsandbytes" in needed_libraries(job)
+
+
+def test_a_worker_starts_without_what_its_plan_does_not_call(tmp_path: Path) -> None:
+    """Its model is not there, so it ends after its imports."""
+    paths = RunPaths(tmp_path / "run")
+    order = tiny_order(tmp_path / "nowhere", Engine.NONE, num_devices=1)
+    for folder in (paths.root, paths.logs):
+        folder.mkdir(parents=True)
+    write_document(paths.worker, order)
+    command = [sys.executable, "-X", "importtime", "-m", "launcher.worker", str(paths.root)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
+    wanted = {"torch", "peft", "trl", "launcher.worker.ingredients"}
+    assert not wanted - imported, result.stderr[-800:]
+    assert not [name for name in imported if name.startswith(("bitsandbytes.", "deepspeed."))]
+    assert int(paths.pid(0).read_text()) > 0 and paths.host(0).exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ def _libraries() -> tuple[Any, int]:
 def import_libraries(hidden: Sequence[str]) -> None:
     """Imports all that traces need, without the optional libraries that they don't."""
     hide_libraries(hidden)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels that no trace runs
     _libraries()
     importlib.import_module(FACTS_MODULE)
 

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from launcher.architecture import DEQUANTIZED_AS_READ, architecture_mistakes
+from launcher.architecture import DEQUANTIZED_AS_READ, architecture_mistakes, stored_quantization
 from launcher.errors import ConfigError, DataError
 from launcher.job import ModelSpec, StoredDtype
 from launcher.run.fetch import parse_packaged_path
@@ -60,16 +60,13 @@ def _described_by(config: dict[str, Any], model: ModelSpec) -> ModelSpec:
 
 def _require_plain_weights(config: Mapping[str, Any], path: str) -> None:
     """Weights that are stored quantised would be planned as what they were before; mxfp4 is undone as it is read."""
-    nested = config.get("text_config")
-    texts = (config, nested) if isinstance(nested, Mapping) else (config,)
-    for found in (facts["quantization_config"] for facts in texts if facts.get("quantization_config")):
-        method = found.get("quant_method") if isinstance(found, Mapping) else found
-        if method != DEQUANTIZED_AS_READ:
-            raise ConfigError(
-                f"`model.path={path}` holds weights that are quantised already: config.json has a "
-                f"quantization_config with quant_method={method}",
-                "name the model that it was made of; `method=qlora` quantises that one while it is read",
-            )
+    method = stored_quantization(config)
+    if method not in ("", DEQUANTIZED_AS_READ):
+        raise ConfigError(
+            f"`model.path={path}` holds weights that are quantised already: config.json has a "
+            f"quantization_config with quant_method={method}",
+            "name the model that it was made of; `method=qlora` quantises that one while it is read",
+        )
 
 
 def _own_facts(model: ModelSpec, path: str) -> ModelSpec:

@@ -16,6 +16,7 @@ from launcher.documents import read_document
 from launcher.libraries import hide_libraries, unneeded_libraries
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
+from launcher.worker.ranks import rank
 from launcher.worker.signals import heed_parent_alone
 
 TRAIN_MODULE = "launcher.worker.train"
@@ -25,9 +26,8 @@ def main(argv: Sequence[str]) -> int:
     """Entry point: `python -m launcher.worker <run directory>`."""
     heed_parent_alone()
     paths = RunPaths(Path(argv[1]))
-    rank = int(os.environ.get("RANK", "0"))
-    paths.host(rank).write_text(socket.gethostname())
-    paths.pid(rank).write_text(str(os.getpid()))
+    paths.host(rank()).write_text(socket.gethostname())
+    paths.pid(rank()).write_text(str(os.getpid()))
     order = read_document(paths.worker, WorkerOrder)
     hide_libraries(unneeded_libraries(order.plan))
     train = importlib.import_module(TRAIN_MODULE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 
 from torch import distributed
@@ -10,16 +9,7 @@ from torch import distributed
 from launcher.errors import LaunchError
 from launcher.job import Engine
 from launcher.plan import Plan
-
-
-def rank() -> int:
-    """Number of this process among all."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Processes over all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from launcher.worker.ranks import rank, world_size
 
 
 def connect(plan: Plan) -> None:

@@ -17,11 +17,11 @@ from launcher.errors import DataError
 from launcher.hardware import DeviceKind
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
-from launcher.worker.engine import rank
 from launcher.worker.exhausted import is_out_of_memory
 from launcher.worker.laid_out import check_laid_out, require_known_ids
 from launcher.worker.longest import keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
+from launcher.worker.ranks import rank
 from launcher.worker.tasks import UNREADABLE, examples_of, source_of, tokenizer_of, unreadable_model
 
 

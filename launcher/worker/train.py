@@ -45,12 +45,7 @@ from launcher.redaction import redacted, secrets_of
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 from launcher.worker.checkpoints import save_aside
-from launcher.worker.engine import (
-    connect,
-    leave_together,
-    rank,
-    world_size,
-)
+from launcher.worker.engine import connect, leave_together
 from launcher.worker.exhausted import is_out_of_memory
 from launcher.worker.ingredients import Ingredients, prepare
 from launcher.worker.laid_out import blamed_template
@@ -63,6 +58,7 @@ from launcher.worker.meter import (
     resident_peak_bytes,
 )
 from launcher.worker.progress import Progress, ProgressCallback
+from launcher.worker.ranks import rank, world_size
 from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.tasks import check_images
