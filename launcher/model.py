@@ -39,6 +39,8 @@ class ModelSpec:
     """Dtype of the stored weights; loading them into another one holds both for a moment."""
     trust_remote_code: bool = False
     """Whether modelling code that comes with the weights may run."""
+    code_digest: str = ""
+    """What tells the model's own code from another; empty: none may run, or there is none. Found by the launcher."""
     num_parameters: int | None = None
     """Published parameter count, tied weights counted once."""
     num_parameters_rounded_to: int | None = None

@@ -97,11 +97,12 @@ def trust_notes(job: JobSpec) -> tuple[str, ...]:
     model = job.model
     if not model.trust_remote_code:
         return ()
-    which = (
-        f"revision {model.revision}"
-        if model.revision
-        else "whatever revision is newest: model.revision pins one"
-    )
+    if Path(model.path).expanduser().is_dir():
+        which = "the files that are there now"
+    elif model.revision:
+        which = f"revision {model.revision}"
+    else:
+        which = "whatever revision is newest: model.revision pins one"
     return (f"model.trust_remote_code=true: Python code from `{model.path}` ({which}) runs with your rights",)
 
 

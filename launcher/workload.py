@@ -125,6 +125,10 @@ def build_model(config: PretrainedConfig, plan: Plan, weights: str, job: JobSpec
     model: nn.Module
     auto_class = AUTO_CLASSES[job.model.task]
     if not weights:
+        if job.model.code_digest and auto_class.__name__ in (getattr(config, "auto_map", None) or {}):
+            options["code_revision"] = (
+                job.model.revision
+            )  # from_pretrained takes it from the weights' revision
         model = auto_class.from_config(config, **options)
         return model
     quantization = quantization_config(job.method, plan)

@@ -7,6 +7,7 @@ Then `launch resume=<run dir>` goes on.
     python -m scripts.endurance                     20 jobs; prints the table
     python -m scripts.endurance --write             also writes docs/accuracy/<date>-endurance.json
     python -m scripts.endurance --jobs 3 --seed 7
+    python -m scripts.endurance --hardware auto     on a GPU of this machine
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Kill:
     """Whether it ended with the weights of the undisturbed run."""
 
 
-def command(folder: Path, run_dir: Path, rehearses: bool) -> list[str]:
+def command(folder: Path, run_dir: Path, rehearses: bool, hardware: str) -> list[str]:
     """The command line of the job."""
     job = [
         f"model.path={folder}",
@@ -87,7 +88,7 @@ def command(folder: Path, run_dir: Path, rehearses: bool) -> list[str]:
         "training.precision=fp32",
         "training.report_to=[]",
         "planner.pin.micro_batch_size=2",
-        "hardware=cpu",
+        f"hardware={hardware}",
         f"trace_cache={folder / 'traces'}",
         f"run_dir={run_dir}",
         f"launch.rehearse={str(rehearses).lower()}",
@@ -97,7 +98,8 @@ def command(folder: Path, run_dir: Path, rehearses: bool) -> list[str]:
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     """Starts a launcher in a session of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
     with log.open("ab") as stream:
         return subprocess.Popen(
             arguments, stdout=stream, stderr=stream, start_new_session=True, env=environment
@@ -153,11 +155,11 @@ def kill(child: subprocess.Popen[bytes], act: RunPaths, victim: str) -> None:
     child.wait(TIMEOUT_SECONDS)
 
 
-def endure(folder: Path, number: int, chances: random.Random, wanted: str) -> Kill:
+def endure(folder: Path, number: int, chances: random.Random, wanted: str, hardware: str) -> Kill:
     """Runs one job, kills it, resumes it, and compares."""
     moment, victim = MOMENTS[number % len(MOMENTS)], chances.choice(VICTIMS)
     paths, log = RunPaths(folder / f"run-{number}"), folder / f"log-{number}"
-    child = start(command(folder, paths.root, moment == "rehearsal"), log)
+    child = start(command(folder, paths.root, moment == "rehearsal", hardware), log)
     if not strike(child, paths, moment, victim, chances.random()):
         raise SystemExit(
             f"job {number} ended before it was killed\n{log.read_text(encoding='utf-8')[-2000:]}"
@@ -169,16 +171,18 @@ def endure(folder: Path, number: int, chances: random.Random, wanted: str) -> Ki
     return Kill(moment, victim, 0 if last is None else step_of(last), torn, digest(paths.root) == wanted)
 
 
-def endure_all(folder: Path, numbers: Iterable[int], chances: random.Random) -> list[Kill]:
+def endure_all(
+    folder: Path, numbers: Iterable[int], chances: random.Random, hardware: str = "cpu"
+) -> list[Kill]:
     """Runs an undisturbed job in a folder, then those of some numbers; prints the table."""
     text = "the planner reads the trace and the trace reads the step. "
     write_small_model(folder, ARCHITECTURE, text * 12, 60)
     log = folder / "log"
-    end(start(command(folder, folder / "undisturbed", rehearses=False), log), log)
+    end(start(command(folder, folder / "undisturbed", rehearses=False, hardware=hardware), log), log)
     wanted, kills = digest(folder / "undisturbed"), []
     print("| killed in | who | went on from step | torn | same weights |\n|---|---|--:|--:|---|")
     for number in numbers:
-        found = endure(folder, number, chances, wanted)
+        found = endure(folder, number, chances, wanted, hardware)
         kills.append(found)
         same = "yes" if found.is_same else "NO"
         row = (found.moment, found.victim, found.resumed_from, found.num_torn, same)
@@ -191,15 +195,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hardware", default="cpu", help="`auto` for a GPU of this machine")
     parser.add_argument("--write", action="store_true", help="write docs/accuracy/<date>-endurance.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="endurance-") as name:
-        kills = endure_all(Path(name), range(options.jobs), random.Random(options.seed))
+        kills = endure_all(Path(name), range(options.jobs), random.Random(options.seed), options.hardware)
     now = datetime.now(UTC)
     if options.write:
         document = {
             "date": now.date().isoformat(),
             "seed": options.seed,
+            "hardware": options.hardware,
             "versions": {name: version(name) for name in LIBRARIES},
             "kills": [asdict(found) for found in kills],
         }

@@ -250,14 +250,19 @@ def test_a_models_own_code_does_not_run_unless_the_job_says_so(tiny: Path, tmp_p
     with pytest.raises(DataError, match="can't be read"):
         prepare(order, RunPaths(tmp_path / "run"))
     assert not marker.exists()
+    trusting = replace(order.job, model=replace(order.job.model, trust_remote_code=True))
+    prepare(replace(order, job=trusting), RunPaths(tmp_path / "run"))
+    assert marker.exists()
 
 
-def test_a_plan_names_the_code_that_it_lets_run() -> None:
+def test_a_plan_names_the_code_that_it_lets_run(tmp_path: Path) -> None:
     assert trust_notes(JobSpec(model=ModelSpec(path="org/model"))) == ()
     (note,) = trust_notes(JobSpec(model=ModelSpec(path="org/model", trust_remote_code=True)))
     assert "`org/model`" in note and "model.revision pins one" in note
     (note,) = trust_notes(JobSpec(model=ModelSpec(path="org/model", trust_remote_code=True, revision="1a")))
     assert "revision 1a" in note
+    (note,) = trust_notes(JobSpec(model=ModelSpec(path=str(tmp_path), trust_remote_code=True)))
+    assert "there now" in note and "revision" not in note
 
 
 FORBIDDEN = {

@@ -78,7 +78,7 @@ def awkward_skyline() -> Skyline:
 
 RELEVANT: dict[str, Callable[[JobSpec], JobSpec]] = {
     "architecture": lambda job: replace(job, model=replace(job.model, architecture={"model_type": "llama"})),
-    "own code": lambda job: replace(job, model=replace(job.model, trust_remote_code=True)),
+    "own code": lambda job: replace(job, model=replace(job.model, trust_remote_code=True, code_digest="1a")),
     "adapters' places": lambda job: replace(job, method=MethodSpec(target_modules=("q_proj",))),
     "adapters' dropout": lambda job: replace(job, method=MethodSpec(dropout=0.1)),
     "packing": lambda job: replace(job, data=DataSpec(packing=True)),
@@ -90,6 +90,9 @@ RELEVANT: dict[str, Callable[[JobSpec], JobSpec]] = {
     ),
 }
 IRRELEVANT: dict[str, Callable[[JobSpec], JobSpec]] = {
+    "trust in code that is not there": lambda job: replace(
+        job, model=replace(job.model, trust_remote_code=True)
+    ),
     "learning rate": lambda job: replace(job, training=TrainingSpec(learning_rate=3e-3)),
     "seed": lambda job: replace(job, training=TrainingSpec(seed=7)),
     "steps": lambda job: replace(job, training=TrainingSpec(max_steps=7, logging_steps=3)),

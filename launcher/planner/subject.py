@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,7 +40,7 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
     reduced = JobSpec(
         model=ModelSpec(
             architecture=job.model.architecture,
-            trust_remote_code=job.model.trust_remote_code,
+            **_own_code(job.model),
             task=job.model.task,
             num_labels=job.model.num_labels,
             freeze_vision=job.model.freeze_vision,
@@ -65,6 +66,18 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
         compute_capability=facts.compute_capability if facts.prefers_cudnn_attention else "",
     )
     return Subject(reduced, shapeless, hardware)
+
+
+def _own_code(model: ModelSpec) -> dict[str, Any]:
+    """Where a model's own code is and which it is; nothing for models that transformers knows."""
+    if not model.code_digest:
+        return {}
+    return {
+        "path": os.path.expanduser(model.path),
+        "revision": model.revision,
+        "trust_remote_code": True,
+        "code_digest": model.code_digest,
+    }
 
 
 def _reduced(evaluation: EvaluationSpec) -> EvaluationSpec:

@@ -372,7 +372,8 @@ def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) 
 def open_subject(subject: Subject) -> TraceSubject:
     """Builds the transformers config of a subject described in plain data."""
     try:
-        config = workload.model_config("", subject.job.model)
+        model = subject.job.model
+        config = workload.model_config(model.path if model.code_digest else "", model)
     except Exception as failure:  # a config class checks its facts in ways of its own
         model_type = subject.job.model.architecture.get("model_type")
         raise UnsupportedByPlanner(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -40,14 +41,34 @@ def resolve_model(model: ModelSpec, catalogue: Catalogue) -> ModelSpec:
             f"`model.path={path}` can't be looked for: {failure}", "give a folder or a hub id"
         ) from failure
     if is_folder:
-        return _described_by(_read_config(folder / "config.json"), _own_facts(model, path))
+        described = _described_by(_read_config(folder / "config.json"), _own_facts(model, path))
+        return replace(described, code_digest=_code_digest(described, folder))
     if path == model.id or parse_packaged_path(path) is not None:
         return replace(model, path=path)
     entry = catalogue(path)
     if entry is not None:
         return replace(_own_facts(model, path), id=path, architecture=dict(entry["architecture"]))
-    config = _read_config(_hub_config(path, model.revision))
-    return _described_by(config, replace(_own_facts(model, path), id=path))
+    file = _hub_config(path, model.revision)
+    described = _described_by(_read_config(file), replace(_own_facts(model, path), id=path))
+    # the hub's cache keeps each commit in a folder of its name
+    return replace(described, code_digest=file.parent.name if _runs_own_code(described) else "")
+
+
+def _runs_own_code(model: ModelSpec) -> bool:
+    return model.trust_remote_code and bool(model.architecture.get("auto_map"))
+
+
+def _code_digest(model: ModelSpec, folder: Path) -> str:
+    """Digest of the Python files beside a config.json that names code of its own; empty when none may run."""
+    if not _runs_own_code(model):
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("**/*.py")):
+        try:
+            digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+        except OSError as failure:
+            raise DataError(f"`{file}` can't be read: {failure}") from failure
+    return digest.hexdigest()
 
 
 def _described_by(config: dict[str, Any], model: ModelSpec) -> ModelSpec:
