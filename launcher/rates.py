@@ -55,6 +55,31 @@ class PassRate:
 
 
 @dataclass(frozen=True)
+class HostRate:
+    """Measured time of the host per operation."""
+
+    checkpointing: str
+    """Activation checkpointing, by its name in a plan."""
+    forward_seconds: float
+    """Per operation of a forward pass: Python runs it."""
+    backward_seconds: float
+    """Per operation of a backward pass: autograd's engine runs it, and Python what is recomputed."""
+    both_seconds: float
+    """Per operation of both."""
+
+
+HOST_SHARES: Mapping[str, tuple[float, float]] = {
+    "none": (1.47, 0.72),
+    "full": (2.5, 1.7),
+    "offload": (2.5, 1.7),
+    "selective": (6.3, 2.7),
+}
+"""The host's time per operation of forward and backward passes in units of `launch_seconds`, by activation checkpointing:
+saved tensors pass through hooks, and selective checkpointing asks Python at every operation. Measured by
+`launcher.worker.calibrate.measure_host` on an EPYC CPU, torch 2.13, 2026-11-26; `offload` is taken as `full`."""
+
+
+@dataclass(frozen=True)
 class Rates:
     """What a device does per second."""
 
@@ -65,7 +90,9 @@ class Rates:
     is_synchronous: bool
     """True: an operation begins when the one before has ended (CPU). False: operations are queued (GPU)."""
     launch_seconds: float
-    """Time of the host per operation: Python, autograd, dispatch, launch."""
+    """Time of the host per operation, forward and backward, without checkpointing: Python, autograd, dispatch, launch."""
+    host: tuple[HostRate, ...] = ()
+    """Measured times of the host; they come before `HOST_SHARES`."""
     matrix_flops: Mapping[str, float] = field(default_factory=dict)
     """Rate of large matrix products by dtype; measured ones come before it."""
     multiprocessors: int = 0
@@ -82,6 +109,20 @@ class Rates:
     """Measured attention."""
     passes: tuple[PassRate, ...] = ()
     """Measured passes."""
+
+
+def host_seconds(rates: Rates, checkpointing: str) -> tuple[float, float]:
+    """The host's time per operation of a forward and of a backward pass.
+
+    Args:
+        rates: The device's rates.
+        checkpointing: Activation checkpointing, by its name in a plan.
+    """
+    for rate in rates.host:
+        if rate.checkpointing == checkpointing:
+            return rate.forward_seconds, rate.backward_seconds
+    forward, backward = HOST_SHARES[checkpointing]
+    return rates.launch_seconds * forward, rates.launch_seconds * backward
 
 
 @dataclass(frozen=True)

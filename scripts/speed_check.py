@@ -1,8 +1,10 @@
 """Predicted against measured order of plans: twelve plans of SmolLM2-135M with LoRA, on this machine's CPU.
 
-Each plan trains in a process of its own: the same workload, real tensors, random weights. Its step time is the shortest
-of the steps after the first: on a shared machine that is what repeats, and what the calibration takes too. Predictions
-come from traces and from the calibration of this CPU (`launch action=calibrate`), never from a step that was timed.
+Each plan trains in a process of its own: the same workload, real tensors, random weights. They take turns, a step each,
+in rounds of another order, so that a slow moment of the machine doesn't fall on one plan alone. A plan's step time is the
+shortest of its steps after the first: on a shared machine that is what repeats, and what the calibration takes too.
+Predictions come from traces and from the calibration of this CPU (`launch action=calibrate`), never from a step that was
+timed.
 
     python -m scripts.speed_check             prints the table
     python -m scripts.speed_check --write     also writes docs/accuracy/<date>-speed.json and docs/speed.md
@@ -14,6 +16,7 @@ import argparse
 import datetime
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,9 @@ JOB = (
     "training.global_batch_size=8",
     "planner.headroom=0.05",
 )
-STEPS = 4
-"""Optimizer steps of each plan; the first one, in which memory is claimed and states are made, is not counted."""
+ROUNDS = 6
+"""Optimizer steps of each plan that count; one before them, in which memory is claimed and states are made, does not."""
+MARK = "step seconds: "
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 
 
@@ -72,25 +76,63 @@ def predict(job: JobSpec, plans: Sequence[Plan]) -> list[Price]:
         return [Price(plan, forecaster.estimate(plan), forecaster.step_time(plan)) for plan in plans]
 
 
-def measure(job: JobSpec, plan: Plan) -> float:
-    """Shortest time of a step, in a process of its own."""
-    text = json.dumps({"job": to_json(job), "plan": to_json(plan)})
-    child = subprocess.run(
-        [sys.executable, "-m", "scripts.speed_check", "--child"],
-        input=text,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    if child.returncode:
-        raise SystemExit(child.stderr)
-    times: list[float] = json.loads(child.stdout.splitlines()[-1])
-    return min(times[1:])
+class Runner:
+    """A process that trains one plan, a step at a time, when it is told to."""
+
+    def __init__(self, job: JobSpec, plan: Plan, steps: int) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "scripts.speed_check", "--child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
+        )
+        self._say(json.dumps({"job": to_json(job), "plan": to_json(plan), "steps": steps}))
+
+    def step(self) -> float:
+        """Seconds of the next optimizer step."""
+        self._say("step")
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            if line.startswith(MARK):
+                return float(line.removeprefix(MARK))
+        self._log.seek(0)
+        raise SystemExit(self._log.read())
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._child.kill()
+        self._child.wait()
+        self._log.close()
+
+    def _say(self, line: str) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.write(line + "\n")
+        self._child.stdin.flush()
 
 
-def train_here(job: JobSpec, plan: Plan) -> list[float]:
-    """Trains one plan in this process; returns the time of each step."""
+def measure(job: JobSpec, plans: Sequence[Plan], rounds: int) -> list[list[float]]:
+    """Times of the steps of each plan that count, one for each round."""
+    order = random.Random(0)
+    runners = [Runner(job, plan, rounds + 1) for plan in plans]
+    try:
+        for runner in runners:
+            runner.step()
+        times: list[list[float]] = [[] for _ in plans]
+        for number in range(rounds):
+            for place in order.sample(range(len(plans)), len(plans)):
+                times[place].append(runners[place].step())
+            print(f"round {number + 1} of {rounds}", file=sys.stderr)
+        return times
+    finally:
+        for runner in runners:
+            runner.end()
+
+
+def train_here(job: JobSpec, plan: Plan, steps: int) -> None:
+    """Trains one plan in this process: a step for each line on stdin, whose time is printed."""
     import torch  # noqa: PLC0415  # only the child process needs these
     from datasets import Dataset  # noqa: PLC0415
     from transformers import PrinterCallback, TrainerCallback  # noqa: PLC0415
@@ -98,27 +140,28 @@ def train_here(job: JobSpec, plan: Plan) -> list[float]:
     from launcher import workload  # noqa: PLC0415
     from launcher.planner.rehearsal import blank_tokenizer  # noqa: PLC0415
 
-    ends: list[float] = []
+    class Gate(TrainerCallback):
+        """Waits before each step until it is told to go on, and says how long the step took."""
 
-    class Clock(TrainerCallback):
-        """Notes when steps end."""
+        began = 0.0
 
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            """The loop begins."""
-            ends.append(time.perf_counter())
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            """Waits for a line."""
+            sys.stdin.readline()
+            self.began = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            """A step has ended."""
-            ends.append(time.perf_counter())
+            """The step has ended."""
+            print(f"\n{MARK}{time.perf_counter() - self.began}", flush=True)
 
     torch.manual_seed(0)
     model = workload.build_model(workload.model_config("", job.model), plan, "", job)
     model = workload.attach_adapters(model, job, plan)
-    tokens = torch.randint(3, 49_000, (STEPS * plan.global_batch_size, plan.max_length)).tolist()
+    tokens = torch.randint(3, 49_000, (steps * plan.global_batch_size, plan.max_length)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         changes = {
             "use_cpu": True,
-            "max_steps": STEPS,
+            "max_steps": steps,
             "save_strategy": "no",
             "report_to": [],
             "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -132,11 +175,10 @@ def train_here(job: JobSpec, plan: Plan) -> list[float]:
             Dataset.from_dict({"input_ids": tokens}),
             None,
             blank_tokenizer(),
-            [Clock()],
+            [Gate()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return [later - earlier for earlier, later in pairwise(ends)]
 
 
 def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float:
@@ -173,14 +215,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def check() -> dict[str, Any]:
+def check(rounds: int) -> dict[str, Any]:
     """Predicts, measures, compares."""
     job = resolve(load_job(JOB), ())
     prices = predict(job, plans_of(job))
     chosen = Ranking(job.planner.objective, knows_speed=True).best(prices)
     load_before = os.getloadavg()[0]
     results = []
-    for price in prices:
+    for price, times in zip(prices, measure(job, [price.plan for price in prices], rounds), strict=True):
         assert price.step is not None  # a CPU has rates
         plan = price.plan
         results.append(
@@ -189,12 +231,12 @@ def check() -> dict[str, Any]:
                 "micro_batch_size": plan.micro_batch_size,
                 "accumulation": plan.gradient_accumulation_steps,
                 "predicted_seconds": price.step.seconds,
-                "measured_seconds": measure(job, plan),
+                "measured_seconds": min(times),
+                "steps_seconds": times,
                 "peak_bytes": price.estimate.peak_device_bytes,
                 "is_chosen": price is chosen,
             }
         )
-        print(results[-1], file=sys.stderr)
     step = prices[0].step
     return {
         "date": datetime.date.today().isoformat(),
@@ -232,13 +274,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--child", action="store_true", help="train one plan, read from stdin; prints JSON")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--child", action="store_true", help="train one plan, read from stdin, as told there")
     options = parser.parse_args()
     if options.child:
-        order = json.loads(sys.stdin.read())
-        print(json.dumps(train_here(from_json(JobSpec, order["job"]), from_json(Plan, order["plan"]))))
+        order = json.loads(sys.stdin.readline())
+        train_here(from_json(JobSpec, order["job"]), from_json(Plan, order["plan"]), order["steps"])
         return
-    found = check()
+    found = check(options.rounds)
     print(table(found["results"]))
     print(summary(found["results"]))
     if options.write:

@@ -45,5 +45,6 @@ def nasty_path(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts_arrive() -> None:
-    """A shell starts background jobs with interrupts ignored, and children inherit that; tests send some."""
+    """A shell starts background jobs with interrupts ignored, `nohup` with hang-ups; children inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -313,7 +313,11 @@ def test_a_tokenizer_whose_end_has_no_row_is_refused(copy: Path) -> None:
 
 
 def trained(
-    folder: Path, rows: list[dict[str, Any]], job_changes: dict[str, Any] | None = None, **changes: Any
+    folder: Path,
+    rows: list[dict[str, Any]],
+    job_changes: dict[str, Any] | None = None,
+    rehearses: bool = False,
+    **changes: Any,
 ) -> list[str]:
     """What the worker's own training says of rows; it trains no step when they are refused."""
     from launcher.worker.progress import Progress
@@ -326,7 +330,7 @@ def trained(
     order = tiny_order(
         folder, Engine.NONE, num_devices=1, training=training, **{"gradient_accumulation_steps": 1, **changes}
     )
-    order = replace(order, job=replace(order.job, data=data, **(job_changes or {})))
+    order = replace(order, job=replace(order.job, data=data, **(job_changes or {})), rehearses=rehearses)
     made = replace(prepare(order, RunPaths(folder / "run")), model=None, timeline=None, metrics=None)
     said: list[str] = []
     train(order.job, order.plan, made, Progress(), said.append)
@@ -342,6 +346,16 @@ def test_examples_without_a_token_to_learn_are_refused_together_and_counted_alon
     assert "data.max_length above 64" in caught.value.hint
     said = trained(copy, [masked, {"prompt": "x", "completion": "y"}, masked], max_length=64)
     assert "2 of 3 examples are left out: none has a token to learn within 64 tokens" in said
+
+
+def test_a_rehearsal_finds_that_there_is_nothing_to_learn(copy: Path) -> None:
+    """It looks at the longest examples only: that few others are shorter it can't know."""
+    masked = {"prompt": "x" * 100, "completion": "y"}
+    with pytest.raises(DataError, match=r"none of the 4 examples of .*rows\.jsonl has a token to learn"):
+        trained(copy, [masked] * 4, max_length=64, rehearses=True)
+    with pytest.raises(DataError, match=r"none of the 256 longest examples .* within 64 tokens") as caught:
+        trained(copy, [masked] * 300 + [{"prompt": "x", "completion": "y"}], max_length=64, rehearses=True)
+    assert "launch.rehearse=false" in caught.value.hint
 
 
 def test_fewer_examples_than_a_batch_are_refused(copy: Path) -> None:

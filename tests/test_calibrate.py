@@ -12,7 +12,7 @@ import pytest
 from launcher.documents import read_document, write_document
 from launcher.errors import LaunchError
 from launcher.hardware import DeviceKind, HardwareSpec, MatrixFlops
-from launcher.rates import Calibration, PassRate, Rates
+from launcher.rates import AttentionRate, Calibration, HostRate, MatrixRate, PassRate, Rates, host_seconds
 from launcher.run import calibrate
 from launcher.run.calibrate import REFERENCE, calibration_file, device_name, device_rates, kept_calibration
 from launcher.run.detect import DetectedDevice
@@ -100,6 +100,22 @@ def test_a_calibration_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_fastest_of_several_rounds_counts() -> None:
+    """Each speed by itself, and nothing else is mixed."""
+    from launcher.worker.calibrate import fastest
+
+    forward, backward = AttentionRate("fp32", 64, 5.0, 1.0), AttentionRate("fp32", 64, 4.0, 2.0)
+    other = AttentionRate("fp32", 128, 1.0, 1.0)
+    assert fastest([forward, other, backward]) == (AttentionRate("fp32", 64, 5.0, 2.0), other)
+    assert fastest([HostRate("none", 3.0, 1.0, 2.0), HostRate("none", 2.0, 4.0, 1.0)]) == (
+        HostRate("none", 2.0, 1.0, 1.0),
+    )
+    assert fastest([MatrixRate("fp32", 1, 2, 3, "nt", 7.0), MatrixRate("fp32", 1, 2, 3, "nn", 9.0)]) == (
+        MatrixRate("fp32", 1, 2, 3, "nt", 7.0),
+        MatrixRate("fp32", 1, 2, 3, "nn", 9.0),
+    )
+
+
 def test_a_real_measurement_comes_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -118,6 +134,11 @@ def test_a_real_measurement_comes_back_whole(tmp_path: Path, monkeypatch: pytest
     kept = read_document(tmp_path / "kept.json", Calibration)
     assert (kept.device, kept.threads) == ("this CPU", torch.get_num_threads())
     assert 1e-7 < kept.rates.launch_seconds < 1e-2
+    hosts = {rate.checkpointing: rate for rate in kept.rates.host}
+    assert hosts["none"].both_seconds == kept.rates.launch_seconds
+    assert set(hosts) == {"none", "full", "selective"}
+    for mode, rate in hosts.items():
+        assert host_seconds(kept.rates, mode) == (rate.forward_seconds, rate.backward_seconds)
     assert all(item.flops_per_second > 1e5 for item in kept.rates.matrix)
     assert {item.layout for item in kept.rates.matrix} == {"nt", "nn", "tn"}
     assert {item.kind for item in kept.rates.passes} >= {"light", "heavy", "copy", "softmax", "optimizer"}

@@ -143,6 +143,9 @@ def test_what_a_worker_prints_of_its_secrets_is_struck_out(
         report("key " + os.environ["WANDB_API_KEY"])
         sys.stderr.write(os.environ["HTTPS_PROXY"])
         sys.stderr.flush()
+        kept = run / "logs" / "none_x1" / "attempt_0" / "0"   # as torchrun keeps a rank's output
+        kept.mkdir(parents=True)
+        (kept / "stdout.log").write_text("before " + os.environ["WANDB_API_KEY"] + " after\\n" + os.environ["HF_TOKEN"])
         end()
     """)
     paths = RunPaths(tmp_path / "run")
@@ -155,6 +158,10 @@ def test_what_a_worker_prints_of_its_secrets_is_struck_out(
     log = paths.log.read_text()
     assert "token canary01" in log or "token [HF_TOKEN] is out" in log
     assert "http://me:[HTTPS_PROXY]@127.0.0.1:1" in log
+    kept = paths.logs.joinpath("none_x1", "attempt_0", "0", "stdout.log").read_text()
+    assert (
+        kept == f"before {'[WANDB_API_KEY]':*<{len(CANARY + '-wandb')}} after\n{'[HF_TOKEN]':*<{len(CANARY)}}"
+    )
     assert [name for name, content in everything_below(tmp_path).items() if CANARY.encode() in content] == []
 
 

@@ -17,7 +17,7 @@ from launcher.planner import trace
 from launcher.planner.objective import SAME, Price, Ranking
 from launcher.planner.speed import SpeedModel
 from launcher.planner.work import Stage, Work, WorkKind, WorkTable, build_table
-from launcher.rates import AttentionRate, MatrixRate, PassRate, Rates, published_rates
+from launcher.rates import HOST_SHARES, AttentionRate, HostRate, MatrixRate, PassRate, Rates, published_rates
 from launcher.step_time import StepTime, dollars_per_million_tokens
 from tests.test_work import plan_of, subject_of
 
@@ -37,6 +37,7 @@ CPU = Rates(
     is_calibrated=True,
     is_synchronous=True,
     launch_seconds=1e-4,
+    host=(HostRate("none", 1e-4, 2e-4, 1e-4),),
     matrix=(
         MatrixRate("fp32", 64, 512, 512, "nt", 40e9),
         MatrixRate("fp32", 512, 512, 512, "nt", 80e9),
@@ -61,7 +62,7 @@ def passing(num_bytes: int, kind: WorkKind = WorkKind.LIGHT, dtype: str = "bf16"
     return Work(kind, dtype, (), constant(num_bytes))
 
 
-def table_of(*works: Work, stage: Stage = Stage.FIRST_BATCH, times: float = 1.0) -> WorkTable:
+def table_of(*works: Work, stage: Stage = Stage.FIRST_FORWARD, times: float = 1.0) -> WorkTable:
     return build_table({(stage, work): {(0, 0): times} for work in works})
 
 
@@ -86,11 +87,36 @@ def test_a_pass_takes_the_time_of_its_bytes() -> None:
 
 
 def test_small_operations_take_the_hosts_time_on_a_gpu() -> None:
-    assert seconds(published_rates(A100), passing(1024), times=500) == pytest.approx(500 * 1e-5)
+    forward, backward = HOST_SHARES["selective"]
+    rates = published_rates(A100)
+    assert rates is not None
+    for stage, share in (
+        (Stage.FIRST_FORWARD, forward),
+        (Stage.FIRST_BACKWARD, backward),
+        (Stage.UPDATE, 1.0),
+    ):
+        model = SpeedModel(table_of(passing(1024), stage=stage, times=500), rates, "selective")
+        assert model.step(1, 1, 1).seconds == pytest.approx(500 * 1e-5 * share)
+
+
+def test_the_host_waits_for_the_device_between_the_passes() -> None:
+    """A forward pass that waits for the host and a backward pass that waits for the device: both add up."""
+    rates = replace(CPU, is_synchronous=False)
+    small, large = passing(1 << 16), passing(1 << 24, dtype="fp32")
+    tally = {(Stage.FIRST_FORWARD, small): {(0, 0): 100.0}, (Stage.FIRST_BACKWARD, large): {(0, 0): 10.0}}
+    expected = 100 * 1e-4 + 10 * (1 << 24) / 16e9
+    assert SpeedModel(build_table(tally), rates).step(1, 1, 1).seconds == pytest.approx(expected)
 
 
 def test_on_a_cpu_the_hosts_time_comes_on_top() -> None:
     assert seconds(CPU, passing(1 << 16), times=3) == pytest.approx(3 * (1e-4 + (1 << 16) / 64e9))
+
+
+def test_an_8bit_optimizer_is_slower_than_its_bytes() -> None:
+    """What was measured: 8.03e9 parameters of two bytes, gradients of two, two states of one, in 206 ms."""
+    h100 = replace(A100, memory_bandwidth_bytes_per_second=3.35e12, bandwidth_efficiency=0.87)
+    work = passing(int(8.03e9 * 6), WorkKind.BLOCKWISE_OPTIMIZER)
+    assert seconds(published_rates(h100), work) == pytest.approx(0.206, rel=0.02)
 
 
 def test_measured_products_are_taken_where_they_were_measured() -> None:
@@ -110,8 +136,10 @@ def test_a_step_is_its_first_batch_the_later_ones_and_the_update() -> None:
     tally = {
         (stage, passing(size)): {(0, 0): 1.0}
         for stage, size in (
-            (Stage.FIRST_BATCH, 1 << 30),
-            (Stage.LATER_BATCH, 1 << 31),
+            (Stage.FIRST_FORWARD, 1 << 29),
+            (Stage.FIRST_BACKWARD, 1 << 29),
+            (Stage.LATER_FORWARD, 1 << 29),
+            (Stage.LATER_BACKWARD, 3 << 29),
             (Stage.UPDATE, 1 << 29),
         )
     }

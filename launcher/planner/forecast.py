@@ -224,7 +224,8 @@ class Forecaster:
             return None
         key = question.key
         if key not in self._speeds:
-            self._speeds[key] = SpeedModel(skyline.work, self._rates)
+            mode = plan.activation_checkpointing.value
+            self._speeds[key] = SpeedModel(skyline.work, self._rates, mode)
         batch, length = plan.micro_batch_size, plan.max_length
         step = self._speeds[key].step(batch, length, plan.gradient_accumulation_steps)
         held = skyline.resident_bytes(batch, length)[Category.PARAMETERS]

@@ -56,6 +56,7 @@ NAMES: Mapping[WorkKind, tuple[str, ...]] = {
 """Beginnings of names, by kind; the longest that fits counts. All others are light: one pass over their elements."""
 PRODUCTS = {
     "aten::mm": (0, 1, False),
+    "aten::linear": (0, 1, True),
     "aten::addmm": (1, 2, False),
     "aten::addmm_": (1, 2, False),
     "aten::bmm": (0, 1, False),
@@ -139,7 +140,10 @@ class Describer:
         if operation.kind is WorkKind.OPTIMIZER and any(isinstance(item, (list, tuple)) for item in args):
             return self._list(operation, [*args, *kwargs.values()])
         moved = self._moved(operation, tensors, outputs)
-        work = Work(operation.kind, dtype_of(outputs or tensors), (), self.num_bytes(moved))
+        kind = operation.kind
+        if operation.name == "optimizer_update_8bit_blockwise" and "adam" in args[0]:
+            kind = WorkKind.BLOCKWISE_OPTIMIZER
+        work = Work(kind, dtype_of(outputs or tensors), (), self.num_bytes(moved))
         return (LAUNCH, work) if operation.kind is WorkKind.OPTIMIZER else (work,)
 
     def product(

@@ -16,6 +16,11 @@ from launcher.planner.polynomial import CONSTANT, Exponents, TracedShape, multip
 from launcher.planner.work import Stage, Work, WorkKind
 
 Signature = tuple[Any, ...]
+BACKWARD_PASSES: Mapping[Stage, Stage] = {
+    Stage.FIRST_FORWARD: Stage.FIRST_BACKWARD,
+    Stage.LATER_FORWARD: Stage.LATER_BACKWARD,
+}
+"""The backward pass that follows on a forward pass."""
 
 
 class WorkRecorder:
@@ -34,7 +39,8 @@ class WorkRecorder:
         self._works: dict[Signature, tuple[Work, ...]] = {}
         self._counts: dict[tuple[Stage, bool, Signature], int] = {}
         self.active = False
-        self.stage = Stage.FIRST_BATCH
+        self.stage = Stage.FIRST_FORWARD
+        """The part of the step; of a micro batch, its forward pass: a backward pass is known by autograd's engine."""
         self.total = 0
         """Operations counted so far."""
 
@@ -104,7 +110,10 @@ class WorkRecorder:
     def _count(self, signature: Signature, in_head: bool) -> None:
         if self.active:
             self.total += 1
-            place = (self.stage, in_head, signature)
+            stage = self.stage
+            if stage in BACKWARD_PASSES and torch._C._current_graph_task_id() != -1:
+                stage = BACKWARD_PASSES[stage]
+            place = (stage, in_head, signature)
             self._counts[place] = self._counts.get(place, 0) + 1
 
     def _tiles(self) -> dict[tuple[Stage, Signature], bool]:

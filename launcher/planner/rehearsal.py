@@ -246,7 +246,7 @@ class Rehearsal:
             self.batches_begun = 0
             if recorder is not None:
                 recorder.active = self.steps_done == STEPS - 1
-                recorder.stage = Stage.FIRST_BATCH
+                recorder.stage = Stage.FIRST_FORWARD
 
     def _sharder(self) -> Callable[[nn.Parameter], None] | None:
         """What splits weights while they are loaded; None where they are loaded whole.
@@ -319,7 +319,7 @@ class Rehearsal:
             )
             if self.tape.recorder is not None:
                 is_last = self.batches_begun == self.plan.gradient_accumulation_steps
-                self.tape.recorder.stage = Stage.UPDATE if is_last else Stage.LATER_BATCH
+                self.tape.recorder.stage = Stage.UPDATE if is_last else Stage.LATER_FORWARD
 
         trainer.accelerator.backward = backward_and_note
         step = trainer.training_step
@@ -338,7 +338,7 @@ class Rehearsal:
     def _backbone_begins(self, module: nn.Module, args: Any) -> None:
         self.tape.region = Region.BACKBONE
         if self.tape.recorder is not None:
-            self.tape.recorder.stage = Stage.LATER_BATCH if self.batches_begun else Stage.FIRST_BATCH
+            self.tape.recorder.stage = Stage.LATER_FORWARD if self.batches_begun else Stage.FIRST_FORWARD
         self.batches_begun += 1
 
     def _backbone_ends(self, module: nn.Module, args: Any, output: Any) -> None:

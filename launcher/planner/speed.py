@@ -1,9 +1,12 @@
 """Step time from the trace: a roofline per operation, at the device's own rates.
 
 Every operation of the step takes the time of its arithmetic or of its bytes, whichever is longer. Where operations
-are queued (GPU), a stretch of the step takes what the device needs or what the host needs to launch it, whichever is
-longer; where they are not (CPU), both add up. Recomputation, clipping and the optimizer are operations of the trace
-like any other; what is offloaded adds its bytes over the link to the host.
+are queued (GPU), a forward or a backward pass, or the update, takes what the device needs or what the host needs to
+launch it, whichever is longer: after each of them the host waits for the device, because TRL reads its metrics after
+the loss (trl 1.16, sft_trainer.py, `compute_loss`), and transformers looks for a loss that is no number after the
+backward pass (transformers 5.24, trainer.py, `logging_nan_inf_filter`). Where they are not queued (CPU), both add up.
+Recomputation, clipping and the optimizer are operations of the trace like any other; what is offloaded adds its bytes
+over the link to the host.
 """
 
 from __future__ import annotations
@@ -13,16 +16,20 @@ from numpy.typing import NDArray
 
 from launcher.errors import UnsupportedByPlanner
 from launcher.planner.work import Stage, WorkKind, WorkTable
-from launcher.rates import Rates
+from launcher.rates import Rates, host_seconds
 from launcher.step_time import StepTime
 
 Values = NDArray[np.float64]
+BLOCKWISE_SHARE = 0.081
+"""Share of the bandwidth of passes that bitsandbytes' 8-bit Adam reaches over what it reads: it searches each state's
+place in a table of 256. Its kernels took 206 ms for 8.03e9 parameters on an H100 (bitsandbytes 0.50, torch's profiler,
+2026-11-26); Lion's, with one state, were not measured and count as passes."""
 TILE = 128
 """Side of the tile of a matrix product that one multiprocessor works on: the smallest of the efficient tiles of
 cuBLAS (NVIDIA, Matrix Multiplication Background User's Guide, 2023)."""
 NEIGHBOR_POWER = 4
 """Power of the distance by which measured products count for others (Shepard's interpolation)."""
-NO_LAUNCH = (WorkKind.OPTIMIZER, WorkKind.TRANSFER)
+NO_LAUNCH = (WorkKind.OPTIMIZER, WorkKind.BLOCKWISE_OPTIMIZER, WorkKind.TRANSFER)
 """Kinds that are pieces of a launch counted elsewhere, or none."""
 
 
@@ -32,9 +39,10 @@ class SpeedModel:
     Args:
         table: The work of the step.
         rates: The device's rates.
+        checkpointing: Activation checkpointing of the plan that the table is of, by name.
     """
 
-    def __init__(self, table: WorkTable, rates: Rates) -> None:
+    def __init__(self, table: WorkTable, rates: Rates, checkpointing: str = "none") -> None:
         self._table = table
         self._rates = rates
         groups: dict[tuple[WorkKind, str, str], list[int]] = {}
@@ -42,7 +50,10 @@ class SpeedModel:
             groups.setdefault(facts, []).append(row)
         self._groups = [(*facts, np.array(rows)) for facts, rows in groups.items()]
         launches = np.array([kind not in NO_LAUNCH for kind in table.kinds], dtype=np.float64)
-        self._host = launches * rates.launch_seconds
+        forward, backward = host_seconds(rates, checkpointing)
+        per_stage = {stage: backward if "backward" in stage else forward for stage in Stage}
+        per_stage[Stage.UPDATE] = rates.launch_seconds
+        self._host = launches * np.array([per_stage[stage] for stage in table.stages])
         self._is_in = np.array(
             [[stage is item for item in table.stages] for stage in Stage], dtype=np.float64
         )
@@ -78,7 +89,8 @@ class SpeedModel:
             working = self._is_in @ (counts * self.operation_seconds(quantities))
             launching = self._is_in @ (counts * self._host)
             totals = working + launching if self._rates.is_synchronous else np.maximum(working, launching)
-            first, later, update = (float(total) for total in totals)
+            forward, backward, later_forward, later_backward, update = (float(total) for total in totals)
+            first, later = forward + backward, later_forward + later_backward
             known = self._known[batch, length] = (first, later, update)
         return known
 
@@ -95,6 +107,8 @@ class SpeedModel:
                 seconds[rows] = _matrix_seconds(self._rates, dtype, layout, values)
             elif kind in (WorkKind.ATTENTION, WorkKind.ATTENTION_BACKWARD):
                 seconds[rows] = _attention_seconds(self._rates, kind, dtype, values)
+            elif kind is WorkKind.BLOCKWISE_OPTIMIZER:
+                seconds[rows] = _pass_seconds(self._rates, kind, dtype, values[:, 1]) / BLOCKWISE_SHARE
             elif kind is WorkKind.TRANSFER:
                 seconds[rows] = values[:, 1] / _link(self._rates)
             elif kind is not WorkKind.LAUNCH:

@@ -35,16 +35,19 @@ class WorkKind(StrEnum):
     REDUCE = "reduce"
     GATHER = "gather"
     OPTIMIZER = "optimizer"
+    BLOCKWISE_OPTIMIZER = "blockwise_optimizer"
     QUANTIZE = "quantize"
     TRANSFER = "transfer"
     LAUNCH = "launch"
 
 
 class Stage(StrEnum):
-    """Which part of an optimizer step an operation belongs to."""
+    """Which part of an optimizer step an operation belongs to; recomputation is part of a backward pass."""
 
-    FIRST_BATCH = "first_batch"
-    LATER_BATCH = "later_batch"
+    FIRST_FORWARD = "first_forward"
+    FIRST_BACKWARD = "first_backward"
+    LATER_FORWARD = "later_forward"
+    LATER_BACKWARD = "later_backward"
     UPDATE = "update"
 
 

@@ -27,8 +27,10 @@ from launcher.cluster import Cluster, Node
 from launcher.documents import read_document, write_document
 from launcher.errors import Interrupted, LauncherError, LaunchError
 from launcher.plan import Plan
+from launcher.redaction import secrets_of
 from launcher.run.endings import raise_for_outcome, read_outcome
 from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting
+from launcher.run.ranks import redact_rank_logs
 from launcher.run.rehearse import MARK, discard_results, is_due
 from launcher.run.render import worker_command, worker_environment
 from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
@@ -100,9 +102,12 @@ def _supervised(
     pid = paths.pid(node.rank * order.plan.num_devices)
     is_slurm = order.job.launch.cluster is Cluster.SLURM
     stop = meeting.reason_to_stop
-    return supervise(
-        command, environment, paths.node_log(node.rank), pid, show, grace_seconds, stop, shields=is_slurm
-    )
+    try:
+        return supervise(
+            command, environment, paths.node_log(node.rank), pid, show, grace_seconds, stop, shields=is_slurm
+        )
+    finally:
+        redact_rank_logs(paths, secrets_of(environment))
 
 
 def _bad_rehearsal(paths: RunPaths, order: WorkerOrder, ending: Ending) -> WorkerOutcome:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,3 +109,24 @@ def _end_of(log: Path, begins_at: int) -> str:
     with log.open("rb") as stream:
         stream.seek(max(min(begins_at, log.stat().st_size), log.stat().st_size - RANK_LOG_BYTES))
         return stream.read().decode("utf-8", errors="replace")
+
+
+def redact_rank_logs(paths: RunPaths, secrets: Mapping[str, str]) -> None:
+    """Strikes secrets out of the files that torchrun keeps of each rank's output, which pass by the launcher.
+
+    In place and at their length: other machines may still write into theirs.
+
+    Args:
+        paths: The run directory.
+        secrets: As `launcher.redaction.secrets_of` gives them.
+    """
+    for file in paths.logs.rglob("*.log"):
+        with suppress(OSError):
+            text = bytearray(file.read_bytes())
+            for value in sorted((secret.encode() for secret in secrets), key=len, reverse=True):
+                mask = f"[{secrets[value.decode()]}]".encode()[: len(value)].ljust(len(value), b"*")
+                while (at := text.find(value)) >= 0:
+                    text[at : at + len(value)] = mask
+                    with file.open("r+b") as stream:
+                        stream.seek(at)
+                        stream.write(mask)

@@ -1,8 +1,8 @@
 """Calibration: a microbenchmark of this machine's device. Started by `launch action=calibrate`.
 
 It measures what a training step is made of: matrix products (large ones, and thin ones as of LoRA), attention, passes
-over memory, the host's time per operation. Every time is the shortest of several calls: on a shared machine that is
-what repeats.
+over memory, the host's time per operation. Every time is the shortest of several calls in several rounds, which lie half
+a minute apart: on a shared machine that is what repeats.
 """
 
 from __future__ import annotations
@@ -10,26 +10,34 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
+from trl.models import enable_selective_activation_checkpointing
 
 from launcher.documents import write_document
-from launcher.rates import AttentionRate, Calibration, MatrixRate, PassRate, Rates
+from launcher.rates import AttentionRate, Calibration, HostRate, MatrixRate, PassRate, Rates
 from launcher.run_record import WORKER_MARK
 
 LIBRARIES = ("torch", "transformers", "peft")
-SECONDS_PER_MEASURE = 0.08
-"""Time after which a measure stops; each has at least three calls."""
+ROUNDS = 3
+"""How often everything is measured; a slow moment of the machine spoils one round of some measures, not all of them."""
+SECONDS_PER_MEASURE = 0.04
+"""Time after which a measure of one round stops."""
+HOST_STEPS = 8
+"""Steps in each round whose host time is taken."""
+CHECKPOINTING = ("none", "full", "selective")
+"""The kinds of activation checkpointing between which the host's time per operation differs."""
 SIDES = (512, 2048)
 THIN = 16
 COLD_BYTES = 1 << 27
@@ -45,6 +53,7 @@ ROW = 1024
 FREE = ("empty", "new_empty", "detach", "lift_fresh", "alias", "_unsafe_view", "_local_scalar_dense")
 """Operations that the planner does not count either, besides views."""
 Report = Callable[[str], None]
+Measure = TypeVar("Measure", MatrixRate, AttentionRate, PassRate, HostRate)
 
 
 class Bench:
@@ -54,28 +63,44 @@ class Bench:
         self.device = device
         self.on_gpu = device.type == "cuda"
         self._call_seconds = 0.0
-        small = torch.zeros(16, device=device)
-        self._call_seconds = self.seconds(lambda: small + small)
+        if not self.on_gpu:  # there the host's time passes while the device works
+            small = torch.zeros(16, device=device)
+            self._call_seconds = self.seconds(lambda: small + small)
+        self._pools: dict[torch.dtype, torch.Tensor] = {}
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """The shortest time of a call, less what a call on next to nothing takes."""
+        """The shortest time of a call; on a CPU less what a call on next to nothing takes."""
         call()
-        self._wait()
+        self.wait()
         began = time.perf_counter()
         call()
-        self._wait()
+        self.wait()
         repeats = max(1, min(200, int(2e-3 / max(time.perf_counter() - began, 1e-7))))
-        shortest, ends, rounds = float("inf"), time.perf_counter() + SECONDS_PER_MEASURE, 0
-        while rounds < 3 or time.perf_counter() < ends:
+        shortest, ends = float("inf"), time.perf_counter() + SECONDS_PER_MEASURE
+        while shortest == float("inf") or time.perf_counter() < ends:
             began = time.perf_counter()
             for _ in range(repeats):
                 call()
-            self._wait()
+            self.wait()
             shortest = min(shortest, (time.perf_counter() - began) / repeats)
-            rounds += 1
         return max(shortest - self._call_seconds, 0.1 * shortest)
 
-    def _wait(self) -> None:
+    def operands(
+        self, dtype: torch.dtype, rows: int, columns: int, layout: str, copies: int
+    ) -> list[torch.Tensor]:
+        """Matrices of random numbers that lie one behind the other in memory, shape (rows, columns)."""
+        size = rows * columns
+        pool = self._pools.get(dtype)
+        if pool is None or len(pool) < size * copies:
+            count = max(size * copies, COLD_BYTES // dtype.itemsize)
+            pool = self._pools[dtype] = torch.randn(count, device=self.device).to(dtype)
+        pieces = [pool[number * size : (number + 1) * size] for number in range(copies)]
+        if layout == "t":
+            return [piece.view(columns, rows).t() for piece in pieces]
+        return [piece.view(rows, columns) for piece in pieces]
+
+    def wait(self) -> None:
+        """Waits until the device has done what it was given."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
@@ -115,18 +140,12 @@ def shapes(tokens: Sequence[int]) -> Iterator[tuple[int, int, int, str]]:
 def measure_matrices(bench: Bench, dtype: torch.dtype, name: str) -> Iterator[MatrixRate]:
     """Products of every shape and layout."""
     for rows, inner, columns, layout in shapes(TOKENS_ON_GPU if bench.on_gpu else TOKENS_ON_CPU):
-        left = _operand(bench, dtype, rows, inner, layout[0])
+        (left,) = bench.operands(dtype, rows, inner, layout[0], 1)
         num_bytes = inner * columns * dtype.itemsize
         copies = max(1, min(MOST_COPIES, COLD_BYTES // num_bytes))
-        rights = cycle([_operand(bench, dtype, inner, columns, layout[1]) for _ in range(copies)])
+        rights = cycle(bench.operands(dtype, inner, columns, layout[1], copies))
         seconds = bench.seconds(lambda left=left, rights=rights: torch.mm(left, next(rights)))  # type: ignore[misc]
         yield MatrixRate(name, rows, inner, columns, layout, 2.0 * rows * inner * columns / seconds)
-
-
-def _operand(bench: Bench, dtype: torch.dtype, rows: int, columns: int, layout: str) -> torch.Tensor:
-    if layout == "t":
-        return torch.randn(columns, rows, device=bench.device).to(dtype).t()
-    return torch.randn(rows, columns, device=bench.device).to(dtype)
 
 
 def measure_attention(bench: Bench, dtype: torch.dtype, name: str) -> Iterator[AttentionRate]:
@@ -191,7 +210,7 @@ def _adamw(state: list[torch.Tensor], step: torch.Tensor) -> None:
     )  # fmt: skip
 
 
-def measure_launch(bench: Bench) -> float:
+def measure_host(bench: Bench, checkpointing: str) -> HostRate:
     """The host's time per operation of a training step with adapters on next to no data."""
     config = LlamaConfig(
         hidden_size=32,
@@ -201,19 +220,37 @@ def measure_launch(bench: Bench) -> float:
         vocab_size=64,
         use_cache=False,
     )
+    base = AutoModelForCausalLM.from_config(config)
+    if checkpointing == "selective":
+        enable_selective_activation_checkpointing(base)
     adapters = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_config(config), adapters).to(bench.device)
+    model = get_peft_model(base, adapters).to(bench.device)
     model.train()
+    if checkpointing != "none":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = torch.zeros((1, 4), dtype=torch.int64, device=bench.device)
 
-    def step() -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
+    def forward() -> Any:
+        return model(input_ids=tokens, labels=tokens).loss
 
-    step()
-    with _Count() as count:
-        step()
-    operations: int = count.total
-    return bench.seconds(step) / operations
+    forward().backward()
+    with _Count() as forwards:
+        loss = forward()
+    with _Count() as backwards:
+        loss.backward()
+    shortest = [float("inf"), float("inf")]
+    for _ in range(HOST_STEPS):
+        times = [time.perf_counter()]
+        loss = forward()
+        bench.wait()
+        times.append(time.perf_counter())
+        loss.backward()
+        bench.wait()
+        times.append(time.perf_counter())
+        shortest = [min(pair) for pair in zip(shortest, (b - a for a, b in pairwise(times)), strict=True)]
+    both = sum(shortest) / (forwards.total + backwards.total)
+    return HostRate(checkpointing, shortest[0] / forwards.total, shortest[1] / backwards.total, both)
 
 
 def measure_link(bench: Bench) -> float:
@@ -226,41 +263,62 @@ def measure_link(bench: Bench) -> float:
     return float(host.numel() / slower)
 
 
+def fastest(measures: Iterable[Measure]) -> tuple[Measure, ...]:
+    """Of several measures of the same thing the highest speeds, fields named `..per_second`, and the shortest times."""
+    found: dict[tuple[Any, ...], Measure] = {}
+    for measure in measures:
+        facts: dict[str, Any] = asdict(measure)
+        results: list[str] = [key for key in facts if key.endswith(("per_second", "_seconds"))]
+        place = (type(measure), *((key, value) for key, value in facts.items() if key not in results))
+        known = asdict(found.get(place, measure))
+        best = {key: (max if key.endswith("per_second") else min)(facts[key], known[key]) for key in results}
+        found[place] = replace(measure, **best)
+    return tuple(found.values())
+
+
 def measure(device: torch.device, report: Report) -> Rates:
     """All rates of a device."""
     bench = Bench(device)
-    launch_seconds = measure_launch(bench)
-    report(f"host time per operation  {launch_seconds * 1e6:.1f} us")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if device.type == "cuda":
         dtypes["fp16"] = torch.float16
+    host: list[HostRate] = []
     matrix: list[MatrixRate] = []
     attention: list[AttentionRate] = []
     passes: list[PassRate] = []
-    for name, dtype in dtypes.items():
-        found = list(measure_matrices(bench, dtype, name))
-        matrix += found
-        report(
-            f"matrix products, {name}    up to {max(item.flops_per_second for item in found) / 1e9:,.1f} GFLOPS"
-        )
-        attention += measure_attention(bench, dtype, name)
-        measured = list(measure_passes(bench, dtype, name))
-        passes += measured
-        largest = max(item.num_bytes for item in measured if item.kind == "light")
-        rate = next(
-            item.bytes_per_second for item in measured if item.kind == "light" and item.num_bytes == largest
-        )
-        report(f"passes over memory, {name} {rate / 1e9:,.1f} GB/s")
-    return Rates(
+    for number in range(ROUNDS):
+        host += [measure_host(bench, checkpointing) for checkpointing in CHECKPOINTING]
+        for name, dtype in dtypes.items():
+            matrix += measure_matrices(bench, dtype, name)
+            attention += measure_attention(bench, dtype, name)
+            passes += measure_passes(bench, dtype, name)
+        report(f"round {number + 1} of {ROUNDS}")
+    host_rates = fastest(host)
+    rates = Rates(
         source="calibration of this device",
         is_calibrated=True,
         is_synchronous=device.type == "cpu",
-        launch_seconds=launch_seconds,
+        launch_seconds=next(rate.both_seconds for rate in host_rates if rate.checkpointing == "none"),
+        host=host_rates,
         host_link_bytes_per_second=measure_link(bench),
-        matrix=tuple(matrix),
-        attention=tuple(attention),
-        passes=tuple(passes),
+        matrix=fastest(matrix),
+        attention=fastest(attention),
+        passes=fastest(passes),
     )
+    for line in _highest(rates, tuple(dtypes)):
+        report(line)
+    return rates
+
+
+def _highest(rates: Rates, dtypes: Sequence[str]) -> Iterator[str]:
+    """What was found, in a few lines."""
+    yield f"host time per operation  {rates.launch_seconds * 1e6:.1f} us"
+    for name in dtypes:
+        flops = max(item.flops_per_second for item in rates.matrix if item.dtype == name)
+        yield f"matrix products, {name}    up to {flops / 1e9:,.1f} GFLOPS"
+        light = [item for item in rates.passes if item.dtype == name and item.kind == "light"]
+        largest = max(light, key=lambda item: item.num_bytes)
+        yield f"passes over memory, {name} {largest.bytes_per_second / 1e9:,.1f} GB/s"
 
 
 def _report(line: str) -> None:

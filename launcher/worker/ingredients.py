@@ -18,7 +18,7 @@ from launcher.hardware import DeviceKind
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
 from launcher.worker.exhausted import is_out_of_memory
-from launcher.worker.laid_out import check_laid_out, require_known_ids
+from launcher.worker.laid_out import check_laid_out, require_known_ids, require_longest
 from launcher.worker.longest import keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.ranks import rank
@@ -90,6 +90,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     if job.generation.enabled:
         assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a model that sees does not generate here
         prompts = prompt_batches(tokenizer, train_rows if eval_rows is None else eval_rows, job.generation)
+    num_read = len(train_rows)
     if order.rehearses:
         train_rows, eval_rows = _with_most_text(order, train_rows, eval_rows)
         prompts = tuple(sorted(prompts, key=lambda batch: -batch[0].shape[1])[:1])
@@ -98,6 +99,9 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     def settle(trainer: Trainer) -> tuple[str, ...]:
         if not order.rehearses:
             return check_laid_out(trainer, job, plan, num_given)
+        if num_given == num_read:  # what the run would find only after the rehearsal
+            check_laid_out(trainer, job, plan, num_given)
+        require_longest(trainer, job, plan, num_given)
         keep_longest(trainer, job, plan)
         return ()
 

@@ -78,6 +78,30 @@ def check_laid_out(trainer: Trainer, job: JobSpec, plan: Plan, num_given: int) -
     return tuple(notes)
 
 
+def require_longest(trainer: Trainer, job: JobSpec, plan: Plan, num_given: int) -> None:
+    """Makes sure that a rehearsal's trainer has rows to choose its worst batches from.
+
+    Args:
+        trainer: A trainer that has tokenised the longest examples.
+        job: The job.
+        plan: The plan.
+        num_given: Training examples that the trainer was given.
+
+    Raises:
+        DataError: When none of the longest examples has a token to learn.
+    """
+    held: Any = trainer
+    named = [(held.train_dataset, job.data.path, f"{num_given} longest")]
+    if held.eval_dataset is not None:
+        named.append((held.eval_dataset, job.evaluation.path or job.data.path, "longest held-out"))
+    for rows, path, which in named:
+        if len(rows) == 0:
+            raise DataError(
+                f"none of the {which} examples of {path} {_to_learn(plan)}",
+                f"{_longer(plan)}; `launch.rehearse=false` trains on those that are shorter",
+            )
+
+
 def blamed_template(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin, rows: Dataset, failure: TemplateError
 ) -> DataError:
