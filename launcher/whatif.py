@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from launcher.domain import Domain
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 
@@ -16,40 +17,6 @@ Exponents = tuple[int, int]
 CATEGORIES = tuple(Category)
 EXACT_BELOW = 1 << 53
 """Whole numbers up to here are exact as floating-point numbers, which are all that a browser's numbers are."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The shapes for which a regime holds, bounds included; None: no bound."""
-
-    batch_min: int
-    """Fewest sequences."""
-    batch_max: int | None
-    """Most sequences."""
-    length_min: int
-    """Fewest tokens per sequence."""
-    length_max: int | None
-    """Most tokens per sequence."""
-    tokens_min: int
-    """Fewest tokens that the loss sees, batch x (length - `unseen`)."""
-    tokens_max: int | None
-    """Most such tokens."""
-    unseen: int
-    """Tokens of a sequence that the loss doesn't see."""
-
-    def contains(self, batch: int, length: int) -> bool:
-        """Whether a shape lies within."""
-        tokens = batch * (length - self.unseen)
-        return (
-            self.batch_min <= batch <= (self.batch_max or batch)
-            and self.length_min <= length <= (self.length_max or length)
-            and self.tokens_min <= tokens <= (self.tokens_max or tokens)
-        )
-
-    def last_length(self, batch: int, longest: int) -> int:
-        """The greatest length up to `longest` that the regime holds for a batch; the shape before it must lie within."""
-        last = longest if self.length_max is None else min(longest, self.length_max)
-        return last if self.tokens_max is None else min(last, self.tokens_max // batch + self.unseen)
 
 
 @dataclass(frozen=True)
@@ -110,7 +77,7 @@ def _dot(left: tuple[int, ...], right: list[int]) -> int:
 class Regime:
     """What one trace answers for."""
 
-    bounds: Bounds
+    bounds: Domain
     """Shapes."""
     traced_accumulation: int
     """1: steps of one micro batch; 2: steps of two and more."""
@@ -130,7 +97,7 @@ class Regime:
 class Gap:
     """A regime that the sliders reach and that is not held, with the reason."""
 
-    bounds: Bounds
+    bounds: Domain
     """Shapes."""
     traced_accumulation: int
     """As in `Regime`."""

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import workload
+from launcher.domain import Domain
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Attention,
@@ -43,7 +44,7 @@ from launcher.memory import Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.depth import plan_depths
 from launcher.planner.regimes import domain_of
-from launcher.planner.skyline import Domain, Skyline
+from launcher.planner.skyline import Skyline
 from launcher.planner.trace import TraceSubject, regime_lines, trace_full_depth, trace_regime, trace_shape
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -77,12 +77,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch, clean_environment: None) -> None:
-    """Two processes with two threads each would spin on two cores."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def prepared(folder: Path, order: WorkerOrder) -> Run:
     paths = RunPaths(folder / "run")
     prepare_run(paths, order, {})

@@ -125,7 +125,7 @@ class Pair:
         root = str(Path(__file__).resolve().parents[1])
         return subprocess.Popen(
             ["ip", "netns", "exec", NAMES[machine], *command],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **environment},
+            env={**os.environ, "PYTHONPATH": root, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from launcher.domain import Domain
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
@@ -36,7 +37,6 @@ from launcher.planner.polynomial import TracedShape
 from launcher.planner.reasons import taken
 from launcher.planner.replica import Layers, at_full_depth
 from launcher.planner.search import search
-from launcher.planner.skyline import Domain
 from launcher.planner.stream import phase_peaks
 from launcher.planner.stream_depth import extend_stream
 from launcher.planner.subject import subject_of
@@ -76,16 +76,13 @@ def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
         pytest.param(Engine.DEEPSPEED, 1, Method.LORA, marks=pytest.mark.thorough),
     ],
 )
-def test_each_rank_takes_what_was_predicted(
-    engine: Engine, stage: int, method: Method, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_rank_takes_what_was_predicted(engine: Engine, stage: int, method: Method, model: Path) -> None:
     """Real processes over gloo, the allocator's peak of each; nothing in common with the tracer.
 
     gloo's threads release what torch's profiler doesn't see released (it doesn't report memory of other threads, torch
     2.13), as chance has it: on a busy machine a bucket of gradients more than there is. So one rank must show the truth,
     and none less. Of stages 2 and 3, in scripts/accuracy_ranks.py, that is so of every gathered layer.
     """
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     result = compare(RankJob("job", plan_of(engine, stage, method, Checkpointing.NONE, 1, 384, 2)), model)
     assert len(result["errors"]) == 2
     assert any(abs(error) <= WITHIN for error in result["errors"]), result

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launcher.domain import Domain
 from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
@@ -31,7 +32,7 @@ from launcher.memory import Category, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner import trace
 from launcher.planner.regimes import Lines, domain_of, symbolic_shape
-from launcher.planner.skyline import Domain, PhaseSkyline, Skyline, undominated
+from launcher.planner.skyline import PhaseSkyline, Skyline, undominated
 from launcher.planner.stream import CATEGORIES
 from launcher.workload import model_config
 

@@ -109,7 +109,6 @@ def configuration() -> Iterator[Path]:
 @pytest.fixture
 def slurm(configuration: Path, monkeypatch: pytest.MonkeyPatch, clean_environment: None) -> Path:
     monkeypatch.setenv("SLURM_CONF", str(configuration))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return configuration
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from launcher.domain import Domain
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Attention,
@@ -39,7 +40,7 @@ from launcher.planner.depth import DepthMismatch, assemble, plan_depths
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.forecast import Forecaster
 from launcher.planner.polynomial import TracedShape
-from launcher.planner.skyline import Domain, Profile
+from launcher.planner.skyline import Profile
 from launcher.planner.stream import (
     CATEGORIES,
     PHASES,

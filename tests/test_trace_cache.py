@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launcher.domain import Domain
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Attention,
@@ -31,7 +32,7 @@ from launcher.plan import Plan
 from launcher.planner import trace_cache
 from launcher.planner.depth import DepthPlan
 from launcher.planner.regimes import Lines
-from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
+from launcher.planner.skyline import PhaseSkyline, Skyline
 from launcher.planner.subject import subject_of
 from launcher.planner.trace_cache import LIBRARIES, WORKLOAD, TraceCache, library_versions, source_digest
 from launcher.planner.tracer import SubjectFacts

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.domain import Domain
 from launcher.planner.polynomial import Exponents
-from launcher.planner.skyline import Domain, Instant, Profile, Skyline, build_skyline
+from launcher.planner.skyline import Instant, Profile, Skyline, build_skyline
 from launcher.planner.work import extend_tally
 
 if TYPE_CHECKING:  # the parent process extends profiles without loading the heavy libraries

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.domain import Domain
 from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind
 from launcher.job import (
@@ -31,7 +32,7 @@ from launcher.planner.estimate import read_estimate
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.reserve import with_reserved, with_workspaces
-from launcher.planner.skyline import Domain, Profile, Skyline
+from launcher.planner.skyline import Profile, Skyline
 from launcher.planner.speed import SpeedModel
 from launcher.planner.stream import Stream, phase_peaks, with_waiting_inputs
 from launcher.planner.stream_depth import extend_stream

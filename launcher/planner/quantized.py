@@ -7,7 +7,7 @@ bitsandbytes 0.50 (backends/default/ops.py, backends/cuda/ops.py, backends/cpu/o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -141,6 +141,32 @@ def int8_scaled_mm(
     return scaled.to(dtype or torch.float16)
 
 
+def gemm_4bit(
+    activations: torch.Tensor,
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: torch.Tensor | None = None,
+    absmax_8bit: torch.Tensor | None = None,
+    absmax_code: torch.Tensor | None = None,
+    absmax_offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Product with a 4-bit weight on a GPU, which is dequantised for it; (rows, outputs).
+
+    The scales as they were dequantised stay until the end, beside those with the offset added (backends/cuda/ops.py,
+    `_dequant_linear_fallback`). Products of few rows (up to 64 on Hopper, 128 on A100, 256 on Ada: mostly fewer than a
+    training batch has) take a fused kernel there, which dequantises nothing: of those this is too much.
+    """
+    scales = absmax
+    if absmax_8bit is not None:
+        scales = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
+        absmax = scales + absmax_offset
+    full = ops.dequantize_4bit(weight, absmax, blocksize, quant_type, shape, activations.dtype)
+    return nn.functional.linear(activations, full, bias)
+
+
 def _update_nothing(*args: Any, **kwargs: Any) -> None:
     """A fused kernel that writes into its arguments and allocates nothing."""
 
@@ -148,7 +174,7 @@ def _update_nothing(*args: Any, **kwargs: Any) -> None:
 def twins(*, on_cpu: bool) -> Mapping[Any, Callable[..., Any]]:
     """The stand-ins, by operation. On a CPU bitsandbytes' own Python kernels run, with their temporaries."""
     common = {
-        ops.gemm_4bit.default: bnb_default._gemm_4bit_default_impl,
+        ops.gemm_4bit.default: bnb_default._gemm_4bit_default_impl if on_cpu else gemm_4bit,
         ops.int8_vectorwise_quant.default: partial(int8_vectorwise_quant, on_cpu=on_cpu),
         ops.int8_scaled_mm.default: int8_scaled_mm,
         ops.int8_mixed_scaled_mm.default: _int8_mixed_scaled_mm,

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.domain import Domain
 from launcher.planner.polynomial import TracedShape, symbol_prime
-from launcher.planner.skyline import Domain
 
 FIRST_LENGTH = 211
 """Shortest length traced for a symbol, where the regime allows: long enough to divide no small dimension."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.domain import Domain
 from launcher.errors import UnsupportedByPlanner
 from launcher.memory import Category, Phase, PhasePeak
 from launcher.planner.polynomial import Exponents
@@ -20,35 +21,6 @@ from launcher.planner.stream import CATEGORIES, Stream
 from launcher.planner.work import WorkTable, WorkTally, build_table
 
 Matrix = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Domain:
-    """The shapes for which a trace holds: batch and length within inclusive bounds, tokens on one side of a line."""
-
-    batch_min: int
-    """Fewest sequences."""
-    batch_max: int | None
-    """Most sequences; None: no bound."""
-    length_min: int
-    """Fewest tokens per sequence."""
-    length_max: int | None
-    """Most tokens per sequence; None: no bound."""
-    tokens_min: int
-    """Fewest tokens that the loss sees, batch x (length - `unseen`)."""
-    tokens_max: int | None
-    """Most such tokens; None: no bound."""
-    unseen: int = 1
-    """Tokens of a sequence that the loss doesn't see: the last one predicts nothing, and Liger sees it all the same."""
-
-    def contains(self, batch: int, length: int) -> bool:
-        """Whether a shape lies in the domain."""
-        tokens = batch * (length - self.unseen)
-        return (
-            self.batch_min <= batch <= (self.batch_max or batch)
-            and self.length_min <= length <= (self.length_max or length)
-            and self.tokens_min <= tokens <= (self.tokens_max or tokens)
-        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.domain import Domain
 from launcher.errors import LauncherError
 from launcher.hardware import DeviceKind
 from launcher.job import JobSpec
@@ -20,12 +21,11 @@ from launcher.planner.estimate import WORKSPACES
 from launcher.planner.forecast import Forecaster
 from launcher.planner.host import weight_bytes
 from launcher.planner.polynomial import CONSTANT, Exponents
-from launcher.planner.skyline import Domain, Skyline
+from launcher.planner.skyline import Skyline
 from launcher.planner.space import batch_splits
 from launcher.whatif import (
     CATEGORIES,
     EXACT_BELOW,
-    Bounds,
     Card,
     Gap,
     PhaseRows,
@@ -71,14 +71,14 @@ def what_if(job: JobSpec, plan: Plan, forecaster: Forecaster, memories: Iterable
     for inside in found:
         domain, traced = forecaster.domain(inside), min(inside.gradient_accumulation_steps, 2)
         if inside in refused:
-            gaps.append(Gap(_bounds(domain), traced, refused[inside]))
+            gaps.append(Gap(domain, traced, refused[inside]))
             continue
         try:
             regime = fold(forecaster.skyline(inside), inside, job, forecaster)
             points |= _checked(regime, plan, splits, lengths, forecaster)
             regimes.append(regime)
         except (NotFoldable, LauncherError) as failure:
-            gaps.append(Gap(_bounds(domain), traced, str(failure).split("\n")[0]))
+            gaps.append(Gap(domain, traced, str(failure).split("\n")[0]))
     empty = {(split, length): Point(split, length, None, None) for split in splits for length in lengths}
     share = job.planner.headroom
     if isinstance(share, str):
@@ -162,7 +162,7 @@ def _regime_plans(
                 length += 1
                 continue
             key = (domain, min(split.gradient_accumulation_steps, 2))
-            last = _bounds(domain).last_length(split.micro_batch_size, lengths[-1])
+            last = domain.last_length(split.micro_batch_size, lengths[-1])
             found.setdefault(key, inside)
             reach[key] = reach.get(key, 0) + sum(length <= other <= last for other in lengths)
             if _is_one_shape(domain):  # the map's lengths stand for all such
@@ -269,7 +269,7 @@ def fold(skyline: Skyline, plan: Plan, job: JobSpec, forecaster: Forecaster) -> 
             host_rows[Phase.LOAD] = _constant(host_rows, host.exponents, estimate.host.phases)
         held = _surface(host_rows, host.exponents, host.batch_inputs)
     return Regime(
-        bounds=_bounds(skyline.domain),
+        bounds=skyline.domain,
         traced_accumulation=skyline.traced_accumulation,
         device=_surface(rows, exponents, skyline.batch_inputs),
         host=held,
@@ -323,7 +323,3 @@ def _surface(
             if phase in rows
         ),
     )
-
-
-def _bounds(domain: Domain) -> Bounds:
-    return Bounds(**vars(domain))

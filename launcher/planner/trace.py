@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from launcher import workload
+from launcher.domain import Domain
 from launcher.engines import engine
 from launcher.errors import LauncherError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
@@ -48,7 +49,7 @@ from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbol
 from launcher.planner.rehearsal import Rehearsal
 from launcher.planner.replaced import replaced
 from launcher.planner.replica import Layers
-from launcher.planner.skyline import Domain, Profile, Skyline, build_skyline
+from launcher.planner.skyline import Profile, Skyline, build_skyline
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject
 from launcher.planner.worlds import part_share, traced_world

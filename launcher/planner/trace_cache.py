@@ -17,8 +17,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.documents import write_text
+from launcher.domain import Domain
 from launcher.memory import Category, Phase
-from launcher.planner.skyline import Domain, PhaseSkyline, Skyline
+from launcher.planner.skyline import PhaseSkyline, Skyline
 from launcher.planner.stream import Stream
 from launcher.planner.tracer import Subject, SubjectFacts
 from launcher.planner.work import decode_table, encode_table
