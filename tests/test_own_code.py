@@ -80,6 +80,19 @@ def test_own_code_is_traced_when_it_is_trusted_and_is_what_trains(model: Path, t
     assert trusting == pytest.approx(measured, rel=2e-3)
 
 
+def test_nobody_but_the_launcher_says_that_there_is_code(model: Path) -> None:
+    words = [f"model.path={model}", "model.code_digest=1a", "hardware=cpu"]
+    assert not resolve(load_job(words), ()).model.code_digest
+    assert not resolve(
+        load_job(["recipe=llama_lora", "model.code_digest=1a", "hardware=cpu"]), ()
+    ).model.code_digest
+    order = tiny_order(model, Engine.NONE, num_devices=1)
+    distrusting = replace(
+        order.job, model=replace(resolved(model, trusts=True).model, trust_remote_code=False)
+    )
+    assert not subject_of(distrusting, order.plan).job.model.path
+
+
 def test_other_code_is_another_model(model: Path) -> None:
     digest = resolved(model, trusts=True).model.code_digest
     assert digest and not resolved(model, trusts=False).model.code_digest

@@ -70,7 +70,7 @@ def subject_of(job: JobSpec, plan: Plan) -> Subject:
 
 def _own_code(model: ModelSpec) -> dict[str, Any]:
     """Where a model's own code is and which it is; nothing for models that transformers knows."""
-    if not model.code_digest:
+    if not model.code_digest or not model.trust_remote_code:
         return {}
     return {
         "path": os.path.expanduser(model.path),

@@ -374,7 +374,8 @@ def open_subject(subject: Subject) -> TraceSubject:
     """Builds the transformers config of a subject described in plain data."""
     try:
         model = subject.job.model
-        config = workload.model_config(model.path if model.code_digest else "", model)
+        runs_own_code = model.trust_remote_code and model.code_digest
+        config = workload.model_config(model.path if runs_own_code else "", model)
     except Exception as failure:  # a config class checks its facts in ways of its own
         model_type = subject.job.model.architecture.get("model_type")
         raise UnsupportedByPlanner(

@@ -30,6 +30,7 @@ def resolve_model(model: ModelSpec, catalogue: Catalogue) -> ModelSpec:
         ConfigError: When there is neither a path nor a built-in model.
         DataError: When config.json can't be had or read.
     """
+    model = replace(model, code_digest="")  # nobody but this function says that there is code to run
     path = model.path or model.id
     if not path:
         raise ConfigError("`model.path` is empty", "give a hub id, a local folder, or choose `model=<name>`")
