@@ -221,6 +221,8 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    date = datetime.now(UTC).date().isoformat()
+    out = arguments.out or ROOT / "docs" / "accuracy" / f"{date}-ranks.json"
     results = []
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
@@ -234,14 +236,15 @@ def main() -> int:
             for name, phase in result["phases"].items():
                 sizes = " ".join(f"{size / 1e6:9.2f}" for size in phase["measured_bytes"])
                 print(f"    {name:16} {phase['predicted_bytes'] / 1e6:9.2f} {sizes}", flush=True)
-    document = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": dict(library_versions()),
-        "architecture": ARCHITECTURE,
-        "jobs": results,
-    }
-    out = arguments.out or ROOT / "docs" / "accuracy" / f"{document['date']}-ranks.json"
-    write_text(out, json.dumps(document, indent=1) + "\n")
+            document = {
+                "date": date,
+                "versions": dict(library_versions()),
+                "architecture": ARCHITECTURE,
+                "jobs": results,
+            }
+            write_text(
+                out, json.dumps(document, indent=1) + "\n"
+            )  # after each: all of them take half an hour
     return 0
 
 
