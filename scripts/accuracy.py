@@ -525,7 +525,8 @@ def write_report(results: list[dict[str, Any]]) -> None:
         "",
         summary(results),
         "",
-        "docs/gpu.md compares with what an NVIDIA H200 and an H100 did, docs/published.md with what others measured on A100 cards.",
+        "docs/gpu.md compares with what an NVIDIA H200 and an H100 did, docs/published.md with what others measured on",
+        "A100 cards.",
         "",
     ]
     (ROOT / "docs" / "accuracy.md").write_text("\n".join(page), encoding="utf-8")

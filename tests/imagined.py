@@ -147,7 +147,8 @@ class FakeForecaster(Forecaster):
     def step_floor_seconds(self, plan: Plan) -> float:
         if not self.knows_speed:
             return 0.0
-        modes = MODES[: MODES.index(plan.activation_checkpointing) + 1]
+        own = self.law.recompute[MODES.index(plan.activation_checkpointing)]
+        modes = [mode for mode, more in zip(MODES, self.law.recompute, strict=True) if more <= own]
         alike = [replace(plan, activation_checkpointing=mode) for mode in modes]
         other = 2 if plan.gradient_accumulation_steps == 1 else plan.gradient_accumulation_steps
         known = [

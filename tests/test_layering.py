@@ -24,6 +24,7 @@ NOUNS = {
     "cluster_limits",
     "data_lengths",
     "documents",
+    "domain",
     "engine_config",
     "engine_limits",
     "explanation",

@@ -131,9 +131,13 @@ def is_refused(job: JobSpec, plan: Plan, law: Law) -> bool:
 
 
 def recomputes_for_nothing(plan: Plan, fitting: list[Plan]) -> bool:
-    """Whether the same micro batch fits with less recomputation."""
-    mode = MODES.index(plan.activation_checkpointing)
-    return any(replace(plan, activation_checkpointing=less) in fitting for less in MODES[:mode])
+    """Whether the same micro batch fits with less recomputation that is never slower: with none, or not offloaded."""
+    less = [
+        mode for mode in (KEPT, RECOMPUTED) if MODES.index(mode) < MODES.index(plan.activation_checkpointing)
+    ]
+    if plan.activation_checkpointing is not Checkpointing.OFFLOAD:
+        less = [mode for mode in less if mode is KEPT]
+    return any(replace(plan, activation_checkpointing=mode) in fitting for mode in less)
 
 
 def in_order_of_speed(plans: list[Plan], law: Law) -> list[Plan]:
@@ -195,7 +199,7 @@ def random_law(seed: int) -> Law:
         tile=dice.choice([100, 400, 10**9]),
         batch_seconds=dice.choice([1e-6, 1e-5, 1e-3]),
         cache_tokens=dice.choice([150, 10**9, 10**9]),
-        recompute=dice.choice([(0.0, 0.2, 0.3, 0.4), (0.0, 0.004, 0.008, 0.3)]),
+        recompute=dice.choice([(0.0, 0.2, 0.3, 0.4), (0.0, 0.004, 0.008, 0.3), (0.0, 0.9, 0.3, 0.4)]),
         knows_speed=dice.random() > 0.2,
     )
 

@@ -85,7 +85,7 @@ class Forecaster:
         self._job = job
         self._budget_bytes = budget_bytes or job.hardware.memory_bytes
         self._rates = rates
-        self._speeds: dict[str, SpeedModel] = {}
+        self._speeds: dict[tuple[str, Checkpointing], SpeedModel] = {}
         self._questions: dict[tuple[Plan, bool], _Question] = {}
         self._tracer = tracer
         self._cache = cache
@@ -223,10 +223,10 @@ class Forecaster:
     def _step_time(self, question: _Question, skyline: Skyline, plan: Plan) -> StepTime | None:
         if self._rates is None:
             return None
-        key = question.key
+        # a floor takes the operations of a plan that recomputes less, each with the host's time for this plan's
+        key = question.key, plan.activation_checkpointing
         if key not in self._speeds:
-            mode = plan.activation_checkpointing.value
-            self._speeds[key] = SpeedModel(skyline.work, self._rates, mode)
+            self._speeds[key] = SpeedModel(skyline.work, self._rates, plan.activation_checkpointing.value)
         batch, length = plan.micro_batch_size, plan.max_length
         step = self._speeds[key].step(batch, length, plan.gradient_accumulation_steps)
         held = skyline.resident_bytes(batch, length)[Category.PARAMETERS]
@@ -269,7 +269,8 @@ class Forecaster:
 
     def _keep_skyline(self, question: _Question, skyline: Skyline) -> None:
         self._skylines[question.key] = skyline
-        self._speeds.pop(question.key, None)
+        for mode in Checkpointing:
+            self._speeds.pop((question.key, mode), None)
         self._cache.keep_skyline(question.key, skyline)
 
     def _kept(self, question: _Question) -> Skyline | None:

@@ -6,7 +6,7 @@ A plan is worth what its optimizer step takes (`speed`), what that costs (`cost`
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from launcher.job import Checkpointing, Objective
@@ -18,6 +18,14 @@ SAME = 0.01
 """Plans whose steps are nearer than this are equally fast: no rate is known better."""
 MODES = tuple(Checkpointing)
 """From nothing recomputed to everything, and then offloaded too: each runs all that those before it run, and more."""
+NEVER_SLOWER: Mapping[Checkpointing, tuple[Checkpointing, ...]] = {
+    Checkpointing.NONE: (),
+    Checkpointing.SELECTIVE: (Checkpointing.NONE,),
+    Checkpointing.FULL: (Checkpointing.NONE,),
+    Checkpointing.OFFLOAD: (Checkpointing.NONE, Checkpointing.FULL),
+}
+"""The kinds of checkpointing that are never slower than another one. Selective checkpointing recomputes less than full,
+and asks Python at every operation: where the host is the slower one, full checkpointing may be the faster."""
 
 
 @dataclass(frozen=True)

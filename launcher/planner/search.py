@@ -1,7 +1,8 @@
 """The search: the best plan that fits, and a reason for every other one.
 
 Knobs that change the result are not ranked: the job's own order decides. Among the others `planner.objective` decides
-(objective.py); a plan that recomputes activations is taken only where the same micro batch doesn't fit without.
+(objective.py); a plan that recomputes activations is taken only where the same micro batch doesn't fit without, and one
+that recomputes all of them also where that is faster than recomputing some.
 
 Prices cost traces, so some facts save some. A plan that recomputes more takes more time, which gives it a time that it
 can't go below from traces of plans that recompute less. Among plans that accumulate gradients, a larger micro batch
@@ -24,7 +25,7 @@ from launcher.plan import Plan, PlanChoice, Rejection, nearest
 from launcher.planner import reasons
 from launcher.planner.arrangements import Arrangement, arrangements
 from launcher.planner.forecast import Forecaster
-from launcher.planner.objective import MODES, Price, Ranking
+from launcher.planner.objective import MODES, NEVER_SLOWER, Price, Ranking
 from launcher.planner.refusal import Judge
 from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, semantic_plans
 
@@ -57,11 +58,11 @@ class _Options:
     """Plans that accumulate and exceed the device."""
 
     def is_dominated(self, plan: Plan) -> bool:
-        """Whether a plan with the same micro batch that recomputes less fits."""
-        mode = MODES.index(plan.activation_checkpointing)
+        """Whether a plan with the same micro batch fits that recomputes less and is never slower."""
+        better = NEVER_SLOWER[plan.activation_checkpointing]
         return any(
             price.plan.micro_batch_size == plan.micro_batch_size
-            and MODES.index(price.plan.activation_checkpointing) < mode
+            and price.plan.activation_checkpointing in better
             for price in self.fitting
         )
 
@@ -376,6 +377,8 @@ class _Search:
 
 
 def _repeats(plan: Plan, fitting: Plan) -> bool:
-    """Whether a plan recomputes no less than one with the same micro batch that shards less and fits."""
-    recomputed = MODES.index(plan.activation_checkpointing) >= MODES.index(fitting.activation_checkpointing)
-    return recomputed and plan.micro_batch_size == fitting.micro_batch_size
+    """Whether one with the same micro batch fits that shards less and whose checkpointing is never slower."""
+    mode, other = plan.activation_checkpointing, fitting.activation_checkpointing
+    return (other is mode or other in NEVER_SLOWER[mode]) and (
+        plan.micro_batch_size == fitting.micro_batch_size
+    )
