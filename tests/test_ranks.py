@@ -43,7 +43,6 @@ from launcher.planner.subject import subject_of
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planner.worlds import TRACED_RANKS, part_share, traced_world
-from launcher.units import MIB
 from scripts.accuracy_ranks import (
     ARCHITECTURE,
     GROUP_ELEMENTS,
@@ -79,18 +78,20 @@ def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
 def test_each_rank_takes_what_was_predicted(engine: Engine, stage: int, method: Method, model: Path) -> None:
     """Real processes over gloo, the allocator's peak of each; nothing in common with the tracer.
 
-    gloo's threads release what torch's profiler doesn't see released (it doesn't report memory of other threads, torch
-    2.13), as chance has it: on a busy machine a bucket of gradients more than there is. So one rank must show the truth,
-    and none less. Of stages 2 and 3, in scripts/accuracy_ranks.py, that is so of every gathered layer.
+    On a busy machine a rank's account begins with half of the weights too much, now and then, and keeps it until it saves
+    (torch 2.13, transformers 5.24; not explained, and never too little): so there is a second try. Stages 2 and 3 are in
+    scripts/accuracy_ranks.py: there gloo's threads release what torch's profiler, which doesn't report memory of other
+    threads, doesn't see released.
     """
-    result = compare(RankJob("job", plan_of(engine, stage, method, Checkpointing.NONE, 1, 384, 2)), model)
-    assert len(result["errors"]) == 2
-    assert any(abs(error) <= WITHIN for error in result["errors"]), result
-    predicted, bucket = result["predicted_bytes"], 25 * MIB
-    for measured in result["measured_bytes"]:
-        assert (1 - WITHIN) * predicted <= measured <= (1 + WITHIN) * predicted + bucket, result
-    loading = result["phases"]["load"]["errors"]
-    assert all(abs(error) <= WITHIN for error in loading), result
+    job = RankJob("job", plan_of(engine, stage, method, Checkpointing.NONE, 1, 384, 2))
+    for _ in range(2):
+        result = compare(job, model)
+        errors = [*result["errors"], *result["phases"]["load"]["errors"]]
+        assert len(errors) == 4
+        assert all(error <= WITHIN for error in errors), result
+        if all(error >= -WITHIN for error in errors):
+            return
+    pytest.fail(f"twice more than predicted: {result}")
 
 
 @pytest.fixture(scope="module")

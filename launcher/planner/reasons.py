@@ -91,12 +91,12 @@ def unpriced(plan: Plan, floor: float, best: Price, ranking: Ranking, is_dominat
         floor: A value that it does not go below; see `Ranking.floor`.
         best: The plan taken.
         ranking: How plans compare.
-        is_dominated: Whether a plan with the same micro batch that recomputes less fits.
+        is_dominated: Whether a plan with the same micro batch fits that is never slower.
     """
     if ranking.by_memory:
         return f"needs at least {format_bytes(round(floor))}{NOT_PRICED}"
     if is_dominated:
-        return f"recomputes more than a plan with the same micro batch that fits{NOT_PRICED}"
+        return f"recomputes or offloads more than a plan with the same micro batch that fits{NOT_PRICED}"
     if best.step is None:
         return f"slower than the plan taken: {_rule(plan, best.plan)}{NOT_PRICED}"
     return (
