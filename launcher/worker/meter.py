@@ -188,9 +188,12 @@ class CpuMeter:
         self._phase = phase
         wanted = steps < METERED_STEPS or phase not in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)
         wanted = wanted and (steps < METERED_STEPS or phase not in self._seen)
-        if self._profiler is not None and not wanted:
+        begins = phase is Phase.TRAIN_STEP and phase not in self._seen
+        if self._profiler is not None and (begins or not wanted):
+            # when training begins the account begins anew: what gloo's threads released of DDP's first broadcast, the
+            # profiler, which reports no memory of other threads, has not seen
             self._fold(self._stop())
-        elif self._profiler is None and wanted:
+        if self._profiler is None and wanted:
             alive = all_live_tensors()
             self._base_bytes = live_tensor_bytes(alive) + self._native_bytes()
             self._start(phase, alive)
