@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.memory import MeasuredPhase, Phase, Timeline, last_step
-from launcher.worker.residents import all_live_tensors, live_tensor_bytes
+from launcher.worker.residents import all_live_tensors, distinct_storages, live_tensor_bytes
 
 METERED_STEPS = 2
 """Optimizer steps under the CPU meter: the profiler is too dear for a whole run."""
@@ -96,12 +95,9 @@ class EarlierTensors:
         self._files = mapped_files(maps.read_text()) if maps.exists() else ()
         self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._opened = 0
-        for tensor in tensors:
-            if tensor.is_sparse or tensor.device.type != "cpu" or isinstance(tensor, FakeTensor):
-                continue
-            storage = tensor.untyped_storage()
+        for storage in distinct_storages(tensors):
             address, num_bytes = storage.data_ptr(), storage.nbytes()
-            if address in self._watchers or not num_bytes:
+            if storage.device.type != "cpu" or not num_bytes:
                 continue
             is_mapped = any(file.begin <= address < file.end for file in self._files)
             mark = RELEASE_MARK if is_mapped else DROP_MARK

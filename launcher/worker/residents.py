@@ -22,17 +22,17 @@ from launcher.optimizers import optimizer_tensors
 
 def live_tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind tensors."""
-    return sum(storage.nbytes() for storage in _storages(tensors).values())
+    return sum(storage.nbytes() for storage in distinct_storages(tensors))
 
 
-def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
-    """The distinct storages behind tensors, by address."""
+def distinct_storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
+    """The storages behind tensors, each once, of a sharded tensor this rank's part."""
     storages: dict[int, torch.UntypedStorage] = {}
     for tensor in local_tensors(tensors):
         if not tensor.is_sparse and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage
-    return storages
+    return list(storages.values())
 
 
 def all_live_tensors() -> list[torch.Tensor]:
@@ -83,5 +83,5 @@ def native_bucket_bytes(trainers: Sequence[Any]) -> int:
     words = known.get("rebuilt_bucket_sizes") or known.get("bucket_sizes") or ""
     sizes = Counter(int(size) for size in str(words).split(",") if size.strip())
     # an old gradient may still look into a bucket, and then Python sees it
-    sizes -= Counter(storage.nbytes() for storage in _storages(all_live_tensors()).values())
+    sizes -= Counter(storage.nbytes() for storage in distinct_storages(all_live_tensors()))
     return sum(size * count for size, count in sizes.items())
