@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def members_of(paths: RunPaths) -> list[str]:
     return found
 
 
+def listeners_of(paths: RunPaths) -> set[str]:
+    """Addresses on which the processes that work on a run, and theirs, listen."""
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        if str(paths.root) in (process.info["cmdline"] or []):
+            with suppress(psutil.NoSuchProcess):
+                connections = process.net_connections()
+                found |= {entry.laddr.ip for entry in connections if entry.status == psutil.CONN_LISTEN}
+    return found
+
+
 # --------------------------------------------------------------------------------------------------- the same job
 
 
@@ -125,7 +137,10 @@ def test_two_processes_learn_as_one(
     engine: Engine, stage: int, alone: Run, tiny: Path, tmp_path: Path
 ) -> None:
     run = prepared(tmp_path, tiny_order(tiny, engine, stage))
+    addresses: set[str] = set()
+    run.on_line = lambda line: addresses.update(listeners_of(run.paths))
     outcome = run.launch()
+    assert addresses == {"127.0.0.1"}
     assert outcome.world_size == 2 and outcome.steps == 4
     assert run.losses() == pytest.approx(alone.losses(), rel=SAME_LOSS)
     assert [measured.rank for measured in run.measured()] == [0, 1]

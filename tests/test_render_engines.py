@@ -119,7 +119,8 @@ def test_accelerates_own_parser_takes_every_file(name: str, tmp_path: Path) -> N
     assert arguments.main_process_port == (29511 if node else 0)
     if node is not None:
         assert (arguments.machine_rank, arguments.main_process_ip) == (1, "10.0.0.1")
-        assert arguments.same_network and arguments.rdzv_backend == "static"
+        assert arguments.same_network
+    assert arguments.rdzv_backend == ("static" if node else "loopback")
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_within_node"])

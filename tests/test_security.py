@@ -315,9 +315,10 @@ def test_a_folder_that_is_there_keeps_its_mode_and_can_be_shared(tmp_path: Path)
 
 def test_processes_of_one_machine_meet_on_the_loopback() -> None:
     found = node._network_environment(Node(), {})
-    addresses = psutil.net_if_addrs()[found["GLOO_SOCKET_IFNAME"]]
-    assert "127.0.0.1" in {address.address for address in addresses}
-    assert node._network_environment(Node(), {"GLOO_SOCKET_IFNAME": "eth7"}) == {}
+    assert found.keys() == {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
+    for name in found.values():
+        assert "127.0.0.1" in {address.address for address in psutil.net_if_addrs()[name]}
+    assert "GLOO_SOCKET_IFNAME" not in node._network_environment(Node(), {"GLOO_SOCKET_IFNAME": "eth7"})
 
 
 # ------------------------------------------------------------------------------------------ dependencies

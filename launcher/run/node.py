@@ -168,14 +168,18 @@ def compared_versions() -> dict[str, str]:
 
 
 def _network_environment(node: Node, environment: Mapping[str, str]) -> dict[str, str]:
-    """The network interface for gloo, which would take that of the machine's name: often the loopback.
+    """The network interface for gloo and NCCL; gloo would take that of the machine's name: often the loopback.
 
-    Processes of one machine alone meet on the loopback, where no other machine can reach them.
+    Processes of one machine alone meet on the loopback, where no other machine can reach them. Among several, NCCL
+    finds its interfaces itself.
     """
-    if "GLOO_SOCKET_IFNAME" in environment:
-        return {}
-    if not node.address:
-        return _interface_of("127.0.0.1")
+    wanted = {} if node.address else {"NCCL_SOCKET_IFNAME": _interface_of("127.0.0.1")}
+    wanted["GLOO_SOCKET_IFNAME"] = _interface_to(node) if node.address else _interface_of("127.0.0.1")
+    return {name: interface for name, interface in wanted.items() if interface and name not in environment}
+
+
+def _interface_to(node: Node) -> str:
+    """The interface over which a machine reaches the main one; empty where none is known."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((node.address, node.port))  # sends nothing; the kernel chooses the way
         mine = probe.getsockname()[0]
@@ -183,16 +187,16 @@ def _network_environment(node: Node, environment: Mapping[str, str]) -> dict[str
             if any(address.address == mine for address in addresses) and not (
                 node.rank == 0 and name == "lo"
             ):
-                return {"GLOO_SOCKET_IFNAME": name}
+                return str(name)
         return _interface_of(socket.gethostbyname(node.address))
-    return {}
+    return ""
 
 
-def _interface_of(address: str) -> dict[str, str]:
+def _interface_of(address: str) -> str:
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address == address for found in addresses):
-            return {"GLOO_SOCKET_IFNAME": name}
-    return {}
+            return str(name)
+    return ""
 
 
 def main_address(wanted: str) -> str:

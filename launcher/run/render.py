@@ -76,6 +76,8 @@ def worker_command(
         # not in the file: accelerate's parser has defaults for these two, and lets them win
         command += ["--same_network", "--rdzv_backend", "static"]
         command += ["--machine_rank", str(node.rank), "--main_process_ip", node.address]
+    elif plan.engine is not Engine.NONE:
+        command += ["--rdzv_backend", "loopback"]
     return (*command, "-m", WORKER_MODULE, str(paths.root))
 
 
@@ -117,6 +119,9 @@ def worker_environment(
     additions |= import_path(inherited) | SAFE
     if engine is not Engine.NONE:
         additions["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = LINE_PREFIX
+        if plan is not None and plan.num_nodes == 1:
+            # launcher.worker.loopback has its own; torchrun warns where none is given
+            additions["PET_RDZV_ENDPOINT"] = "127.0.0.1:0"
     if hardware.kind is DeviceKind.CPU:
         return additions | _cpu_environment(engine, num_devices, inherited)
     visible = [
