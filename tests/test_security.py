@@ -293,6 +293,43 @@ def test_nothing_of_ours_unpickles_evaluates_or_asks_a_shell() -> None:
     assert found == []
 
 
+SAYING = """
+import logging, os, signal, sys, traceback
+from launcher.redaction import secrets_of
+from launcher.worker.output import redacted_output
+
+with redacted_output(secrets_of(os.environ)):
+    token = os.environ["HF_TOKEN"]
+    print("begin", token)
+    logging.warning("bad %s", token)
+    try:
+        raise ValueError(token)
+    except ValueError:
+        traceback.print_exc()
+    sys.stdout.write(token[:9])
+    sys.stdout.write(token[9:] + " end " + token[:4])
+    if len(sys.argv) > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_rank_writes_no_secret_that_a_killed_launcher_would_leave(killed: bool, tmp_path: Path) -> None:
+    with (tmp_path / "stdout.log").open("wb") as out, (tmp_path / "stderr.log").open("wb") as err:
+        ended = subprocess.run(
+            [sys.executable, "-c", SAYING, *(["kill"] if killed else [])],
+            env={**os.environ, "HF_TOKEN": CANARY},
+            cwd=ROOT,
+            stdout=out,
+            stderr=err,
+            check=False,
+        )
+    assert ended.returncode == (-9 if killed else 0)
+    said, warned = (tmp_path / "stdout.log").read_text(), (tmp_path / "stderr.log").read_text()
+    assert said == "begin [HF_TOKEN]\n[HF_TOKEN] end " + ("" if killed else CANARY[:4])
+    assert "bad [HF_TOKEN]" in warned and "ValueError: [HF_TOKEN]" in warned and CANARY not in warned
+
+
 # ------------------------------------------------------------------------------------------------ access
 
 
