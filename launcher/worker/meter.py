@@ -11,7 +11,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.memory import MeasuredPhase, Phase, Timeline, last_step
+from launcher.worker.collectives import settled_collectives
 from launcher.worker.residents import all_live_tensors, distinct_storages, live_tensor_bytes
 
 METERED_STEPS = 2
@@ -155,6 +156,7 @@ class CpuMeter:
         self._native_bytes = native_bytes
         self._peaks: dict[Phase, int] = {}
         self._profiler: Any = None
+        self._while_profiled = ExitStack()
         self._earlier = EarlierTensors(())
         self._foreign = ForeignTensors()
         self._base_bytes = 0
@@ -216,6 +218,7 @@ class CpuMeter:
     def abandon(self) -> None:
         """See `Meter`."""
         if self._profiler is not None:
+            self._while_profiled.close()
             self._profiler.stop()
             self._profiler = None
 
@@ -230,9 +233,11 @@ class CpuMeter:
         self._earlier = EarlierTensors(alive)
         self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profiler.start()
+        self._while_profiled.enter_context(settled_collectives())
 
     def _stop(self) -> list[tuple[Phase, int]]:
         """Running sum after every memory event, with the phase it fell into."""
+        self._while_profiled.close()
         self._profiler.stop()
         events = self._profiler.profiler.kineto_results.events()
         self._profiler = None
