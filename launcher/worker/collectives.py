@@ -1,86 +1,66 @@
 """Lets go of a collective's tensors where the meter sees it.
 
-gloo works in threads of its own, which hold a collective a moment longer than whoever waits for it. Where that is the
-last hold on its tensors, they are released in gloo's thread, and torch's profiler reports the releases of profiled
-threads only (torch 2.13, c10/core/CPUAllocator.cpp, `ProfiledCPUMemoryReporter`; ProcessGroupGloo.cpp, `runLoop`): the
-account would carry them to its end. So Python's thread waits for that moment before it lets go itself. It is
-microseconds away, or as far as a busy machine lets the thread lie.
+gloo works in threads of its own, which hold a collective, and copies that C++ made for it, a moment longer than whoever
+waits for it. Where that is the last hold, the memory is released in gloo's thread, and torch's profiler reports the
+releases of profiled threads only (torch 2.13, c10/core/CPUAllocator.cpp, `ProfiledCPUMemoryReporter`;
+ProcessGroupGloo.cpp, `runLoop`): the account would carry it to its end. So a wait for a collective ends when gloo's
+threads have gone to sleep. That is microseconds away, or as far as a busy machine lets a thread lie.
 """
 
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-COLLECTIVES: Final = (
-    "_allgather_base",
-    "_reduce_scatter_base",
-    "allgather",
-    "allgather_coalesced",
-    "allgather_into_tensor_coalesced",
-    "allreduce",
-    "allreduce_coalesced",
-    "alltoall",
-    "alltoall_base",
-    "broadcast",
-    "gather",
-    "recv",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor_coalesced",
-    "scatter",
-    "send",
-)
-"""Methods of torch's `ProcessGroup` that take tensors and give a `Work`."""
-LONGEST_SECONDS: Final = 0.02
-"""How long a wait may last where somebody else has taken hold of the tensors meanwhile."""
+THREADS: Final = Path("/proc/self/task")
+GLOO_NAME: Final = "pt_gloo_runloop"
+"""What torch names the threads (torch 2.11 to 2.13); the kernel keeps 15 letters."""
+LONGEST_SECONDS: Final = 0.05
+"""How long a wait may last; a thread that the network keeps busy with another collective may not sleep at all."""
+PAUSE_SECONDS: Final = 2e-5
 
 
 @contextmanager
 def settled_collectives() -> Iterator[None]:
-    """Inside, what Python's collectives hold is let go of by Python's thread: what C++ calls itself is not touched."""
-    group: Any = torch.distributed.ProcessGroup
-    # not getattr: what it gives would no longer be bound to its object when it is put back
-    originals = {name: vars(group)[name] for name in COLLECTIVES if name in vars(group)}
-    for name in originals:
-        setattr(group, name, _settling(getattr(group, name)))
+    """Inside, Python's wait for a collective ends when gloo's threads sleep: what waits in C++ is not touched."""
+    if not THREADS.exists():
+        yield
+        return
+    work: Any = torch.distributed.Work
+    wait = vars(work)["wait"]  # not getattr: what it gives would no longer be bound when it is put back
+    work.wait = _settling(work.wait)
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(group, name, original)
+        work.wait = wait
 
 
 def _settling(call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)
-    def collective(*arguments: Any, **named: Any) -> Any:
-        held = [(tensor, tensor._use_count()) for tensor in _tensors((*arguments, *named.values()))]
-        work = call(*arguments, **named)
-        if work is not None:
-            # called when Python's hold on the collective ends, which holds the tensors as long anyway
-            weakref.finalize(work, _settle, held).atexit = False
-        return work
+    def wait(*arguments: Any, **named: Any) -> Any:
+        done = call(*arguments, **named)
+        end = time.monotonic() + LONGEST_SECONDS
+        seen_asleep = 0
+        while seen_asleep < 2 and time.monotonic() < end:  # asleep may be waiting for Python's lock: once is not enough
+            time.sleep(PAUSE_SECONDS)
+            seen_asleep = seen_asleep + 1 if gloo_sleeps() else 0
+        return done
 
-    return collective
-
-
-def _settle(held: list[tuple[torch.Tensor, int]]) -> None:
-    """Waits until no more hold each tensor than before the collective."""
-    end = time.monotonic() + LONGEST_SECONDS
-    for tensor, count in held:
-        while tensor._use_count() > count and time.monotonic() < end:
-            time.sleep(0)  # lets the thread run
+    return wait
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+def gloo_sleeps() -> bool:
+    """Whether none of this process's gloo threads runs or could run, by the kernel's account."""
+    for thread in THREADS.iterdir():
+        with suppress(OSError):  # it may have ended
+            _, _, rest = (thread / "stat").read_text().partition(" (")
+            name, _, fields = rest.rpartition(") ")
+            if name == GLOO_NAME[:15] and fields[0] == "R":
+                return False
+    return True
