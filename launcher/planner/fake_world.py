@@ -36,6 +36,7 @@ from launcher.engine_config import accelerate_settings, deepspeed_config
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.plan import Plan
+from launcher.planner.gloo_twin import allocate_as_gloo
 from launcher.planner.replica import Layers, Replica
 from launcher.planner.tape import Tape
 
@@ -62,6 +63,8 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: 
         CUDA_VISIBLE_DEVICES="",
     )
     distributed.init_process_group("fake", rank=rank, world_size=plan.world_size, store=FakeStore())
+    if job.hardware.kind is DeviceKind.CPU:
+        allocate_as_gloo()
     if plan.engine is Engine.DEEPSPEED:
         on_gpu = job.hardware.kind is not DeviceKind.CPU
         importlib.import_module("launcher.planner.fake_deepspeed").answer(on_gpu=on_gpu)

@@ -1,0 +1,49 @@
+"""What gloo itself allocates during a collective, on a CPU; the stand-in for a process group allocates nothing.
+
+Gathering goes through one flat tensor of all ranks' parts, scattering a reduced tensor through a copy of it (torch
+2.13, ProcessGroupGloo.cpp: `allgather`, `gather`, `allreduce_coalesced`, `reduce_scatter_tensor_coalesced`; seen in
+the profiler's memory events of two processes on 2026-11-26). Reducing and broadcasting work in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any, Final
+
+import torch
+
+GATHERING: Final = ("_allgather_base", "all_gather_single", "allgather", "gather")
+"""Methods of `ProcessGroup` whose first argument is what they fill: flat, all of it."""
+SCATTERING: Final = ("_reduce_scatter_base", "reduce_scatter_single")
+"""Methods whose second argument is copied."""
+COALESCED: Final = ("allreduce_coalesced",)
+"""Methods whose first argument is flattened."""
+
+
+def allocate_as_gloo() -> None:
+    """Lets the process group's methods allocate what gloo would; for the rest of this process."""
+    group: Any = torch.distributed.ProcessGroup
+    for names, argument in ((GATHERING, 0), (SCATTERING, 1), (COALESCED, 0)):
+        for name in names:
+            if hasattr(group, name):
+                setattr(group, name, _allocating(getattr(group, name), argument))
+
+
+def _allocating(call: Callable[..., Any], argument: int) -> Callable[..., Any]:
+    @wraps(call)
+    def collective(group: Any, *arguments: Any) -> Any:
+        held = [torch.empty_like(tensor) for tensor in _tensors(arguments[argument])]
+        work = call(group, *arguments)
+        del held
+        return work
+
+    return collective
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Iterable):
+        for item in value:
+            yield from _tensors(item)
