@@ -151,9 +151,14 @@ def _replace(module: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def sharder() -> Callable[[torch.nn.Parameter], None]:
-    """Splits one weight over the ranks as soon as it is there, as loading does under ZeRO 3 (`zero.Init`)."""
+    """Splits one weight over the ranks as soon as it is there, as loading does under ZeRO 3 (`zero.Init`).
+
+    From then on products keep the weight for the backward pass and not what was gathered of it (`zero3_linear_wrap`).
+    """
     settings = deepspeed_settings()
     init = partition_parameters.Init(config_dict_or_path=settings, enabled=True)
+    if init.mem_efficient_linear:
+        init._enable_mem_efficient_linear()
 
     def shard(weight: torch.nn.Parameter) -> None:
         if weight.is_floating_point():
