@@ -1,7 +1,7 @@
 """Predicted and measured peak of every rank: real DeepSpeed, FSDP2 and DDP jobs on CPU, over gloo.
 
 Each job is planned by hand, predicted by the planner's own forecaster, run by `accelerate launch`, and measured by the
-allocator of every rank. Writes docs/accuracy/<date>-ranks.json.
+allocator of every rank. Writes docs/accuracy/<date>-ranks.json after each job, and goes on after those that are in it.
 
     python -m scripts.accuracy_ranks [--only TEXT] [--out FILE]
 """
@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from launcher.cluster import LaunchSpec
 from launcher.documents import read_document, write_text
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
@@ -156,6 +157,7 @@ def job_of(plan: Plan, folder: Path) -> JobSpec:
             optimizer=plan.optimizer,
             report_to=(),
         ),
+        launch=LaunchSpec(rehearse=False),
         hardware=HardwareSpec(
             name="cpu", kind=DeviceKind.CPU, num_devices=plan.num_devices, memory_bytes=1 << 34
         ),
@@ -223,11 +225,12 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     date = datetime.now(UTC).date().isoformat()
     out = arguments.out or ROOT / "docs" / "accuracy" / f"{date}-ranks.json"
-    results = []
+    results = json.loads(out.read_text(encoding="utf-8"))["jobs"] if out.exists() else []
+    done = {result["name"] for result in results}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         for entry in jobs():
-            if arguments.only not in entry.name:
+            if arguments.only not in entry.name or entry.name in done:
                 continue
             result = compare(entry, Path(folder))
             results.append(result)
