@@ -58,6 +58,8 @@ INTEGERS = (
     "1" + "0" * 400,
 )
 REALS = ("0", "0.05", "0.5", "0.999", "1", "2", "1e-300", "1e300", "nan", "inf", "-inf")
+TIGHT_BYTES = (1 << 20, 3 << 20, 1 << 23)
+"""About what the imagined model takes (`Law`)."""
 PARSER = OverridesParser.create()
 DEVICES = (DetectedDevice("NVIDIA A100-SXM4-80GB", 80 << 30),)
 
@@ -120,8 +122,19 @@ def override() -> st.SearchStrategy[str]:
 
 
 def command_lines() -> st.SearchStrategy[list[str]]:
-    """A command line; `action=plan`, so that nothing is asked for but the plan."""
-    return st.lists(override(), min_size=1, max_size=7).map(lambda some: [*some, "action=plan"])
+    """A command line; `action=plan`, so that nothing is asked for but the plan.
+
+    Of any seven words or so hardly one is a job, and hardly a job is too large: so some begin with a recipe and a card,
+    and some of those with a card that is hardly large enough for the model that is imagined.
+    """
+    some = st.lists(override(), min_size=1, max_size=7)
+    recipe = st.sampled_from(group_choices("recipe")).map(lambda value: [f"recipe={value}"])
+    card = st.sampled_from(group_choices("hardware")).map(lambda value: [f"hardware={value}"])
+    small = st.sampled_from(TIGHT_BYTES).map(lambda size: [f"hardware.memory_bytes={size}"])
+    few = st.lists(override(), max_size=2)
+    sensible = st.tuples(recipe, card, few).map(lambda parts: [word for part in parts for word in part])
+    tight = st.tuples(recipe, card, small, few).map(lambda parts: [word for part in parts for word in part])
+    return st.one_of(some, some, sensible, tight).map(lambda words: [*words, "action=plan"])
 
 
 @functools.cache

@@ -66,6 +66,7 @@ CALLS = {
     "all_gather_into_tensor": lambda: distributed.all_gather_into_tensor(whole, part),
     "reduce_scatter_tensor": lambda: distributed.reduce_scatter_tensor(part, whole),
     "gather": lambda: distributed.gather(part, parts if rank == 0 else None, 0),
+    "scatter": lambda: distributed.scatter(part, parts if rank == 0 else None, 0),
     "all_reduce_coalesced": lambda: distributed.all_reduce_coalesced([part, whole]),
 }
 

@@ -19,16 +19,20 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import parallelism_config
+from accelerate import accelerator, parallelism_config
 from accelerate.commands import launch
+from accelerate.utils import fsdp_utils
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import _state_dict_utils as state_dict_utils
 from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_init as fsdp_init
 from torch.distributed.fsdp._fully_shard import _fsdp_param as fsdp_param
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_param_group
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -37,8 +41,9 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.plan import Plan
 from launcher.planner.gloo_twin import allocate_as_gloo
+from launcher.planner.materialize import forget_weights
 from launcher.planner.replica import Layers, Replica
-from launcher.planner.tape import Tape
+from launcher.planner.tape import OFF_DEVICE, Tape
 
 
 def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: Layers) -> None:
@@ -73,6 +78,13 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: 
     elif plan.engine is Engine.FSDP2:
         FakeTensor.data_ptr = _stand_in_address  # type: ignore[method-assign, assignment]  # accelerate knows weights by it
         _real_numbers_for_meshes()
+        _shard_shapes(tape)
+        if job.hardware.kind is not DeviceKind.CPU:
+            _gather_into_host_memory()
+        # DTensor asks once, of whole tensors, what shape an operation gives (torch 2.13, tensor/_sharding_prop.py)
+        ShardingPropagator._propagate_tensor_meta_non_cached = _outside_of_modes(  # type: ignore[method-assign]
+            ShardingPropagator._propagate_tensor_meta_non_cached
+        )
         # gathered weights keep their storage, which has no bytes in between (torch 2.13, _fully_shard/_fsdp_param.py)
         for module in (fsdp_param, fsdp_param_group):
             _replace(module, "alloc_storage", lambda tensor: tape.resize(tensor, tensor.nbytes))
@@ -97,6 +109,40 @@ def _environment(job: JobSpec, plan: Plan, folder: Path) -> dict[str, str]:
         _, environment = prepare_deepspeed_cmd_env(arguments)
         return {**environment, "DS_ACCELERATOR": "cpu"}
     return {**prepare_multi_gpu_env(arguments), "ACCELERATE_USE_CPU": "true"}
+
+
+def _shard_shapes(tape: Tape) -> None:
+    """accelerate shards shapes, and gives a rank its part of the weights afterwards (1.15, utils/fsdp_utils.py)."""
+    prepare, load = accelerator.fsdp2_prepare_model, fsdp_utils.fsdp2_load_full_state_dict
+
+    def prepared(accelerator: Any, model: Any) -> Any:
+        def forget(*device: Any) -> Any:
+            model.to = lambda *args, **kwargs: model
+            tape.shapes_only = True
+            return forget_weights(model)
+
+        model.to = forget
+        return prepare(accelerator, model)
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        tape.shapes_only = False
+        return load(*args, **kwargs)
+
+    accelerator.fsdp2_prepare_model = prepared
+    fsdp_utils.fsdp2_load_full_state_dict = loaded
+
+
+def _gather_into_host_memory() -> None:
+    """What is gathered to be saved leaves the device weight by weight (torch 2.13, distributed/_state_dict_utils.py)."""
+    iterate: Callable[..., Any] = state_dict_utils._iterate_state_dict
+
+    @wraps(iterate)
+    def iterated(item: Any, *args: Any, cpu_offload: bool = False, **kwargs: Any) -> Any:
+        value = iterate(item, *args, cpu_offload=cpu_offload, **kwargs)
+        is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+        return value.to(OFF_DEVICE) if cpu_offload and is_whole else value
+
+    _replace(state_dict_utils, "_iterate_state_dict", iterated)
 
 
 def _stand_in_address(tensor: torch.Tensor) -> int:

@@ -1,8 +1,8 @@
 """What gloo itself allocates during a collective, on a CPU; the stand-in for a process group allocates nothing.
 
-Gathering goes through one flat tensor of all ranks' parts, scattering a reduced tensor through a copy of it (torch
-2.13, ProcessGroupGloo.cpp: `allgather`, `gather`, `allreduce_coalesced`, `reduce_scatter_tensor_coalesced`; seen in
-the profiler's memory events of two processes on 2026-11-26). Reducing and broadcasting work in place.
+Gathering goes through one flat tensor of all ranks' parts, scattering through a copy of what is scattered (torch 2.13,
+ProcessGroupGloo.cpp: `allgather`, `gather`, `scatter`, `allreduce_coalesced`, `reduce_scatter_tensor_coalesced`; seen
+in the profiler's memory events of two processes on 2026-11-26). Reducing and broadcasting work in place.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 GATHERING: Final = ("_allgather_base", "all_gather_single", "allgather", "gather")
 """Methods of `ProcessGroup` whose first argument is what they fill: flat, all of it."""
-SCATTERING: Final = ("_reduce_scatter_base", "reduce_scatter_single")
-"""Methods whose second argument is copied."""
+SCATTERING: Final = ("_reduce_scatter_base", "reduce_scatter_single", "scatter")
+"""Methods whose second argument is copied; whoever scatters nothing of its own has none."""
 COALESCED: Final = ("allreduce_coalesced",)
 """Methods whose first argument is flattened."""
 

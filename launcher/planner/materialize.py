@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from launcher import workload
+from launcher.planner.tape import ON_DEVICE
 
 
 def quantized_layers() -> Any:
@@ -39,13 +40,14 @@ def materialize(
     prepared: bool,
     on_gpu: bool,
     shard: Callable[[nn.Parameter], None] | None = None,
+    device: torch.device = ON_DEVICE,
 ) -> None:
     """Puts fake tensors on the fake device in place of parameters and buffers; shared ones stay shared.
 
     In the order in which weights are loaded: the base model's by name, adapters afterwards. On the meta device PEFT
     leaves adapters in fp32; `adapters_as_base` gives them the dtype of the base model, as it does elsewhere.
     `prepared` for k-bit training, the base model is there in its own dtype before it is turned to fp32. `shard` takes
-    each weight of the base model as it comes, and leaves a rank's part of it.
+    each weight of the base model as it comes, and leaves a rank's part of it. `device` is where weights are read to.
     """
     fakes: dict[int, nn.Parameter] = {}
     modules = dict(model.named_modules())
@@ -67,7 +69,7 @@ def materialize(
         assert parameter is not None  # listed above
         if id(parameter) not in fakes:
             waiting = [
-                torch.empty(parameter.shape, dtype=dtype)
+                torch.empty(parameter.shape, dtype=dtype, device=device)
                 for pattern, count in copies.items()
                 for _ in range(count if pattern.search(full) else 0)
             ]
@@ -76,7 +78,7 @@ def materialize(
                 fake = quantized_layers().quantize_weight(module, dtype)
             else:
                 is_cast = prepared and not _is_adapter(full) and parameter.dtype != dtype
-                bare = torch.empty(parameter.shape, dtype=dtype if is_cast else adapter_dtype, device="cpu")
+                bare = torch.empty(parameter.shape, dtype=dtype if is_cast else adapter_dtype, device=device)
                 fake = nn.Parameter(bare, requires_grad=parameter.requires_grad)
                 del bare
                 to_cast += [fake] if is_cast else []
@@ -92,6 +94,22 @@ def materialize(
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     # Fake parameters are in place; torch can't swap fake tensors, which moving a module asks for.
     model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]
+
+
+def forget_weights(model: nn.Module) -> nn.Module:
+    """Leaves shapes on the meta device in the place of parameters and buffers, as `model.to("meta")` does."""
+    shapes: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in shapes:
+                    bare = torch.empty_like(parameter, device="meta")
+                    shapes[id(parameter)] = nn.Parameter(bare, requires_grad=parameter.requires_grad)
+                module._parameters[name] = shapes[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")
+    return model
 
 
 def _cast_prepared(parameters: list[nn.Parameter]) -> None:

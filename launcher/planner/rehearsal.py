@@ -25,6 +25,7 @@ from launcher.engines import (
     local_tensors,
     master_weights,
     prepare_trainer,
+    shares_from_host,
 )
 from launcher.job import AdapterDtype, Engine, JobSpec, Method, Task
 from launcher.memory import Category, Phase
@@ -47,7 +48,7 @@ from launcher.planner.materialize import initialize_dora, materialize, weight_te
 from launcher.planner.polynomial import Exponents
 from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
 from launcher.planner.skyline import Profile
-from launcher.planner.tape import OFF_DEVICE, Tape
+from launcher.planner.tape import OFF_DEVICE, ON_DEVICE, Tape
 from launcher.planner.work import Stage
 from launcher.vision import BlankImages, image_shape
 
@@ -136,6 +137,7 @@ class Rehearsal:
             prepared=self.job.method.kbit_preparation and self.plan.method is Method.QLORA,
             on_gpu=self.on_gpu,
             shard=self._sharder(),
+            device=OFF_DEVICE if self.on_gpu and shares_from_host(self.plan) else ON_DEVICE,
         )
         initialize_dora(self.model)
         self.tape.mark(weight_tensors(self.model), Category.PARAMETERS)
@@ -180,7 +182,7 @@ class Rehearsal:
 
     def _stage_weights(self) -> list[torch.Tensor]:
         """Weights in host memory before the trainer moves them to a GPU; quantised ones are read straight to it."""
-        if not self.on_gpu or self.plan.method is Method.QLORA:
+        if not self.on_gpu or self.plan.method is Method.QLORA or shares_from_host(self.plan):
             return []
         distinct = {id(weight): weight for weight in self.model.parameters()}.values()
         staged = [torch.empty(weight.shape, dtype=weight.dtype, device=OFF_DEVICE) for weight in distinct]

@@ -33,6 +33,8 @@ from launcher.planner.polynomial import CONSTANT, Exponents, TracedShape, factor
 from launcher.planner.recorder import WorkRecorder
 
 aten = torch.ops.aten
+ON_DEVICE = torch.device("cpu")
+"""Where a trace puts tensors that live in the device's memory."""
 OFF_DEVICE = torch.device("meta")
 """Where a trace puts tensors that live in host memory while the job runs on a GPU: a list of their own."""
 
@@ -82,6 +84,8 @@ class Tape(TorchDispatchMode):
     locate: Callable[[], str] | None = None
     recorder: WorkRecorder | None = None
     has_matrix_library: bool = False
+    shapes_only: bool = False
+    """Whether tensors off the device are shapes for now, and take no memory."""
     phase: Phase = Phase.LOAD
     region: Region = Region.OUTSIDE
     events: list[Event] = field(default_factory=list)
@@ -230,7 +234,8 @@ class Tape(TorchDispatchMode):
     def _record(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._live:
+        on_host = tensor.fake_device == OFF_DEVICE  # type: ignore[attr-defined]
+        if key in self._live or (on_host and self.shapes_only):
             return  # two outputs of one operation share it
         itemsize = tensor.element_size()
         sizes = tuple(tensor.shape)
@@ -240,7 +245,6 @@ class Tape(TorchDispatchMode):
         size = self._sizes.get((sizes, itemsize))
         if size is None:
             size = self._sizes[sizes, itemsize] = factor_shape(sizes, itemsize, self.shape)
-        on_host = tensor.fake_device == OFF_DEVICE  # type: ignore[attr-defined]
         block = Block(num_bytes, size, operation, self.phase, self.region, on_host=on_host)
         if self.locate is not None:
             block.module = self.locate()

@@ -47,7 +47,9 @@ def _settling(call: Callable[..., Any]) -> Callable[..., Any]:
         done = call(*arguments, **named)
         end = time.monotonic() + LONGEST_SECONDS
         seen_asleep = 0
-        while seen_asleep < 2 and time.monotonic() < end:  # asleep may be waiting for Python's lock: once is not enough
+        while (
+            seen_asleep < 2 and time.monotonic() < end
+        ):  # asleep may be waiting for Python's lock: once is not enough
             time.sleep(PAUSE_SECONDS)
             seen_asleep = seen_asleep + 1 if gloo_sleeps() else 0
         return done
