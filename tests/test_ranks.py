@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,14 +47,16 @@ from launcher.planner.worlds import TRACED_RANKS, part_share, traced_world
 from scripts.accuracy_ranks import (
     ARCHITECTURE,
     GROUP_ELEMENTS,
+    ROOT,
+    WITHIN,
     RankJob,
     compare,
     job_of,
+    jobs,
+    page,
     plan_of,
     write_model,
 )
-
-WITHIN = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,14 @@ def test_each_rank_takes_what_was_predicted(engine: Engine, stage: int, method: 
     for measured_bytes in loading["measured_bytes"]:
         wanted = [loading["predicted_bytes"], loading["predicted_bytes"] + copy_bytes]
         assert any(measured_bytes == pytest.approx(size, rel=WITHIN) for size in wanted), result
+
+
+def test_the_page_is_that_of_the_newest_data() -> None:
+    newest = max((ROOT / "docs" / "accuracy").glob("*-ranks.json"))
+    document = json.loads(newest.read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "ranks.md").read_text(encoding="utf-8") == page(document)
+    errors = [error for result in document["jobs"] for error in result["errors"]]
+    assert len(document["jobs"]) == sum(1 for _ in jobs()) and max(map(abs, errors)) <= WITHIN
 
 
 def num_parameters() -> int:
