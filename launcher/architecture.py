@@ -65,6 +65,9 @@ sequence is an index error there; elsewhere positions are computed, and have no 
 DEQUANTIZED_AS_READ: Final = "mxfp4"
 """The one kind of stored quantisation that training undoes: gpt-oss's, whose experts become bf16 as they are read."""
 
+PUBLISHED_QUANTIZED: Final = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
+"""Hub ids whose files are stored so; what is built in are the facts of their weights in bf16 (conf/model)."""
+
 
 def stored_quantization(facts: Mapping[str, Any]) -> str:
     """How a config.json says that its weights are quantised, by transformers' name; empty when they are not."""

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from launcher.architecture import architecture_mistakes, longest_sequence
+from launcher.architecture import (
+    DEQUANTIZED_AS_READ,
+    PUBLISHED_QUANTIZED,
+    architecture_mistakes,
+    longest_sequence,
+    stored_quantization,
+)
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
     Attention,
@@ -76,6 +82,18 @@ def model_limits(job: JobSpec) -> tuple[tuple[str, str], ...]:
                 f"{key}={too_long[0]}: {facts.get('model_type')} has a table of {longest} positions, and none for a "
                 "longer sequence",
                 f"{key}={longest} or less; longer examples are cut to it",
+            )
+        )
+    stored = stored_quantization(facts)
+    if job.model.path in PUBLISHED_QUANTIZED:
+        stored = DEQUANTIZED_AS_READ
+    methods = [planner.pin.method] if planner.pin.method else planner.choices.method or (job.method.name,)
+    if stored and Method.QLORA in methods:
+        found.append(
+            (
+                f"`method=qlora` with a model that is stored as {stored}: transformers (5.17 to 5.24) quantises no "
+                "weights that are quantised already",
+                "`method=lora`, or `model.path` of a copy that is stored in bf16",
             )
         )
     return tuple(found)

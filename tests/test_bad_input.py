@@ -118,6 +118,21 @@ def test_a_model_that_is_stored_quantised_is_refused(copy: Path, changes: dict[s
     assert "method=qlora" in caught.value.hint
 
 
+@pytest.mark.parametrize("key", ["method.name=qlora", "planner.choices.method=[lora,qlora]"])
+def test_what_is_stored_quantised_is_not_quantised_again(copy: Path, key: str) -> None:
+    change_config(copy, {"quantization_config": {"quant_method": "mxfp4"}})
+    job = load_job([f"model.path={copy}", "hardware=l4_24g", key])
+    with pytest.raises(ConfigError, match=r"method=qlora.*mxfp4") as caught:
+        resolve(job, ())
+    assert "method=lora" in caught.value.hint
+
+
+def test_what_is_published_quantised_is_not_quantised_again() -> None:
+    job = load_job(["recipe=gpt_oss_lora", "hardware=h100_80g", "method=qlora"])
+    with pytest.raises(ConfigError, match=r"method=qlora.*mxfp4"):
+        resolve(job, ())
+
+
 def test_all_impossible_numbers_are_named_at_once(copy: Path) -> None:
     change_config(copy, {"hidden_size": 0, "vocab_size": 0})
     with pytest.raises(DataError, match=r"(?s)vocab_size.*hidden_size"):
