@@ -103,8 +103,9 @@ class _Search:
     def _best_arranged(self, semantic: Plan) -> tuple[Price | None, Price | None]:
         """The best plan over all arrangements of the devices, at its true shape, and the next best one that was priced.
 
-        What is sharded less exchanges less, so the arrangements after one that recomputes nothing are left out, and those
-        that offload after any that fits (unless memory counts: each needs less than those before it).
+        What is sharded less exchanges less, so the arrangements after one that recomputes nothing are left out where no
+        larger micro batch can make up for that, and those that offload after any that fits (unless memory counts: each
+        needs less than those before it).
         """
         possible, refused = arrangements(self._job, semantic)
         for item, reason in refused.items():
@@ -112,7 +113,7 @@ class _Search:
         waiting, weighed = list(possible), list[_Options]()
         exact: Price | None = None
         while exact is None:
-            while waiting and not self._is_settled(weighed, waiting[0]):
+            while waiting and not self._is_settled(weighed, waiting[0], semantic):
                 options = self._options(waiting.pop(0).applied_to(semantic, self._job), weighed)
                 self._settle(options, weighed)
                 weighed.append(options)
@@ -151,14 +152,36 @@ class _Search:
     def _best(self, weighed: Sequence[_Options]) -> Price:
         return self._ranking.best([price for options in weighed for price in self._contenders(options)])
 
-    def _is_settled(self, weighed: Sequence[_Options], following: Arrangement) -> bool:
-        """Whether no arrangement that comes later can be better: the best one yet recomputes nothing.
+    def _is_settled(self, weighed: Sequence[_Options], following: Arrangement, semantic: Plan) -> bool:
+        """Whether no arrangement that comes later can be better: the best one yet recomputes nothing, and is as fast.
 
         Host memory is for what doesn't fit without it: states that a CPU updates wait for it in every step.
         """
         if self._ranking.by_memory or not any(self._contenders(options) for options in weighed):
             return False
-        return following.offloads or self._best(weighed).plan.activation_checkpointing is self._modes[0]
+        if following.offloads:
+            return True
+        best = self._best(weighed)
+        return best.plan.activation_checkpointing is self._modes[0] and not self._may_be_faster(
+            following.applied_to(semantic, self._job), best
+        )
+
+    def _may_be_faster(self, semantic: Plan, best: Price) -> bool:
+        """Whether an arrangement that shards more may fit a larger micro batch, which may be faster than the best plan.
+
+        It exchanges no less than the best plan's arrangement, so it takes at least as long with the same micro batch.
+        """
+        for split in self._splits:
+            if split[0] > best.plan.micro_batch_size:
+                like = self._with(best.plan, self._modes[0], split)
+                floor = self._ranking.floor(like, self._forecaster.step_floor_seconds(like), 0)
+                larger = self._with(semantic, self._modes[0], split)
+                if (
+                    self._ranking.within(floor) < self._ranking.value(best)
+                    and self._forecaster.lower_bound_bytes(larger) <= self._budget
+                ):
+                    return True
+        return False
 
     def _reject_others(self, options: _Options, exact: Price, taken: tuple[Price | None, ...]) -> None:
         """Says of all plans of an arrangement but the best two why they were not taken."""

@@ -1,0 +1,186 @@
+"""Proves that on several devices the search finds a plan as fast as the fastest of all that fit, or the smallest one.
+
+As in test_search.py a law written by hand plays the traces. What a stage shards is an n-th of it, later stages exchange
+more, and host memory is slow. Brute force prices every arrangement, checkpointing and micro batch by the law itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.job import (
+    Checkpointing,
+    DataSpec,
+    Engine,
+    JobSpec,
+    Method,
+    MethodSpec,
+    ModelSpec,
+    Objective,
+    PlannerSpec,
+    TrainingSpec,
+)
+from launcher.memory import Category, MemoryEstimate, PhasePeak
+from launcher.plan import Plan
+from launcher.planner.objective import SAME
+from launcher.planner.search import search
+from launcher.step_time import StepTime
+from tests.imagined import MODES, FakeForecaster, Law
+
+DEVICES = 4
+ORDER = (
+    (Engine.DDP, 0, False, False),
+    (Engine.DEEPSPEED, 1, False, False),
+    (Engine.DEEPSPEED, 2, False, False),
+    (Engine.DEEPSPEED, 3, False, False),
+    (Engine.DEEPSPEED, 2, True, False),
+    (Engine.DEEPSPEED, 3, True, False),
+    (Engine.DEEPSPEED, 3, True, True),
+)
+"""Engine, stage, and what is offloaded: optimizer states, parameters."""
+LARGER_BATCH_SEEDS = (99, 336, 496)
+"""Jobs in which a later arrangement is faster, with a micro batch that the first one without recomputation can't hold."""
+
+
+@dataclass(frozen=True)
+class ShardedLaw(Law):
+    """A law that knows of ranks."""
+
+    exchange_seconds: float = 1e-4
+    """Time of one exchange of all gradients."""
+
+    def price(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        """A rank's."""
+        whole = super().price(plan, exact=exact)
+        shares = {
+            Category.PARAMETERS: 0.0 if plan.offload_parameters else 1 / DEVICES ** (plan.zero_stage == 3),
+            Category.GRADIENTS: 1 / DEVICES ** (plan.zero_stage >= 2),
+            Category.OPTIMIZER_STATE: 0.0
+            if plan.offload_optimizer
+            else 1 / DEVICES ** (plan.zero_stage >= 1),
+        }
+        phases = []
+        for phase in whole.phases:
+            sizes = {
+                category: round(size * shares.get(category, 1.0))
+                for category, size in phase.by_category_bytes.items()
+            }
+            phases.append(PhasePeak(phase.phase, sum(sizes.values()), sizes))
+        gradients = round(whole.resident_bytes[Category.GRADIENTS] * shares[Category.GRADIENTS])
+        return replace(whole, phases=tuple(phases), resident_bytes={Category.GRADIENTS: gradients})
+
+    def step(self, plan: Plan) -> StepTime | None:
+        """Later arrangements exchange more: ZeRO 2 in every micro batch, ZeRO 3 weights as well."""
+        alone = super().step(plan)
+        if alone is None:
+            return None
+        exchanges = (1, 1, plan.gradient_accumulation_steps, 2 * plan.gradient_accumulation_steps)
+        offloaded = 5 * plan.offload_optimizer + 5 * plan.offload_parameters
+        update = alone.update_seconds + self.exchange_seconds * (exchanges[plan.zero_stage] + offloaded)
+        return replace(alone, update_seconds=update)
+
+
+class RankForecaster(FakeForecaster):
+    """Traces are an arrangement's own."""
+
+    def _regime(self, plan: Plan) -> tuple[object, ...]:
+        arrangement = plan.engine, plan.zero_stage, plan.offload_optimizer, plan.offload_parameters
+        return (*super()._regime(plan), *arrangement)
+
+
+def job_on_devices(dice: random.Random) -> JobSpec:
+    batch = DEVICES * dice.choice([1, 2, 4, 8, 12])
+    return JobSpec(
+        model=ModelSpec(architecture={"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}),
+        method=MethodSpec(name=Method.FULL),
+        data=DataSpec(max_length=dice.choice([16, 64, 200])),
+        training=TrainingSpec(global_batch_size=batch),
+        hardware=HardwareSpec(
+            name="imagined", kind=DeviceKind.CUDA, memory_bytes=1, host_memory_bytes=0, num_devices=DEVICES
+        ),
+        planner=PlannerSpec(
+            headroom=0.0, objective=dice.choice([Objective.SPEED, Objective.SPEED, Objective.MEMORY])
+        ),
+    )
+
+
+def law_on_devices(dice: random.Random) -> ShardedLaw:
+    return ShardedLaw(
+        parameters=dice.choice([3_000, 30_000, 300_000]),
+        per_token_kept=dice.choice([300, 900]),
+        logits_per_token=dice.choice([10, 400]),
+        tile=dice.choice([100, 400, 10**9]),
+        context=2_000,
+        batch_seconds=dice.choice([1e-6, 1e-4, 1e-3]),
+        recompute=dice.choice([(0.0, 0.2, 0.3, 0.4), (0.0, 0.004, 0.008, 0.3), (0.0, 0.9, 0.3, 0.4)]),
+        exchange_seconds=dice.choice([1e-7, 1e-4, 1e-2]),
+    )
+
+
+def all_plans(job: JobSpec, like: Plan) -> Iterator[Plan]:
+    """Every arrangement, checkpointing and split of the global batch."""
+    per_rank = job.training.global_batch_size // DEVICES
+    for engine, stage, states, parameters in ORDER:
+        for mode in MODES:
+            for micro in (size for size in range(1, per_rank + 1) if per_rank % size == 0):
+                yield replace(
+                    like,
+                    engine=engine,
+                    zero_stage=stage,
+                    offload_optimizer=states,
+                    offload_parameters=parameters,
+                    activation_checkpointing=mode,
+                    micro_batch_size=micro,
+                    gradient_accumulation_steps=per_rank // micro,
+                    buckets=None,
+                )
+
+
+@pytest.mark.parametrize("seed", [*range(60), *LARGER_BATCH_SEEDS])
+def test_no_plan_that_fits_is_faster(seed: int) -> None:
+    dice = random.Random(seed)
+    law, job = law_on_devices(dice), job_on_devices(dice)
+    roomy = replace(job, hardware=replace(job.hardware, memory_bytes=10**12))
+    some = search(roomy, RankForecaster(law)).plan
+    assert some is not None
+    plans = list(all_plans(job, some))
+    peaks = [law.peak(plan) for plan in plans]
+    memory = round(dice.uniform(0.9 * min(peaks), dice.choice([0.1, 0.3, 1.1]) * max(peaks)))
+    job = replace(job, hardware=replace(job.hardware, memory_bytes=memory))
+    fitting = [plan for plan in plans if law.peak(plan) <= memory]
+    choice = search(job, RankForecaster(law))
+    if not fitting:
+        assert choice.plan is None
+        return
+    taken = choice.plan
+    assert taken is not None and law.peak(taken) <= memory
+    if job.planner.objective is Objective.MEMORY:
+        assert law.peak(taken) == min(map(law.peak, fitting))
+        return
+    held = [plan for plan in fitting if not plan.offload_optimizer]
+    assert taken.offload_optimizer is not bool(held)  # host memory is for what doesn't fit without
+    if held:
+        # one that recomputes is taken only where its micro batch doesn't fit without, or where recomputing more is faster
+        rivals = [plan for plan in held if not recomputes_for_nothing(plan, held)]
+        assert law.seconds(taken) <= (1 + SAME) * min(map(law.seconds, rivals))
+    like = [plan for plan in fitting if shape_of(plan) == shape_of(taken)]
+    assert all(ORDER.index(arrangement_of(plan)) >= ORDER.index(arrangement_of(taken)) for plan in like)
+
+
+def arrangement_of(plan: Plan) -> tuple[Engine, int, bool, bool]:
+    return plan.engine, plan.zero_stage, plan.offload_optimizer, plan.offload_parameters
+
+
+def shape_of(plan: Plan) -> tuple[Checkpointing, int]:
+    return plan.activation_checkpointing, plan.micro_batch_size
+
+
+def recomputes_for_nothing(plan: Plan, fitting: list[Plan]) -> bool:
+    """Whether the same micro batch fits, arranged alike, with nothing recomputed."""
+    kept = replace(plan, activation_checkpointing=Checkpointing.NONE)
+    return kept != plan and kept in fitting
