@@ -113,6 +113,7 @@ DOORS: dict[str, set[str]] = {
         "planner.fake_world",
         "planner.replica",
         "planner.generation",
+        "planner.gloo_twin",
         "planner.kept_logits",
         "planner.kernel_twins",
         "planner.liger_twin",

@@ -51,12 +51,10 @@ def materialize(
     """
     fakes: dict[int, nn.Parameter] = {}
     modules = dict(model.named_modules())
-    names = [
-        (f"{path}.{name}", module, name)
-        for path, module in modules.items()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
+    places = [
+        (f"{path}.{name}", module, name) for path, module in modules.items() for name in module._parameters
     ]
+    names = [place for place in places if place[1]._parameters[place[2]] is not None]
     dtype: Any = model.config.dtype
     copies = _copies_by_pattern(model, on_gpu=on_gpu)
     to_cast: list[nn.Parameter] = []

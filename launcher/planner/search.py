@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from launcher.errors import ConfigError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind
@@ -25,7 +25,8 @@ from launcher.plan import Plan, PlanChoice, Rejection, nearest
 from launcher.planner import reasons
 from launcher.planner.arrangements import Arrangement, arrangements
 from launcher.planner.forecast import Forecaster
-from launcher.planner.objective import MODES, NEVER_SLOWER, Price, Ranking
+from launcher.planner.objective import MODES, Price, Ranking
+from launcher.planner.options import Options, repeats
 from launcher.planner.refusal import Judge
 from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, semantic_plans
 
@@ -46,25 +47,6 @@ def search(job: JobSpec, forecaster: Forecaster, judge: Judge | None = None) -> 
         UnsupportedByPlanner: When the tracer can't follow the job.
     """
     return _Search(job, forecaster, judge).run()
-
-
-@dataclass
-class _Options:
-    """The plans of one combination of result-changing knobs, as far as they are known."""
-
-    unpriced: list[Plan]
-    fitting: list[Price] = field(default_factory=list)
-    failed: list[Price] = field(default_factory=list)
-    """Plans that accumulate and exceed the device."""
-
-    def is_dominated(self, plan: Plan) -> bool:
-        """Whether a plan with the same micro batch fits that recomputes less and is never slower."""
-        better = NEVER_SLOWER[plan.activation_checkpointing]
-        return any(
-            price.plan.micro_batch_size == plan.micro_batch_size
-            and price.plan.activation_checkpointing in better
-            for price in self.fitting
-        )
 
 
 class _Search:
@@ -110,7 +92,7 @@ class _Search:
         possible, refused = arrangements(self._job, semantic)
         for item, reason in refused.items():
             self._reject(item.applied_to(semantic, self._job), reason, 0, 0)
-        waiting, weighed = list(possible), list[_Options]()
+        waiting, weighed = list(possible), list[Options]()
         exact: Price | None = None
         while exact is None:
             while waiting and not self._is_settled(weighed, waiting[0], semantic):
@@ -132,27 +114,27 @@ class _Search:
             self._reject_others(options, exact, (best, second))
         return exact, second
 
-    def _options(self, semantic: Plan, weighed: Sequence[_Options]) -> _Options:
+    def _options(self, semantic: Plan, weighed: Sequence[Options]) -> Options:
         """All plans of one arrangement that can be better than the like of those that shard less."""
         plans = [self._with(semantic, mode, split) for mode in self._modes for split in self._splits]
         self._considered += len(plans)
         if self._ranking.by_memory:
-            return _Options(plans)
+            return Options(plans)
         promising = []
         for plan in plans:
             like = [
-                price.plan for options in weighed for price in options.fitting if _repeats(plan, price.plan)
+                price.plan for options in weighed for price in options.fitting if repeats(plan, price.plan)
             ]
             if like:
                 self._reject(plan, reasons.shards_in_vain(like[0]), 0, 0)
             else:
                 promising.append(plan)
-        return _Options(promising)
+        return Options(promising)
 
-    def _best(self, weighed: Sequence[_Options]) -> Price:
+    def _best(self, weighed: Sequence[Options]) -> Price:
         return self._ranking.best([price for options in weighed for price in self._contenders(options)])
 
-    def _is_settled(self, weighed: Sequence[_Options], following: Arrangement, semantic: Plan) -> bool:
+    def _is_settled(self, weighed: Sequence[Options], following: Arrangement, semantic: Plan) -> bool:
         """Whether no arrangement that comes later can be better: the best one yet recomputes nothing, and is as fast.
 
         Host memory is for what doesn't fit without it: states that a CPU updates wait for it in every step.
@@ -183,7 +165,7 @@ class _Search:
                     return True
         return False
 
-    def _reject_others(self, options: _Options, exact: Price, taken: tuple[Price | None, ...]) -> None:
+    def _reject_others(self, options: Options, exact: Price, taken: tuple[Price | None, ...]) -> None:
         """Says of all plans of an arrangement but the best two why they were not taken."""
         for price in options.fitting:
             if not any(price is item for item in taken):
@@ -192,7 +174,7 @@ class _Search:
             floor, is_out = self._floor(plan, options), self._is_out(plan, options)
             self._reject(plan, reasons.unpriced(plan, floor, exact, self._ranking, is_out), 0, 0)
 
-    def _settle(self, options: _Options, weighed: Sequence[_Options]) -> None:
+    def _settle(self, options: Options, weighed: Sequence[Options]) -> None:
         """Prices plans until no other one can be the best, or as good; `weighed` are those of other arrangements."""
         while True:
             for plan in [plan for plan in options.unpriced if self._forecaster.is_prepared(plan)]:
@@ -210,7 +192,7 @@ class _Search:
                 return
             self._price(min(promising, key=self._probing_order), options)
 
-    def _price(self, plan: Plan, options: _Options) -> None:
+    def _price(self, plan: Plan, options: Options) -> None:
         options.unpriced.remove(plan)
         try:
             price = Price(plan, self._forecaster.estimate(plan), self._forecaster.step_time(plan))
@@ -223,7 +205,7 @@ class _Search:
         elif plan.gradient_accumulation_steps > 1 and price.estimate.peak_device_bytes > self._budget:
             options.failed.append(price)
 
-    def _reject_mode(self, plan: Plan, options: _Options, failure: UnsupportedByPlanner) -> None:
+    def _reject_mode(self, plan: Plan, options: Options, failure: UnsupportedByPlanner) -> None:
         """Rejects all plans of an arrangement with a checkpointing that the tracer can't follow.
 
         Raises:
@@ -258,7 +240,7 @@ class _Search:
             return False
         return True
 
-    def _verified(self, price: Price, options: _Options) -> Price | None:
+    def _verified(self, price: Price, options: Options) -> Price | None:
         """A plan at its true shape; None, and rejected, when it doesn't fit or can't be traced there."""
         plan = price.plan
         try:
@@ -283,16 +265,16 @@ class _Search:
             return -mode, False, False, micro
         return mode, plan.gradient_accumulation_steps == 1, mode > 0 and micro == 1, micro
 
-    def _contenders(self, options: _Options) -> list[Price]:
+    def _contenders(self, options: Options) -> list[Price]:
         """Plans that fit and may be taken."""
         if self._ranking.by_memory:
             return options.fitting
         return [price for price in options.fitting if not options.is_dominated(price.plan)]
 
-    def _is_out(self, plan: Plan, options: _Options) -> bool:
+    def _is_out(self, plan: Plan, options: Options) -> bool:
         return not self._ranking.by_memory and options.is_dominated(plan)
 
-    def _floor(self, plan: Plan, options: _Options) -> float:
+    def _floor(self, plan: Plan, options: Options) -> float:
         """A value that an unpriced plan does not go below."""
         if not self._ranking.by_memory:
             return self._ranking.floor(plan, self._forecaster.step_floor_seconds(plan), 0)
@@ -308,7 +290,7 @@ class _Search:
             bound = max([bound, *smaller])
         return self._ranking.floor(plan, 0.0, bound)
 
-    def _drop_hopeless(self, options: _Options) -> None:
+    def _drop_hopeless(self, options: Options) -> None:
         """Rejects what can't fit, for what is known of others."""
         for plan in list(options.unpriced):
             same = [
@@ -397,11 +379,3 @@ class _Search:
             step=None if best is None else best.step,
             runner_up_step=None if second is None else second.step,
         )
-
-
-def _repeats(plan: Plan, fitting: Plan) -> bool:
-    """Whether one with the same micro batch fits that shards less and whose checkpointing is never slower."""
-    mode, other = plan.activation_checkpointing, fitting.activation_checkpointing
-    return (other is mode or other in NEVER_SLOWER[mode]) and (
-        plan.micro_batch_size == fitting.micro_batch_size
-    )
