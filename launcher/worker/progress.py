@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ class Progress:
     steps: int = 0
     first_step: int = 0
     """Optimizer steps of earlier runs that this one goes on from."""
-    losses: list[float] = field(default_factory=list)
-    step_ends: list[float] = field(default_factory=list)
-    step_tokens: list[int] = field(default_factory=list)
+    losses: array[float] = field(default_factory=lambda: array("d"))
+    step_ends: array[float] = field(default_factory=lambda: array("d"))
+    """Eight bytes a step: runs are long."""
+    step_tokens: array[int] = field(default_factory=lambda: array("q"))
     """Tokens of each finished step, padding included."""
     tokens: int = 0
     """Tokens of the step that is on."""
