@@ -98,6 +98,22 @@ def test_each_rank_takes_what_was_predicted(engine: Engine, stage: int, method: 
         assert any(measured_bytes == pytest.approx(size, rel=WITHIN) for size in wanted), result
 
 
+def test_a_gpu_that_fsdp2_shares_holds_no_whole_model_while_it_loads_and_saves() -> None:
+    """Weights wait in host memory, come and go one at a time: a rank's parts, and twice the largest weight at most."""
+    plan = plan_of(Engine.FSDP2, 3, Method.FULL, Checkpointing.NONE, 1, 384, 2)
+    job = job_of(plan, Path("nowhere"))
+    gpu = HardwareSpec(name="a100_40g", kind=DeviceKind.CUDA, num_devices=2, memory_bytes=40 << 30)
+    with Tracer() as tracer:
+        estimate = Forecaster(replace(job, hardware=gpu), tracer, TraceCache(None)).estimate(plan, exact=True)
+    whole = 4 * num_parameters()
+    largest = 4 * ARCHITECTURE["vocab_size"] * ARCHITECTURE["hidden_size"]
+    loading, saving = estimate.phase(Phase.LOAD), estimate.phase(Phase.SAVE)
+    assert loading is not None and saving is not None and estimate.host is not None
+    assert whole / 2 + largest <= loading.allocated_bytes <= whole / 2 + 1.1 * largest
+    assert 3 * whole / 2 + largest <= saving.allocated_bytes <= 3 * whole / 2 + 2.1 * largest
+    assert estimate.host.by_category_bytes[Category.PARAMETERS] >= whole
+
+
 def test_the_page_is_that_of_the_newest_data() -> None:
     newest = max((ROOT / "docs" / "accuracy").glob("*-ranks.json"))
     document = json.loads(newest.read_text(encoding="utf-8"))
