@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableSequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ class Progress:
     first_step: int = 0
     """Optimizer steps of earlier runs that this one goes on from."""
     losses: array[float] = field(default_factory=lambda: array("d"))
-    step_ends: array[float] = field(default_factory=lambda: array("d"))
+    step_ends: MutableSequence[float] = field(default_factory=lambda: array("d"))
     """Eight bytes a step: runs are long."""
     step_tokens: array[int] = field(default_factory=lambda: array("q"))
     """Tokens of each finished step, padding included."""
