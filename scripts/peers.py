@@ -202,8 +202,8 @@ The same training on the same card: same method, rank, targets, length, optimize
 micro batch, checkpointing and loss of the peer's file, `ours` those that the planner takes; both run on this project's
 libraries, so kernels that a peer brings with it (Unsloth's, Liger's layers) are in neither. GiB is the predicted highest
 moment on the device, context included. Speeds are estimates from published facts of the cards, too fast by 4
-to 15 % in the median where they were measured ([gpu.md](gpu.md)); their ratio is what counts. "They say" is the peer's own figure,
-with its own kernels. A plan fits when it leaves 5 % of the card.
+to 15 % in the median where they were measured ([gpu.md](gpu.md)); their ratio is what counts. "They say" is the peer's
+own figure, with its own kernels. A plan fits when it leaves 5 % of the card.
 
 {table}
 """

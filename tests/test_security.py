@@ -204,7 +204,7 @@ def test_the_index_of_a_sharded_checkpoint_holds_data_only(tmp_path: Path) -> No
 
     import torch
 
-    from launcher.worker.trusted import trusted_reads
+    from launcher.worker.trusted import trusted_checkpoints
 
     checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
     plan = tiny_order(tmp_path, Engine.FSDP2, 3).plan
@@ -213,20 +213,47 @@ def test_the_index_of_a_sharded_checkpoint_holds_data_only(tmp_path: Path) -> No
         "half": torch.ones(2, dtype=torch.bfloat16),
         "step": 3,
     }
-    checkpoint.save(state, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
+    with trusted_checkpoints(plan):
+        checkpoint.save(state, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
     wanted: dict[str, Any] = {
         "weight": torch.zeros(2, 3),
         "half": torch.zeros(2, dtype=torch.bfloat16),
         "step": 0,
     }
-    with trusted_reads(plan):
+    with trusted_checkpoints(plan):
         checkpoint.load(wanted, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
     assert torch.equal(wanted["weight"], state["weight"]) and wanted["step"] == 3
     marker = tmp_path / "ran"
     (tmp_path / "sharded" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
-    with trusted_reads(plan), pytest.raises(checkpoint.CheckpointException, match=r"names posix\.mkdir"):
+    with (
+        trusted_checkpoints(plan),
+        pytest.raises(checkpoint.CheckpointException, match=r"names posix\.mkdir"),
+    ):
         checkpoint.load(wanted, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("engine", [Engine.DEEPSPEED, Engine.FSDP2])
+def test_enumerations_are_written_without_code_by_any_python(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python 3.11.0 to 3.11.3 would write them (enum.py, `Enum.__reduce_ex__`)."""
+    import pickle
+
+    from launcher.worker.trusted import trusted_checkpoints
+
+    names = {
+        Engine.DEEPSPEED: ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+        Engine.FSDP2: ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    }
+    module, name = names[engine]
+    kind = getattr(importlib.import_module(module), name)
+    member = next(iter(kind))
+    monkeypatch.setattr(kind, "__reduce_ex__", lambda self, proto: (getattr, (type(self), self.name)))
+    assert b"getattr" in pickle.dumps(member)
+    with trusted_checkpoints(tiny_order(tmp_path, engine, 3).plan):
+        written = pickle.dumps(member)
+    assert b"getattr" not in written and pickle.loads(written) is member
 
 
 def test_a_user_cannot_turn_it_off_by_accident() -> None:

@@ -62,7 +62,7 @@ from launcher.worker.ranks import rank, world_size
 from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.tasks import check_images
-from launcher.worker.trusted import trusted_reads
+from launcher.worker.trusted import trusted_checkpoints
 
 EXIT_CODES = {
     Status.DONE: 0,
@@ -235,7 +235,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         ingredients = prepare(order, paths)
         _report("loading the model")
         began = time.perf_counter()
-        with trusted_reads(order.plan), engine(order.plan, order.job.hardware.kind):
+        with trusted_checkpoints(order.plan), engine(order.plan, order.job.hardware.kind):
             _, measurement = train(
                 order.job, order.plan, ingredients, progress, _report, last_checkpoint(paths.checkpoints)
             )

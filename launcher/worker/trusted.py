@@ -1,4 +1,4 @@
-"""What the engines' checkpoints may name while they are read: data, and no code.
+"""What the engines' checkpoints may name: data, and no code.
 
 `TORCH_FORCE_WEIGHTS_ONLY_LOAD` (launcher/run/render.py) makes torch.load refuse every class that is not named here; the
 index of a sharded checkpoint is a pickle that torch reads by itself (2.13, distributed/checkpoint/filesystem.py).
@@ -6,10 +6,12 @@ index of a sharded checkpoint is a pickle that torch reads by itself (2.13, dist
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from types import SimpleNamespace
 from typing import IO, Any, Final
 
@@ -46,12 +48,32 @@ INDEX: Final = {
 
 
 @contextmanager
-def trusted_reads(plan: Plan) -> Iterator[None]:
+def trusted_checkpoints(plan: Plan) -> Iterator[None]:
     """Names what checkpoints of a plan's engine hold, while it trains; everything else in them is refused."""
+    classes: list[Any] = [metadata._MEM_FORMAT_ENCODING]
     if plan.engine is Engine.DEEPSPEED:
-        torch.serialization.add_safe_globals(
-            [getattr(importlib.import_module(module), name) for module, name in DEEPSPEED]
-        )
+        known = [getattr(importlib.import_module(module), name) for module, name in DEEPSPEED]
+        torch.serialization.add_safe_globals(known)
+        classes += known
+    with _enumerations_by_value(kind for kind in classes if issubclass(kind, Enum)), _index_of_data():
+        yield
+
+
+@contextmanager
+def _enumerations_by_value(kinds: Iterable[type[Enum]]) -> Iterator[None]:
+    """Members are written as their class and value: Python 3.11.0 to 3.11.3 asks `getattr` for them, which is code."""
+    kept = dict(copyreg.dispatch_table)
+    for kind in kinds:
+        copyreg.pickle(kind, lambda member: (type(member), (member.value,)))
+    try:
+        yield
+    finally:
+        copyreg.dispatch_table.clear()
+        copyreg.dispatch_table.update(kept)
+
+
+@contextmanager
+def _index_of_data() -> Iterator[None]:
     module: Any = filesystem
     original = module.pickle
     module.pickle = SimpleNamespace(**{**vars(original), "load": load_index})
