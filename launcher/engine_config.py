@@ -190,6 +190,14 @@ def required_buckets(plan: Plan) -> Buckets:
     return plan.buckets
 
 
+def shares_from_host(plan: Plan) -> bool:
+    """Whether weights stay in host memory until each rank is given its part; quantised ones are read to the device.
+
+    accelerate 1.15, utils/fsdp_utils.py, `fsdp2_prepare_model` with `cpu_ram_efficient_loading`.
+    """
+    return plan.engine is Engine.FSDP2 and plan.method is not Method.QLORA
+
+
 def fsdp_config(plan: Plan) -> dict[str, Any]:
     """The section `fsdp_config` of accelerate's configuration file.
 
@@ -202,7 +210,7 @@ def fsdp_config(plan: Plan) -> dict[str, Any]:
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_reshard_after_forward": True,
         "fsdp_offload_params": plan.offload_parameters,
-        "fsdp_cpu_ram_efficient_loading": plan.method is not Method.QLORA,
+        "fsdp_cpu_ram_efficient_loading": shares_from_host(plan),
         "fsdp_state_dict_type": "SHARDED_STATE_DICT",
         "fsdp_activation_checkpointing": False,  # the trainer's own is used, as on one device
     }

@@ -140,14 +140,6 @@ def gather_when_saving(trainer: Trainer, plan: Plan) -> None:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
-def shares_from_host(plan: Plan) -> bool:
-    """Whether weights stay in host memory until each rank is given its part; quantised ones are read to the device.
-
-    accelerate 1.15, utils/fsdp_utils.py, `fsdp2_prepare_model` with `cpu_ram_efficient_loading`.
-    """
-    return plan.engine is Engine.FSDP2 and plan.method is not Method.QLORA
-
-
 def local_tensors(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """What this rank holds of each tensor; of a parameter that DeepSpeed sharded its part, and what is gathered now."""
     for tensor in tensors:

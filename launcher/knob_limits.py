@@ -91,7 +91,7 @@ def model_limits(job: JobSpec) -> tuple[tuple[str, str], ...]:
     if stored and Method.QLORA in methods:
         found.append(
             (
-                f"`method=qlora` with a model that is stored as {stored}: transformers (5.17 to 5.24) quantises no "
+                f"`method=qlora` with a model that is stored as {stored}: transformers (5.24) quantises no "
                 "weights that are quantised already",
                 "`method=lora`, or `model.path` of a copy that is stored in bf16",
             )

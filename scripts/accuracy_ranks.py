@@ -1,7 +1,8 @@
 """Predicted and measured peak of every rank: real DeepSpeed, FSDP2 and DDP jobs on CPU, over gloo.
 
 Each job is planned by hand, predicted by the planner's own forecaster, run by `accelerate launch`, and measured by the
-allocator of every rank. Writes docs/accuracy/<date>-ranks.json after each job, and goes on after those that are in it.
+allocator of every rank. Writes docs/accuracy/<date>-ranks.json after each job, and goes on after those that
+are in it with the same libraries: remove it when the code has changed.
 
     python -m scripts.accuracy_ranks [--only TEXT] [--out FILE]
     python -m scripts.accuracy_ranks --page         writes docs/ranks.md from the newest data file
@@ -276,7 +277,9 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     date = datetime.now(UTC).date().isoformat()
     out = arguments.out or ROOT / "docs" / "accuracy" / f"{date}-ranks.json"
-    results = json.loads(out.read_text(encoding="utf-8"))["jobs"] if out.exists() else []
+    versions = dict(library_versions())
+    earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    results = earlier["jobs"] if earlier.get("versions") == versions else []
     done = {result["name"] for result in results}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
@@ -292,7 +295,7 @@ def main() -> int:
                 print(f"    {name:16} {phase['predicted_bytes'] / 1e6:9.2f} {sizes}", flush=True)
             document = {
                 "date": date,
-                "versions": dict(library_versions()),
+                "versions": versions,
                 "architecture": ARCHITECTURE,
                 "jobs": results,
             }

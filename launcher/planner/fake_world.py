@@ -115,14 +115,14 @@ def _shard_shapes(tape: Tape) -> None:
     """accelerate shards shapes, and gives a rank its part of the weights afterwards (1.15, utils/fsdp_utils.py)."""
     prepare, load = accelerator.fsdp2_prepare_model, fsdp_utils.fsdp2_load_full_state_dict
 
-    def prepared(accelerator: Any, model: Any) -> Any:
+    def prepared(caller: Any, model: Any) -> Any:
         def forget(*device: Any) -> Any:
             model.to = lambda *args, **kwargs: model
             tape.shapes_only = True
             return forget_weights(model)
 
         model.to = forget
-        return prepare(accelerator, model)
+        return prepare(caller, model)
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
         tape.shapes_only = False

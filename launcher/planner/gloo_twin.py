@@ -13,18 +13,18 @@ from typing import Any, Final
 
 import torch
 
-GATHERING: Final = ("_allgather_base", "all_gather_single", "allgather", "gather")
-"""Methods of `ProcessGroup` whose first argument is what they fill: flat, all of it."""
-SCATTERING: Final = ("_reduce_scatter_base", "reduce_scatter_single", "scatter")
-"""Methods whose second argument is copied; whoever scatters nothing of its own has none."""
-COALESCED: Final = ("allreduce_coalesced",)
-"""Methods whose first argument is flattened."""
+COPIED: Final = (
+    ("_allgather_base", "all_gather_single", "allgather", "gather", "allreduce_coalesced"),
+    ("_reduce_scatter_base", "reduce_scatter_single", "scatter"),
+)
+"""Methods of `ProcessGroup` of whose first argument (what they fill), or second, gloo has a copy; whoever scatters
+nothing of its own has none."""
 
 
 def allocate_as_gloo() -> None:
     """Lets the process group's methods allocate what gloo would; for the rest of this process."""
     group: Any = torch.distributed.ProcessGroup
-    for names, argument in ((GATHERING, 0), (SCATTERING, 1), (COALESCED, 0)):
+    for argument, names in enumerate(COPIED):
         for name in names:
             if hasattr(group, name):
                 setattr(group, name, _allocating(getattr(group, name), argument))

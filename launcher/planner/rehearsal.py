@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from launcher import workload
 from launcher.callbacks import PhaseCallback
+from launcher.engine_config import shares_from_host
 from launcher.engines import (
     averaged_gradients,
     engine_arguments,
@@ -25,7 +26,6 @@ from launcher.engines import (
     local_tensors,
     master_weights,
     prepare_trainer,
-    shares_from_host,
 )
 from launcher.job import AdapterDtype, Engine, JobSpec, Method, Task
 from launcher.memory import Category, Phase

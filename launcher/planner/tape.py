@@ -235,7 +235,9 @@ class Tape(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         on_host = tensor.fake_device == OFF_DEVICE  # type: ignore[attr-defined]
-        if key in self._live or (on_host and self.shapes_only):
+        if on_host and self.shapes_only:
+            return
+        if key in self._live:
             return  # two outputs of one operation share it
         itemsize = tensor.element_size()
         sizes = tuple(tensor.shape)

@@ -20,7 +20,7 @@ import torch
 
 THREADS: Final = Path("/proc/self/task")
 GLOO_NAME: Final = "pt_gloo_runloop"
-"""What torch names the threads (torch 2.11 to 2.13); the kernel keeps 15 letters."""
+"""What torch names the threads (torch 2.11 to 2.13); 15 letters, as many as the kernel keeps."""
 LONGEST_SECONDS: Final = 0.05
 """How long a wait may last; a thread that the network keeps busy with another collective may not sleep at all."""
 PAUSE_SECONDS: Final = 2e-5
@@ -63,6 +63,6 @@ def gloo_sleeps() -> bool:
         with suppress(OSError):  # it may have ended
             _, _, rest = (thread / "stat").read_text().partition(" (")
             name, _, fields = rest.rpartition(") ")
-            if name == GLOO_NAME[:15] and fields[0] == "R":
+            if name == GLOO_NAME and fields[0] == "R":
                 return False
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -27,6 +28,11 @@ class RedactedFile(io.RawIOBase):
     def __init__(self, descriptor: int, secrets: Mapping[str, str]) -> None:
         self._descriptor = descriptor
         self._redactor = Redactor(secrets)
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)  # a thread that held it is not there
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()  # threads print, and so do signal handlers in the middle of it
 
     def fileno(self) -> int:
         """The descriptor, for those who write past Python."""
@@ -42,12 +48,14 @@ class RedactedFile(io.RawIOBase):
 
     def write(self, text: Any) -> int:
         """Passes on what can be passed on now."""
-        self._put(self._redactor.feed(bytes(text)))
+        with self._lock:
+            self._put(self._redactor.feed(bytes(text)))
         return len(text)
 
     def pass_on_rest(self) -> None:
         """Passes on what was held, when nothing comes after it."""
-        self._put(self._redactor.rest())
+        with self._lock:
+            self._put(self._redactor.rest())
 
     def _put(self, text: bytes) -> None:
         while text:
