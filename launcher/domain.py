@@ -1,4 +1,4 @@
-"""The shapes for which what was learned from a trace holds."""
+"""The shapes for which what was learned from a trace holds, and the monomials in which it is written."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ class Domain:
         """The greatest length up to `longest` that the regime holds for a batch; the shape before it must lie within."""
         last = longest if self.length_max is None else min(longest, self.length_max)
         return last if self.tokens_max is None else min(last, self.tokens_max // batch + self.unseen)
+
+
+Exponents = tuple[int, int, int]
+"""Of a monomial `batch**i * length**j * s(length)`: `i`, `j`, and the step `s`, which is 1 for 0. Kernels that round
+lengths up to a tile need the two others: for a tile `t`, what is missing to its next multiple, `-length % t`; for `-t`,
+1 where anything is missing, else 0."""
+
+
+def monomial(exponents: Exponents, batch: int, length: int) -> int:
+    """The value of a monomial at a batch and a length."""
+    i, j, step = exponents
+    missing = -length % abs(step) if step else 1
+    value: int = batch**i * length**j * (min(missing, 1) if step < 0 else missing)
+    return value

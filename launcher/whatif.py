@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.domain import Domain
+from launcher.domain import Domain, Exponents, monomial
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 
-Exponents = tuple[int, int]
 CATEGORIES = tuple(Category)
 EXACT_BELOW = 1 << 53
 """Whole numbers up to here are exact as floating-point numbers, which are all that a browser's numbers are."""
@@ -34,7 +33,7 @@ class Surface:
     """Peaks over all phases as functions of batch, length and accumulation, bytes."""
 
     exponents: tuple[Exponents, ...]
-    """The monomials `batch**i * length**j`, last axis of all rows."""
+    """The monomials, last axis of all rows."""
     waiting: tuple[int, ...]
     """Inputs of one more micro batch, by monomial."""
     phases: tuple[PhaseRows, ...]
@@ -48,7 +47,7 @@ class Surface:
             length: Tokens per sequence.
             more: Micro batches per optimizer step beyond those traced, whose inputs wait.
         """
-        monomials: list[int] = [batch**i * length**j for i, j in self.exponents]
+        monomials = [monomial(item, batch, length) for item in self.exponents]
         waiting = more * _dot(self.waiting, monomials)
         peaks = []
         for item in self.phases:
@@ -60,7 +59,7 @@ class Surface:
 
     def largest_number(self, batch: int, length: int, more: int) -> int:
         """A bound of every number that `peaks` meets on its way, for shapes up to this one."""
-        monomials: list[int] = [batch**i * length**j for i, j in self.exponents]
+        monomials: list[int] = [batch**i * length**j * max(1, step) for i, j, step in self.exponents]
         rows = [row for item in self.phases for row in item.rows]
         most = max(
             sum(abs(size) * m for part in row for size, m in zip(part, monomials, strict=True))

@@ -19,17 +19,18 @@ from launcher.planner.tape import Tape
 
 aten = torch.ops.aten
 BATCH, HEADS, LENGTH = 2, 4, 1000
+SHAPE = TracedShape(BATCH, LENGTH, batch_is_symbol=False, length_is_symbol=False)
 LARGE = 100_000
 
 
 def births(kernel: object, size: int, *, rounds: bool) -> list[int]:
     """Bytes of every block that one backward (or forward) pass of a kernel allocates, on bf16 inputs."""
     fake = FastFakeTensorMode()
-    tape = Tape(TracedShape(BATCH, LENGTH, False, False), fake=fake)
+    tape = Tape(SHAPE, fake=fake)
     with fake, tape:
         query = torch.empty(BATCH, HEADS, LENGTH, size, dtype=torch.bfloat16)
         begin = len(tape.events)
-        twin = attention_twin.twins(rounds=rounds)[kernel]
+        twin = attention_twin.twins(SHAPE, rounds=rounds)[kernel]
         backward = kernel is aten._scaled_dot_product_flash_attention_backward.default
         twin(*((query,) if backward else ()), query, query, query)
         return [event.block.num_bytes for event in tape.events[begin:] if event.birth]
@@ -40,7 +41,7 @@ def test_flashs_backward_pass_rounds_lengths_to_128_and_head_sizes(size: int, ro
     kernel = aten._scaled_dot_product_flash_attention_backward.default
     found = births(kernel, size, rounds=True)
     assert found[3:] == [BATCH * HEADS * 1024 * rounded_size * 4, BATCH * HEADS * 1024 * 4]
-    # with symbols only the head size is rounded
+    # on ROCm only the head size is rounded
     found = births(kernel, size, rounds=False)
     assert found[3:] == [BATCH * HEADS * 1000 * rounded_size * 4, BATCH * HEADS * 1000 * 4]
 
@@ -49,6 +50,24 @@ def test_efficient_attention_rounds_its_log_sum_exp_to_32() -> None:
     kernel = aten._scaled_dot_product_efficient_attention.default
     assert BATCH * HEADS * 1024 * 4 in births(kernel, 64, rounds=True)
     assert BATCH * HEADS * 1000 * 4 in births(kernel, 64, rounds=False)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1000, [2000000]), (1001, [2004002, 2018016, -2004002]), (1007, [2028098, 2030112, -2028098])],
+)
+def test_a_mask_becomes_a_bias_with_rows_a_multiple_of_8_apart(length: int, expected: list[int]) -> None:
+    """By hand: length x length x 2 bytes, and where that is ragged length x the next multiple in place of it."""
+    fake = FastFakeTensorMode()
+    shape = TracedShape(1, length, batch_is_symbol=False, length_is_symbol=False)
+    tape = Tape(shape, fake=fake)
+    with fake, tape:
+        mask = torch.empty(1, 1, length, length, dtype=torch.bool)
+        begin = len(tape.events)
+        bias = attention_twin.aligned_bias(mask, torch.bfloat16, shape)
+        changes = [event.block.num_bytes * (1 if event.birth else -1) for event in tape.events[begin:]]
+    assert changes == expected
+    assert (bias.shape, bias.stride(-2) % 8) == (mask.shape, 0)
 
 
 def real_allocations(run: Callable[[], object]) -> list[int]:

@@ -165,14 +165,14 @@ def made_profile(depth: int) -> Profile:
     instants = tuple(Instant((name,), Phase.TRAIN_STEP) for name in names)
     values = np.zeros((len(live), len(CATEGORIES), 1))
     values[:, 0, 0] = live
-    return Profile(instants, ((0, 0),), values, {Category.PARAMETERS: {(0, 0): 7 * depth}}, {})
+    return Profile(instants, ((0, 0, 0),), values, {Category.PARAMETERS: {(0, 0, 0): 7 * depth}}, {})
 
 
 @pytest.mark.parametrize("depth", [4, 9, 40])
 def test_what_the_edge_layer_frees_is_not_multiplied_by_the_depth(depth: int) -> None:
     profile = extend(made_profile(2), made_profile(3), depth - 2)
     assert profile.live.sum((1, 2)).max() == made_profile(depth).live.sum((1, 2)).max()
-    assert profile.resident[Category.PARAMETERS] == {(0, 0): 7 * depth}
+    assert profile.resident[Category.PARAMETERS] == {(0, 0, 0): 7 * depth}
 
 
 def test_first_layers_of_another_kind_are_left_out_of_the_pattern() -> None:

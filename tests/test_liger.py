@@ -54,7 +54,7 @@ def births_of_the_loss(hardware: HardwareSpec, dtype: torch.dtype, trained_head:
 
     fake = FastFakeTensorMode()
     tape = Tape(TracedShape(1, TOKENS, False, False), twins=twins(), fake=fake)
-    with gpu_kernels(hardware), branches(hardware), fake, tape:
+    with gpu_kernels(hardware), branches(hardware, tape.shape), fake, tape:
         hidden = torch.empty(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
         weight = torch.empty(VOCABULARY, WIDTH, dtype=dtype, requires_grad=trained_head)
         labels = torch.empty(TOKENS, dtype=torch.int64)

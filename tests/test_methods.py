@@ -28,6 +28,7 @@ from launcher.job import (
 from launcher.memory import Category, Phase
 from launcher.plan import Plan
 from launcher.planner import cuda_twin, trace
+from launcher.planner.polynomial import TracedShape
 from launcher.planner.skyline import Skyline
 from launcher.workload import model_config
 
@@ -169,12 +170,13 @@ def test_modules_to_save_are_copied_and_trained() -> None:
 
 def test_who_asks_whether_cuda_autocasts_hears_what_a_gpu_would_say() -> None:
     """PEFT's quantised layers ask, and cast their input where nothing autocasts."""
+    shape = TracedShape(2, 64, batch_is_symbol=False, length_is_symbol=False)
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.is_autocast_enabled()
-        with cuda_twin.branches(HardwareSpec(kind=DeviceKind.CUDA)):
+        with cuda_twin.branches(HardwareSpec(kind=DeviceKind.CUDA), shape):
             assert torch.is_autocast_enabled()
             assert torch.is_autocast_enabled("cuda")
-    with cuda_twin.branches(HardwareSpec(kind=DeviceKind.CUDA)):
+    with cuda_twin.branches(HardwareSpec(kind=DeviceKind.CUDA), shape):
         assert not torch.is_autocast_enabled()
 
 

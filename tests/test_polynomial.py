@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 
+from launcher.domain import Exponents
 from launcher.planner.polynomial import (
     CONSTANT,
+    TILES,
     TracedShape,
     evaluate,
     factor_dimension,
     factor_shape,
     largest_prime_factor,
+    monomials,
     multiply,
     symbol_prime,
+    with_stand_ins,
 )
 
 BATCH, LENGTH = 13, 227
@@ -27,20 +32,20 @@ FIXED = TracedShape(BATCH, LENGTH, batch_is_symbol=False, length_is_symbol=False
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        (4096, {(0, 0): 4096}),
-        (BATCH, {(1, 0): 1}),
-        (8 * BATCH, {(1, 0): 8}),
-        (LENGTH, {(0, 1): 1}),
-        (3 * LENGTH, {(0, 1): 3}),
-        (BATCH * LENGTH, {(1, 1): 1}),
-        (LENGTH - 1, {(0, 1): 1, (0, 0): -1}),
-        (BATCH * (LENGTH - 1), {(1, 1): 1, (1, 0): -1}),
-        (LENGTH + 1, {(0, 1): 1, (0, 0): 1}),
-        (1, {(0, 0): 1}),
-        (0, {(0, 0): 0}),
+        (4096, {(0, 0, 0): 4096}),
+        (BATCH, {(1, 0, 0): 1}),
+        (8 * BATCH, {(1, 0, 0): 8}),
+        (LENGTH, {(0, 1, 0): 1}),
+        (3 * LENGTH, {(0, 1, 0): 3}),
+        (BATCH * LENGTH, {(1, 1, 0): 1}),
+        (LENGTH - 1, {(0, 1, 0): 1, (0, 0, 0): -1}),
+        (BATCH * (LENGTH - 1), {(1, 1, 0): 1, (1, 0, 0): -1}),
+        (LENGTH + 1, {(0, 1, 0): 1, (0, 0, 0): 1}),
+        (1, {(0, 0, 0): 1}),
+        (0, {(0, 0, 0): 0}),
     ],
 )
-def test_a_dimension_is_factored_as_by_hand(size: int, expected: dict[tuple[int, int], int]) -> None:
+def test_a_dimension_is_factored_as_by_hand(size: int, expected: dict[Exponents, int]) -> None:
     assert factor_dimension(size, SHAPE) == expected
 
 
@@ -49,22 +54,22 @@ def test_without_symbols_everything_is_a_constant() -> None:
 
 
 def test_a_batch_of_one_is_a_constant_and_its_length_a_symbol() -> None:
-    assert factor_shape((1, 2503, 64), 2, ONE_BATCH) == {(0, 1): 128}
+    assert factor_shape((1, 2503, 64), 2, ONE_BATCH) == {(0, 1, 0): 128}
 
 
 def test_a_fixed_batch_is_a_constant_factor_of_the_length() -> None:
     shape = TracedShape(4, 1031, batch_is_symbol=False, length_is_symbol=True)
-    assert factor_shape((4, 1031, 64), 2, shape) == {(0, 1): 4 * 64 * 2}
+    assert factor_shape((4, 1031, 64), 2, shape) == {(0, 1, 0): 4 * 64 * 2}
 
 
 def test_attention_scores_hold_the_length_twice() -> None:
-    assert factor_shape((BATCH, 8, LENGTH, LENGTH), 2, SHAPE) == {(1, 2): 16}
+    assert factor_shape((BATCH, 8, LENGTH, LENGTH), 2, SHAPE) == {(1, 2, 0): 16}
 
 
 def test_shapes_and_not_byte_counts_are_factored() -> None:
     # 14336 = 2**11 * 7: a batch of 7 divides it, and as one number of bytes it would be taken for the batch.
     sevens = TracedShape(7, LENGTH, batch_is_symbol=True, length_is_symbol=True)
-    assert factor_shape((LENGTH, 4096), 2, sevens) == {(0, 1): 8192}
+    assert factor_shape((LENGTH, 4096), 2, sevens) == {(0, 1, 0): 8192}
     assert symbol_prime(7, [14336], ()) != 7
 
 
@@ -94,10 +99,40 @@ def test_products_are_those_of_the_values() -> None:
     rng = random.Random(1)
     for _ in range(100):
         left, right = (
-            {(rng.randint(0, 2), rng.randint(0, 2)): rng.randint(-9, 9) for _ in range(3)} for _ in range(2)
+            {(rng.randint(0, 2), rng.randint(0, 2), step): rng.randint(-9, 9) for step in steps}
+            for steps in ((0, -8, 0), (0, 8, -8))
         )
         b, n = rng.randint(1, 9), rng.randint(1, 99)
         assert evaluate(multiply(left, right), b, n) == evaluate(left, b, n) * evaluate(right, b, n)
+
+
+def test_two_lengths_that_are_rounded_up_make_no_polynomial() -> None:
+    for first, second in ((32, 32), (8, 32), (-8, 32)):
+        with pytest.raises(NotImplementedError, match="rounded up to"):
+            multiply({(0, 0, first): 1}, {(0, 0, second): 1})
+
+
+def test_rounded_lengths_are_those_of_any_shape() -> None:
+    shape = with_stand_ins(SHAPE, (4096, 64))
+    rng = random.Random(3)
+    for tile in TILES:
+        rounded = factor_shape((BATCH, 4, shape.round_up(LENGTH, tile)), 4, shape)
+        column = factor_shape((shape.unless_multiple(LENGTH, tile), shape.round_up(LENGTH, tile)), 2, shape)
+        for length in (tile - 1, tile, tile + 1, 5 * tile, *(rng.randint(2, 9999) for _ in range(20))):
+            up = math.ceil(length / tile) * tile
+            assert evaluate(rounded, 3, length) == 3 * 4 * up * 4
+            assert evaluate(column, 3, length) == (length * up * 2 if length % tile else 0)
+            for sizes in (rounded, column):
+                powers = monomials(tuple(sizes), np.array([3]), np.array([length]))
+                assert powers @ list(sizes.values()) == [evaluate(sizes, 3, length)]
+
+
+def test_only_the_length_has_stand_ins_and_what_does_not_vary_is_rounded() -> None:
+    shape = with_stand_ins(SHAPE, (4096, 64))
+    assert (shape.round_up(100, 32), shape.unless_multiple(100, 32)) == (128, 100)
+    assert (shape.round_up(96, 32), shape.unless_multiple(96, 32)) == (96, 0)
+    assert shape.round_up(BATCH * LENGTH, 32) == BATCH * LENGTH  # no stand-in is known for it
+    assert (FIXED.round_up(LENGTH, 128), FIXED.unless_multiple(LENGTH, 128)) == (256, LENGTH)
 
 
 @pytest.mark.parametrize(("number", "prime"), [(1, 1), (2, 2), (96, 3), (97, 97), (226, 113), (14336, 7)])

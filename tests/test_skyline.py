@@ -47,7 +47,7 @@ def made_skyline(domain: Domain = ANYWHERE, accumulation: int = 1) -> Skyline:
     rows[0, parameters, 0], rows[0, activations, 1] = 1000, 2
     rows[1, parameters, 0], rows[1, activations, 1] = 100, 3
     phases = (PhaseSkyline(Phase.TRAIN_STEP, rows),)
-    return Skyline(domain, ((0, 0), (1, 1)), phases, {}, {(1, 1): 8}, accumulation)
+    return Skyline(domain, ((0, 0, 0), (1, 1, 0)), phases, {}, {(1, 1, 0): 8}, accumulation)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,10 @@ CASES = {
     "a regime too narrow for a batch": ("gemma3_text", CUDA, Method.LORA, Loss.CHUNKED, True, (3, 1200, 1)),
     "mixture of experts": ("qwen3_moe", CUDA, Method.LORA, Loss.CHUNKED, True, (4, 2000, 2)),
     "mixture of experts, fp32": ("qwen3_moe", CPU, Method.FULL, Loss.PLAIN, False, (2, 333, 1)),
+    "padded, rounded by kernels": ("llama", CUDA, Method.FULL, Loss.PLAIN, False, (6, 297, 1)),
+    "padded, aligned": ("llama", CUDA, Method.FULL, Loss.PLAIN, False, (6, 1024, 1)),
+    "padded, one column short": ("llama", CUDA, Method.LORA, Loss.PLAIN, False, (3, 1279, 2)),
+    "packed, rounded by kernels": ("llama", CUDA, Method.FULL, Loss.CHUNKED, True, (5, 1415, 1)),
     "plain loss": ("qwen2", CUDA, Method.LORA, Loss.PLAIN, True, (5, 4444, 4)),
 }
 

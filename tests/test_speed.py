@@ -16,7 +16,7 @@ from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.planner import trace
 from launcher.planner.objective import SAME, Price, Ranking
 from launcher.planner.speed import SpeedModel
-from launcher.planner.work import Stage, Work, WorkKind, WorkTable, build_table
+from launcher.planner.work import Stage, Terms, Work, WorkKind, WorkTable, build_table
 from launcher.rates import HOST_SHARES, AttentionRate, HostRate, MatrixRate, PassRate, Rates, published_rates
 from launcher.step_time import StepTime, dollars_per_million_tokens
 from tests.test_work import plan_of, subject_of
@@ -48,8 +48,8 @@ CPU = Rates(
 )
 
 
-def constant(value: int) -> tuple[tuple[tuple[int, int], int], ...]:
-    return (((0, 0), value),)
+def constant(value: int) -> Terms:
+    return (((0, 0, 0), value),)
 
 
 def product(rows: int, inner: int, columns: int, dtype: str = "bf16", layout: str = "nt") -> Work:
@@ -63,7 +63,7 @@ def passing(num_bytes: int, kind: WorkKind = WorkKind.LIGHT, dtype: str = "bf16"
 
 
 def table_of(*works: Work, stage: Stage = Stage.FIRST_FORWARD, times: float = 1.0) -> WorkTable:
-    return build_table({(stage, work): {(0, 0): times} for work in works})
+    return build_table({(stage, work): {(0, 0, 0): times} for work in works})
 
 
 def seconds(rates: Rates | None, *works: Work, times: float = 1.0) -> float:
@@ -103,7 +103,10 @@ def test_the_host_waits_for_the_device_between_the_passes() -> None:
     """A forward pass that waits for the host and a backward pass that waits for the device: both add up."""
     rates = replace(CPU, is_synchronous=False)
     small, large = passing(1 << 16), passing(1 << 24, dtype="fp32")
-    tally = {(Stage.FIRST_FORWARD, small): {(0, 0): 100.0}, (Stage.FIRST_BACKWARD, large): {(0, 0): 10.0}}
+    tally = {
+        (Stage.FIRST_FORWARD, small): {(0, 0, 0): 100.0},
+        (Stage.FIRST_BACKWARD, large): {(0, 0, 0): 10.0},
+    }
     expected = 100 * 1e-4 + 10 * (1 << 24) / 16e9
     assert SpeedModel(build_table(tally), rates).step(1, 1, 1).seconds == pytest.approx(expected)
 
@@ -134,7 +137,7 @@ def test_measured_passes_are_interpolated_by_size() -> None:
 
 def test_a_step_is_its_first_batch_the_later_ones_and_the_update() -> None:
     tally = {
-        (stage, passing(size)): {(0, 0): 1.0}
+        (stage, passing(size)): {(0, 0, 0): 1.0}
         for stage, size in (
             (Stage.FIRST_FORWARD, 1 << 29),
             (Stage.FIRST_BACKWARD, 1 << 29),

@@ -67,10 +67,13 @@ def awkward_skyline() -> Skyline:
     rows = dice.random((7, len(Category), 3)) * 1e12 / 3
     return Skyline(
         domain=Domain(2, None, 128, 1023, 4097, None),
-        exponents=((0, 0), (1, 0), (1, 1)),
+        exponents=((0, 0, 0), (1, 0, 0), (1, 1, 0)),
         phases=(PhaseSkyline(Phase.TRAIN_STEP, rows), PhaseSkyline(Phase.OPTIMIZER_STEP, rows[:1] + 0.1)),
-        resident={Category.PARAMETERS: {(0, 0): 2**53 + 1}, Category.GRADIENTS: {(0, 0): 3, (1, 1): -2}},
-        batch_inputs={(1, 1): 24, (1, 0): 8},
+        resident={
+            Category.PARAMETERS: {(0, 0, 0): 2**53 + 1},
+            Category.GRADIENTS: {(0, 0, 0): 3, (1, 1, 0): -2},
+        },
+        batch_inputs={(1, 1, 0): 24, (1, 0, 0): 8},
         traced_accumulation=2,
     )
 

@@ -240,5 +240,5 @@ def test_tables_survive_the_cache() -> None:
 
 def test_counts_grow_by_what_a_period_adds() -> None:
     entry: Any = (Stage.UPDATE, "an operation")
-    extended = extend_tally({entry: {(0, 0): 5.0}}, {entry: {(0, 0): 7.0, (1, 0): 1.0}}, 10)
-    assert extended[entry] == {(0, 0): 25.0, (1, 0): 10.0}
+    extended = extend_tally({entry: {(0, 0, 0): 5.0}}, {entry: {(0, 0, 0): 7.0, (1, 0, 0): 1.0}}, 10)
+    assert extended[entry] == {(0, 0, 0): 25.0, (1, 0, 0): 10.0}

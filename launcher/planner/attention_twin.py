@@ -14,24 +14,20 @@ import transformers.modeling_utils as transformers_modeling
 from torch.nn import functional
 
 from launcher.hardware import HardwareSpec
+from launcher.planner.polynomial import TILES, TracedShape
 from launcher.planner.replaced import replaced
 
 aten = torch.ops.aten
 FLASH_HEAD_SIZE_MAX = 256
 """Largest head size of FlashAttention-2."""
-FLASH_TILE, EFFICIENT_TILE = 128, 32
-"""Tokens up to whose multiples the two kernels round lengths of what they keep for themselves."""
+BIAS_TILE, EFFICIENT_TILE, FLASH_TILE = TILES
+"""Tokens up to whose multiples lengths are rounded: of a mask, and of what the two kernels keep for themselves."""
 
 
-def rounded_up(size: int, tile: int) -> int:
-    """The next multiple of a tile."""
-    return -(-size // tile) * tile
-
-
-def _kept_outputs(query: torch.Tensor, tile: int = 1) -> tuple[torch.Tensor, ...]:
+def _kept_outputs(query: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
     """The fp32 log-sum-exp (batch, heads, length), and the two numbers of dropout's random state."""
-    batch, heads, length, _ = query.shape
-    log_sum_exp = query.new_empty((batch, heads, rounded_up(length, tile)), dtype=torch.float32)
+    batch, heads = query.shape[:2]
+    log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
     seed, offset = (query.new_empty((), dtype=torch.int64) for _ in range(2))
     return log_sum_exp, seed, offset
 
@@ -47,7 +43,7 @@ def flash_attention(
     2.13). The length is rounded in the backward pass alone.
     """
     output = torch.empty_like(query)
-    log_sum_exp, seed, offset = _kept_outputs(query)
+    log_sum_exp, seed, offset = _kept_outputs(query, query.shape[2])
     debug = query.new_empty(0)
     return output, log_sum_exp, None, None, query.shape[2], key.shape[2], seed, offset, debug
 
@@ -58,18 +54,19 @@ def flash_attention_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     *options: Any,
-    tile: int = 1,
+    round_length: Callable[[int, int], int],
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """FlashAttention-2's backward pass; returns the gradients of query, key and value.
 
     It holds an fp32 accumulator of dq (batch, heads, length, head size) and the fp32 row sums, both with lengths rounded
-    up to `tile` and head sizes to 32, or 64 above 128; and, with fewer key heads than query heads, dk and dv for every
+    up to a tile and head sizes to 32, or 64 above 128; and, with fewer key heads than query heads, dk and dv for every
     query head before they are summed (`mha_bwd`, same file; flash-attn 2.7, csrc/flash_attn/flash_api.cpp).
     """
     batch, heads, length, size = query.shape
-    rounded = rounded_up(length, tile)
-    wide = rounded_up(size, 32 if size <= 128 else 64)
+    rounded = round_length(length, FLASH_TILE)
+    step = 32 if size <= 128 else 64
+    wide = -(-size // step) * step
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     accumulator = query.new_empty((batch, heads, rounded, wide), dtype=torch.float32)
     row_sums = query.new_empty((batch, heads, rounded), dtype=torch.float32)
@@ -82,15 +79,20 @@ def flash_attention_backward(
 
 
 def efficient_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, tile: int = 1, **named: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *options: Any,
+    round_length: Callable[[int, int], int],
+    **named: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """Memory-efficient attention's forward pass: out, and an fp32 log-sum-exp, its length rounded up to `tile`.
+    """Memory-efficient attention's forward pass: out, and an fp32 log-sum-exp, its length rounded up to a tile.
 
     aten/native/transformers/cuda/attention.cu (`kAlignLSE`), torch 2.9 to 2.13.
     """
     batch, heads, length, _ = query.shape
     output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
-    return output, *_kept_outputs(query, tile)
+    return output, *_kept_outputs(query, round_length(length, EFFICIENT_TILE))
 
 
 def efficient_attention_backward(
@@ -190,29 +192,53 @@ def _as_bias(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | N
     return torch.where(mask, number, number)
 
 
-def twins(*, rounds: bool) -> Mapping[Any, Callable[..., Any]]:
+def twins(shape: TracedShape, *, rounds: bool) -> Mapping[Any, Callable[..., Any]]:
     """What CUDA's attention kernels allocate, by operation; autograd and checkpointing see torch's own operations.
 
     Args:
-        rounds: Whether lengths are rounded up to the kernels' tiles. A rounded length is no multiple of a symbol, so
-            only traces without symbols round, and those with symbols lie below them by less than one tile.
+        shape: The traced shape, which knows the stand-in of a rounded length.
+        rounds: Whether the device's kernels round lengths up to tiles; ROCm's were not read.
     """
-    flash_tile, efficient_tile = (FLASH_TILE, EFFICIENT_TILE) if rounds else (1, 1)
+    round_length = shape.round_up if rounds else _as_it_is
     return {
         aten._scaled_dot_product_flash_attention.default: flash_attention,
         aten._scaled_dot_product_flash_attention_backward.default: partial(
-            flash_attention_backward, tile=flash_tile
+            flash_attention_backward, round_length=round_length
         ),
         aten._scaled_dot_product_cudnn_attention.default: cudnn_attention,
         aten._scaled_dot_product_cudnn_attention_backward.default: cudnn_attention_backward,
         aten._scaled_dot_product_efficient_attention.default: partial(
-            efficient_attention, tile=efficient_tile
+            efficient_attention, round_length=round_length
         ),
         aten._scaled_dot_product_efficient_attention_backward.default: efficient_attention_backward,
     }
 
 
-def attention(hardware: HardwareSpec) -> Callable[..., torch.Tensor]:
+def _as_it_is(length: int, tile: int) -> int:
+    return length
+
+
+def aligned_bias(mask: torch.Tensor, dtype: torch.dtype, shape: TracedShape) -> torch.Tensor:
+    """A mask as memory-efficient attention takes it: an additive bias whose rows are a multiple of 8 apart.
+
+    Where they are not, a bias with a column more than it takes to get there replaces the first one
+    (`preprocess_mask`, aten/native/transformers/attention.cpp, torch 2.9 to 2.13).
+
+    Args:
+        mask: Boolean or additive; shape (batch or 1, heads or 1, queries, keys).
+        dtype: The query's.
+        shape: The traced shape. At a symbol, the first bias is one of no size where rows are aligned already.
+    """
+    queries, keys = mask.shape[-2:]
+    padded = shape.round_up(keys, BIAS_TILE)
+    if padded == keys:
+        return mask.to(dtype)
+    rows = shape.unless_multiple(queries, BIAS_TILE) if keys == queries else queries
+    first = mask[..., :1, :].expand(*mask.shape[:-2], rows, keys).to(dtype)
+    return functional.pad(first[..., :queries, :], (0, padded - keys))[..., :keys]
+
+
+def attention(hardware: HardwareSpec, shape: TracedShape) -> Callable[..., torch.Tensor]:
     """`scaled_dot_product_attention` with CUDA's choice of kernel (aten/native/transformers/cuda/sdp_utils.cpp).
 
     cuDNN's comes first on some devices. Elsewhere memory-efficient attention is taken where a mask is given, or where
@@ -252,7 +278,7 @@ def attention(hardware: HardwareSpec) -> Callable[..., torch.Tensor]:
             return all_scores_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         bias = None
         if attn_mask is not None:
-            bias = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+            bias = aligned_bias(attn_mask, query.dtype, shape).expand(*query.shape[:3], key.shape[2])
         output = aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, dropout_p, is_causal
         )[0]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from launcher.domain import Exponents
 from launcher.memory import Category, Phase
-from launcher.planner.polynomial import Exponents
 
 
 class Region(StrEnum):

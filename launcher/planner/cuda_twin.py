@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from launcher.hardware import HardwareSpec
 from launcher.planner.attention_twin import attention
+from launcher.planner.polynomial import TracedShape
 from launcher.planner.recorder import WorkRecorder, idle_recorder
 from launcher.planner.replaced import replaced
 from launcher.planner.tape import OFF_DEVICE
@@ -107,16 +108,19 @@ def _saved_on_host(recorder: WorkRecorder) -> type[torch.autograd.graph.saved_te
 
 
 @contextmanager
-def branches(hardware: HardwareSpec, recorder: WorkRecorder | None = None) -> Iterator[None]:
+def branches(
+    hardware: HardwareSpec, shape: TracedShape, recorder: WorkRecorder | None = None
+) -> Iterator[None]:
     """Makes library branches that depend on the device take their CUDA side while it is open.
 
     Args:
         hardware: The device.
+        shape: The traced shape.
         recorder: Counts the work of kernels that are no operations of torch; None: nobody counts.
     """
     recorder = recorder or idle_recorder()
     replacements: list[tuple[Any, str, Any]] = [
-        (functional, "scaled_dot_product_attention", attention(hardware)),
+        (functional, "scaled_dot_product_attention", attention(hardware, shape)),
         (functional, "dropout", _dropout),
         (trl_chunked, "_use_triton", lambda device: True),
         (trl_utils, "_use_triton", lambda device: True),

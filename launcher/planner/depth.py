@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.domain import Domain
-from launcher.planner.polynomial import Exponents
+from launcher.domain import Domain, Exponents
 from launcher.planner.skyline import Instant, Profile, Skyline, build_skyline
 from launcher.planner.work import extend_tally
 

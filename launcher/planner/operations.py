@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from launcher.planner.polynomial import CONSTANT, Exponents, TracedShape, factor_dimension, multiply
+from launcher.domain import Exponents
+from launcher.planner.polynomial import CONSTANT, TracedShape, factor_dimension, multiply
 from launcher.planner.work import Terms, Work, WorkKind, terms
 
 DTYPES = {

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from launcher.domain import Exponents
 from launcher.memory import PINNED, Category
 from launcher.planner.blocks import Block, Event, Region
-from launcher.planner.polynomial import CONSTANT, Exponents
+from launcher.planner.polynomial import CONSTANT
 from launcher.planner.skyline import Instant, Profile
 from launcher.planner.stream import CATEGORIES, PHASES, Stream, in_order_of_births
 

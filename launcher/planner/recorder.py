@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from launcher.domain import Exponents
 from launcher.planner.operations import Describer, Operation, classify, dtype_of, layout
-from launcher.planner.polynomial import CONSTANT, Exponents, TracedShape, multiply
+from launcher.planner.polynomial import CONSTANT, TracedShape, multiply
 from launcher.planner.work import Stage, Work, WorkKind
 
 Signature = tuple[Any, ...]
@@ -143,8 +144,10 @@ class WorkRecorder:
             return {}
         assert self._tile is not None
         whole = self._shape.batch * (self._shape.length - 1) // self._tile
-        rows = {(1, 0): 1} if self._shape.batch_is_symbol else {CONSTANT: self._shape.batch}
-        tiles = {pair: value / self._tile for pair, value in multiply(rows, {(0, 1): 1, (0, 0): -1}).items()}
+        rows = {(1, 0, 0): 1} if self._shape.batch_is_symbol else {CONSTANT: self._shape.batch}
+        tiles = {
+            pair: value / self._tile for pair, value in multiply(rows, {(0, 1, 0): 1, CONSTANT: -1}).items()
+        }
         if is_whole:
             return {pair: number / whole * value for pair, value in tiles.items()}
         sizes = [item for work in self._works[signature] for item in (work.num_bytes, work.flops)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.domain import Domain
-from launcher.planner.polynomial import TracedShape, symbol_prime
+from launcher.planner.polynomial import TracedShape, symbol_prime, with_stand_ins
 
 FIRST_LENGTH = 211
 """Shortest length traced for a symbol, where the regime allows: long enough to divide no small dimension."""
@@ -75,12 +75,14 @@ def symbolic_shape(domain: Domain, lines: Lines) -> TracedShape | None:
         return None
     if domain.batch_max == domain.batch_min:
         length = _symbolic_length(domain, lines, domain.batch_min)
-        return TracedShape(domain.batch_min, length, False, True) if length else None
+        fixed = TracedShape(domain.batch_min, length or 0, batch_is_symbol=False, length_is_symbol=True)
+        return with_stand_ins(fixed, lines.dimensions) if length else None
     for batch in BATCH_PRIMES:
         if all(size % batch for size in lines.dimensions if size > 1):
             length = _symbolic_length(domain, lines, batch)
             if length:
-                return TracedShape(batch, length, batch_is_symbol=True, length_is_symbol=True)
+                both = TracedShape(batch, length, batch_is_symbol=True, length_is_symbol=True)
+                return with_stand_ins(both, lines.dimensions)
     return None
 
 

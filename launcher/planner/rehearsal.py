@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from launcher import workload
 from launcher.callbacks import PhaseCallback
+from launcher.domain import Exponents
 from launcher.engine_config import shares_from_host
 from launcher.engines import (
     averaged_gradients,
@@ -45,7 +46,6 @@ from launcher.planner.generation import rehearse_generation
 from launcher.planner.host import CHECKPOINT, MERGED, MODEL
 from launcher.planner.kept_logits import window_of
 from launcher.planner.materialize import initialize_dora, materialize, weight_tensors, with_scales
-from launcher.planner.polynomial import Exponents
 from launcher.planner.profile import build_host_profile, build_profile, build_stream, sum_blocks
 from launcher.planner.skyline import Profile
 from launcher.planner.tape import OFF_DEVICE, ON_DEVICE, Tape

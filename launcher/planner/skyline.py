@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.domain import Domain
+from launcher.domain import Domain, Exponents
 from launcher.errors import UnsupportedByPlanner
 from launcher.memory import Category, Phase, PhasePeak
-from launcher.planner.polynomial import Exponents
+from launcher.planner.polynomial import evaluate, monomials
 from launcher.planner.stream import CATEGORIES, Stream
 from launcher.planner.work import WorkTable, WorkTally, build_table
 
@@ -78,7 +78,7 @@ class Skyline:
     domain: Domain
     """Shapes for which it holds."""
     exponents: tuple[Exponents, ...]
-    """The monomials `batch**i * length**j`, last axis of every `rows`."""
+    """The monomials (polynomial.py), last axis of every `rows`."""
     phases: tuple[PhaseSkyline, ...]
     """One per phase, in order."""
     resident: Mapping[Category, Mapping[Exponents, int]]
@@ -108,11 +108,11 @@ class Skyline:
             UnsupportedByPlanner: When the shape lies outside the domain.
         """
         self._check(batch, length, accumulation)
-        monomials = np.array([float(batch) ** i * float(length) ** j for i, j in self.exponents])
-        waiting = (accumulation - self.traced_accumulation) * _value(self.batch_inputs, batch, length)
+        powers = monomials(self.exponents, batch, length)
+        waiting = (accumulation - self.traced_accumulation) * evaluate(self.batch_inputs, batch, length)
         peaks = []
         for skyline in self.phases:
-            by_category = skyline.rows @ monomials
+            by_category = skyline.rows @ powers
             row = by_category[int(by_category.sum(axis=1).argmax())]
             amounts = {category: round(value) for category, value in zip(CATEGORIES, row, strict=True)}
             amounts[Category.INPUTS] += waiting
@@ -160,17 +160,16 @@ class Skyline:
         """
         for batch, length in zip(batches.tolist(), lengths.tolist(), strict=True):
             self._check(batch, length, accumulation)
-        exponents = np.array(self.exponents, dtype=np.float64)
-        monomials = batches[:, None] ** exponents[:, 0] * lengths[:, None] ** exponents[:, 1]
+        powers = monomials(self.exponents, batches, lengths)
         rows = np.concatenate([skyline.rows.sum(axis=1) for skyline in self.phases])
         waiting = np.array([[self.batch_inputs.get(pair, 0)] for pair in self.exponents], dtype=np.float64)
-        waits = (accumulation - self.traced_accumulation) * (monomials @ waiting)[:, 0]
-        highest: Matrix = (monomials @ rows.T).max(axis=1) + waits
+        waits = (accumulation - self.traced_accumulation) * (powers @ waiting)[:, 0]
+        highest: Matrix = (powers @ rows.T).max(axis=1) + waits
         return highest
 
     def resident_bytes(self, batch: int, length: int) -> dict[Category, int]:
         """Full size of each resident category at a shape, bytes."""
-        return {category: _value(size, batch, length) for category, size in self.resident.items()}
+        return {category: evaluate(size, batch, length) for category, size in self.resident.items()}
 
     def _check(self, batch: int, length: int, accumulation: int) -> None:
         legal = accumulation == 1 if self.traced_accumulation == 1 else accumulation >= 2
@@ -180,10 +179,6 @@ class Skyline:
                 f"holds for {self.domain} with accumulation {'1' if self.traced_accumulation == 1 else '>= 2'}",
                 "trace the regime that holds this shape",
             )
-
-
-def _value(polynomial: Mapping[Exponents, int], batch: int, length: int) -> int:
-    return sum(c * batch**i * length**j for (i, j), c in polynomial.items())
 
 
 def build_skyline(domain: Domain, profile: Profile, accumulation: int) -> Skyline:
@@ -216,7 +211,7 @@ def build_skyline(domain: Domain, profile: Profile, accumulation: int) -> Skylin
 def undominated(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Drops every row whose total is, monomial by monomial, at most that of another row.
 
-    Batch and length are positive, so such a row is never higher than the other one.
+    Monomials are never negative, so such a row is never higher than the other one.
 
     Args:
         rows: Live bytes; shape (rows, categories, monomials).

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.domain import Domain
+from launcher.domain import Domain, Exponents
 from launcher.errors import LauncherError
 from launcher.hardware import DeviceKind
 from launcher.job import JobSpec
@@ -20,7 +20,7 @@ from launcher.plan import Plan
 from launcher.planner.estimate import WORKSPACES
 from launcher.planner.forecast import Forecaster
 from launcher.planner.host import weight_bytes
-from launcher.planner.polynomial import CONSTANT, Exponents
+from launcher.planner.polynomial import CONSTANT
 from launcher.planner.skyline import Skyline
 from launcher.planner.space import batch_splits
 from launcher.whatif import (
@@ -39,8 +39,8 @@ from launcher.whatif import (
 Rows = NDArray[np.float64]
 MOST_REGIMES = 24
 """Regimes that are traced for a page at most; a job has six, Liger's loss makes one of every doubling."""
-TILE = 128
-"""Lengths to which kernels of GPUs round others up; a trace with symbols can't (docs/design.md, CUDA)."""
+LENGTH_STEP = 16
+"""Tokens between the stops of a slider."""
 LARGER_BATCHES = (2, 4)
 """Micro batches beyond the job's batch, in multiples of it: then every step has one, and the global batch grows."""
 LENGTH_FACTORS = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -88,7 +88,7 @@ def what_if(job: JobSpec, plan: Plan, forecaster: Forecaster, memories: Iterable
         plan=plan,
         splits=splits,
         lengths=lengths,
-        length_step=_length_step(job, plan),
+        length_step=_length_step(plan),
         cards=_cards(job, memories),
         headroom=share,
         context_bytes=job.hardware.context_bytes,
@@ -124,18 +124,18 @@ def _lengths(job: JobSpec, plan: Plan) -> tuple[int, ...]:
     """Lengths around the plan's, as far as the model has positions, and those that the job lists."""
     positions = job.model.architecture.get("max_position_embeddings")
     most = max(plan.max_length, positions) if isinstance(positions, int) else 4 * plan.max_length
-    step = _length_step(job, plan)
+    step = _length_step(plan)
     around = {max(step, round(factor * plan.max_length / step) * step) for factor in LENGTH_FACTORS}
     listed = {*job.planner.choices.max_length, plan.max_length, min(most, 4 * plan.max_length)}
     return tuple(sorted(length for length in around | listed if 8 <= length <= most))
 
 
-def _length_step(job: JobSpec, plan: Plan) -> int:
-    """The tile of kernels on a GPU, less for lengths that are no multiples of it; of a CPU a small power of two."""
-    tile = TILE if job.hardware.kind is not DeviceKind.CPU else 16
-    while plan.max_length % tile:
-        tile //= 2
-    return tile
+def _length_step(plan: Plan) -> int:
+    """A small power of two that divides the plan's length."""
+    step = LENGTH_STEP
+    while plan.max_length % step:
+        step //= 2
+    return step
 
 
 def _cards(job: JobSpec, memories: Iterable[tuple[str, int]]) -> tuple[Card, ...]:

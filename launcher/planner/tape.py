@@ -25,11 +25,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from launcher.domain import Exponents
 from launcher.engines import local_tensors
 from launcher.memory import Category, Phase
 from launcher.planner.blocks import Block, Event, Region
 from launcher.planner.fast_fake import FastFakeTensorMode
-from launcher.planner.polynomial import CONSTANT, Exponents, TracedShape, factor_shape
+from launcher.planner.polynomial import CONSTANT, TracedShape, factor_shape
 from launcher.planner.recorder import WorkRecorder
 
 aten = torch.ops.aten

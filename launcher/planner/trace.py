@@ -251,7 +251,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
     twins = dict(worst_case.twins())
     if on_gpu:
         is_cuda = subject.hardware.kind is DeviceKind.CUDA
-        twins |= attention_twin.twins(rounds=is_cuda and not shape.length_is_symbol)
+        twins |= attention_twin.twins(shape, rounds=is_cuda)
         twins |= kernel_twins.twins(exact=not shape.length_is_symbol)
     quantizes = uses_bitsandbytes(plan)
     if quantizes:
@@ -280,7 +280,7 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
         for stand_in in _answers(subject, plan, tape, on_gpu):
             stack.enter_context(stand_in)
         if on_gpu:
-            stack.enter_context(cuda_twin.branches(subject.hardware, recorder))
+            stack.enter_context(cuda_twin.branches(subject.hardware, shape, recorder))
         rehearsal = Rehearsal(tape, model, subject.job, plan, on_gpu, attribution, part_share(subject.plan))
         trainer_inputs = rehearsal.inputs(folder)
         stack.enter_context(fake)

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.documents import write_text
-from launcher.domain import Domain
+from launcher.domain import Domain, Exponents
 from launcher.memory import Category, Phase
 from launcher.planner.skyline import PhaseSkyline, Skyline
 from launcher.planner.stream import Stream
@@ -177,7 +177,7 @@ def _encode(skyline: Skyline) -> dict[str, Any]:
 def _decode(payload: Mapping[str, Any]) -> Skyline:
     return Skyline(
         domain=TypeAdapter(Domain).validate_python(payload["domain"]),
-        exponents=tuple((int(i), int(j)) for i, j in payload["exponents"]),
+        exponents=tuple((int(i), int(j), int(step)) for i, j, step in payload["exponents"]),
         phases=tuple(
             PhaseSkyline(Phase(item["phase"]), np.array(item["rows"], dtype=np.float64))
             for item in payload["phases"]
@@ -211,9 +211,9 @@ def _decode_stream(payload: Mapping[str, Any]) -> Stream:
         )
 
 
-def _encode_size(size: Mapping[tuple[int, int], int]) -> list[list[int]]:
-    return [[i, j, coefficient] for (i, j), coefficient in sorted(size.items())]
+def _encode_size(size: Mapping[Exponents, int]) -> list[list[int]]:
+    return [[*exponents, coefficient] for exponents, coefficient in sorted(size.items())]
 
 
-def _decode_size(size: list[list[int]]) -> dict[tuple[int, int], int]:
-    return {(i, j): coefficient for i, j, coefficient in size}
+def _decode_size(size: list[list[int]]) -> dict[Exponents, int]:
+    return {(i, j, step): coefficient for i, j, step, coefficient in size}

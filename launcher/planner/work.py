@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.planner.polynomial import CONSTANT, Exponents, Polynomial
+from launcher.domain import Exponents
+from launcher.planner.polynomial import CONSTANT, Polynomial, monomials
 
 Terms = tuple[tuple[Exponents, int], ...]
 """A polynomial that can be a key: its terms in order."""
@@ -94,8 +95,8 @@ class WorkTable:
 
     def at(self, batch: int, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The quantities, shape (rows, 5), and the counts, shape (rows,), at a shape."""
-        monomials = np.array([float(batch) ** i * float(length) ** j for i, j in self.exponents])
-        return self.quantities @ monomials, self.counts @ monomials
+        powers = monomials(self.exponents, batch, length)
+        return self.quantities @ powers, self.counts @ powers
 
 
 def terms(polynomial: Polynomial) -> Terms:
@@ -167,13 +168,13 @@ def encode_table(table: WorkTable) -> dict[str, Any]:
 
 def decode_table(payload: Mapping[str, Any]) -> WorkTable:
     """The table that `encode_table` took apart."""
-    rows, monomials = len(payload["kinds"]), len(payload["exponents"])
+    rows, columns = len(payload["kinds"]), len(payload["exponents"])
     return WorkTable(
         tuple(Stage(stage) for stage in payload["stages"]),
         tuple(WorkKind(kind) for kind in payload["kinds"]),
         tuple(str(dtype) for dtype in payload["dtypes"]),
         tuple(str(layout) for layout in payload["layouts"]),
-        tuple((int(i), int(j)) for i, j in payload["exponents"]),
-        np.array(payload["quantities"], dtype=np.float64).reshape(rows, 5, monomials),
-        np.array(payload["counts"], dtype=np.float64).reshape(rows, monomials),
+        tuple((int(i), int(j), int(step)) for i, j, step in payload["exponents"]),
+        np.array(payload["quantities"], dtype=np.float64).reshape(rows, 5, columns),
+        np.array(payload["counts"], dtype=np.float64).reshape(rows, columns),
     )

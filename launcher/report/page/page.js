@@ -69,8 +69,6 @@ function showControls() {
     + (split.global === model.global_batch_size ? "" : `, not the job's ${model.global_batch_size}`);
   byId("length").value = state.length;
   byId("length-number").value = state.length;
-  byId("length-note").textContent = state.length % model.length_step === 0 || model.length_step < 32 ? ""
-    : `kernels round ${state.length} up to a multiple of ${model.length_step}: a trace of this very shape may say a little more`;
   const card = model.cards.findIndex((one) => one.bytes === state.memory);
   if (card >= 0) byId("card").value = card;
   byId("card-number").value = Number((state.memory / KIB ** 3).toFixed(2));

@@ -9,6 +9,14 @@ function dot(sizes, factors) {
   return sum;
 }
 
+/** What is missing to the next multiple of a tile, or (for a negative tile) whether anything is; 1 for no tile. */
+function step(tile, length) {
+  if (tile === 0) return 1;
+  const size = Math.abs(tile);
+  const missing = (size - length % size) % size;
+  return tile > 0 ? missing : Math.sign(missing);
+}
+
 /** Whether a shape lies within the bounds of a regime; null is no bound. */
 function contains(bounds, batch, length) {
   const tokens = batch * (length - bounds.unseen);
@@ -26,7 +34,7 @@ function holding(regimes, batch, length, steps) {
 
 /** The highest moment of every phase: {phase, bytes, parts}, parts in the order of the categories. */
 function peaks(surface, inputs, batch, length, more) {
-  const monomials = surface.exponents.map(([i, j]) => batch ** i * length ** j);
+  const monomials = surface.exponents.map(([i, j, tile]) => batch ** i * length ** j * step(tile, length));
   const waiting = more * dot(surface.waiting, monomials);
   return surface.phases.map(({ phase, rows }) => {
     let highest = null;
