@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from launcher.job import Engine
 from launcher.leak import NUM_READINGS, Leak, Reading, find_leak
@@ -19,7 +20,7 @@ from launcher.run_paths import RunPaths
 from launcher.units import GIB, MIB
 from launcher.worker.ingredients import prepare
 from launcher.worker.leaks import LeakWatch, allocated_now_bytes
-from launcher.worker.progress import Progress
+from launcher.worker.progress import KEPT_LOGS, KEPT_STEPS, Progress, ProgressCallback
 from launcher.worker.train import train
 from tests.tiny_job import tiny_order, write_tiny_model
 
@@ -160,3 +161,23 @@ def test_a_training_that_keeps_tensors_is_told_so_and_another_is_not(tmp_path: P
     sound, said = trained(model, tmp_path / "sound", kept_elements=0)
     assert sound.leak is None
     assert not [line for line in said if line.startswith("finding")]
+
+
+def test_what_is_kept_of_steps_and_logs_does_not_grow_with_the_run(tmp_path: Path) -> None:
+    plan = tiny_order(tmp_path, Engine.NONE, num_devices=1).plan
+    progress = Progress()
+    callback = ProgressCallback(progress, plan, None, lambda line: None)
+    arguments, control = TrainingArguments(str(tmp_path), report_to=[]), TrainerControl()
+    state = TrainerState(is_world_process_zero=True)
+    callback.on_train_begin(arguments, state, control)
+    for step in range(1, 5 * KEPT_LOGS + 1):
+        state.global_step = step
+        progress.tokens = step
+        callback.on_step_end(arguments, state, control)
+        state.log_history.append({"loss": 1.0 / step, "step": step})
+        callback.on_log(arguments, state, control, {"loss": 1.0 / step})
+        assert len(state.log_history) <= 2 * KEPT_LOGS
+    assert [entry["step"] for entry in state.log_history[-KEPT_LOGS:]] == [*range(4 * KEPT_LOGS + 1, step + 1)]
+    assert (progress.first_loss, progress.last_loss) == (1.0, 1.0 / step)
+    assert list(progress.step_tokens) == [*range(step - KEPT_STEPS + 1, step + 1)]
+    assert len(progress.step_ends) == KEPT_STEPS + 1

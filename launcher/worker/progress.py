@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from array import array
+from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +20,12 @@ from launcher.worker.engine import all_stop_now
 from launcher.worker.meter import process_memory_bytes
 
 
+KEPT_STEPS = 4096
+"""Last optimizer steps whose times are kept: runs are long, and what is kept of every step grows with them."""
+KEPT_LOGS = 1000
+"""Entries of the trainer's `log_history` that are kept, here and in checkpoints; metrics.jsonl has them all."""
+
+
 @dataclass
 class Progress:
     """What the training loop has shown so far."""
@@ -27,11 +33,12 @@ class Progress:
     steps: int = 0
     first_step: int = 0
     """Optimizer steps of earlier runs that this one goes on from."""
-    losses: array[float] = field(default_factory=lambda: array("d"))
-    step_ends: MutableSequence[float] = field(default_factory=lambda: array("d"))
-    """Eight bytes a step: runs are long."""
-    step_tokens: array[int] = field(default_factory=lambda: array("q"))
-    """Tokens of each finished step, padding included."""
+    first_loss: float | None = None
+    last_loss: float | None = None
+    step_ends: MutableSequence[float] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS + 1))
+    """When the last steps ended, and the one before them."""
+    step_tokens: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
+    """Tokens of each of the last steps, padding included."""
     tokens: int = 0
     """Tokens of the step that is on."""
     stop_asked: bool = False
@@ -96,6 +103,8 @@ class ProgressCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Metrics are out."""
+        if len(state.log_history) > 2 * KEPT_LOGS:
+            del state.log_history[:-KEPT_LOGS]
         if not logs or not state.is_world_process_zero:
             return
         memory = process_memory_bytes()
@@ -108,8 +117,11 @@ class ProgressCallback(TrainerCallback):
             with suppress(OSError), self._metrics.open("a", encoding="utf-8") as stream:  # as above
                 stream.write(json.dumps(line) + "\n")
         if "loss" in logs:
-            self._progress.losses.append(float(logs["loss"]))
-            words = [f"step {state.global_step}/{state.max_steps}", f"loss {float(logs['loss']):.4f}"]
+            loss = float(logs["loss"])
+            self._progress.last_loss = loss
+            if self._progress.first_loss is None:
+                self._progress.first_loss = loss
+            words = [f"step {state.global_step}/{state.max_steps}", f"loss {loss:.4f}"]
             words += [f"{rate:,.0f} tokens/s"] if rate else []
             words += [f"memory {name} {format_bytes(value)}" for name, value in memory.items()]
             self._report("  ".join(words))

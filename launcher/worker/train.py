@@ -277,17 +277,16 @@ def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
 
 
 def _outcome(status: Status, message: str, seconds: float, progress: Progress) -> WorkerOutcome:
-    ends = progress.step_ends
-    steps = [later - earlier for earlier, later in itertools.pairwise(ends)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(progress.step_ends)]
     settled = steps[METERED_STEPS:]  # the meter slows the first steps down
-    tokens = progress.step_tokens[METERED_STEPS:]
+    tokens = list(progress.step_tokens)[METERED_STEPS:]
     rates = [count / seconds for count, seconds in zip(tokens, settled, strict=True)]
     return WorkerOutcome(
         status=status,
         message=message,
         steps=progress.steps,
-        first_loss=progress.losses[0] if progress.losses else None,
-        last_loss=progress.losses[-1] if progress.losses else None,
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
         train_seconds=seconds,
         tokens_per_second=statistics.median(rates) if rates else None,
         step_seconds=statistics.median(settled) if settled else None,
