@@ -177,7 +177,9 @@ def test_what_is_kept_of_steps_and_logs_does_not_grow_with_the_run(tmp_path: Pat
         state.log_history.append({"loss": 1.0 / step, "step": step})
         callback.on_log(arguments, state, control, {"loss": 1.0 / step})
         assert len(state.log_history) <= 2 * KEPT_LOGS
-    assert [entry["step"] for entry in state.log_history[-KEPT_LOGS:]] == [*range(4 * KEPT_LOGS + 1, step + 1)]
+    assert [entry["step"] for entry in state.log_history[-KEPT_LOGS:]] == [
+        *range(4 * KEPT_LOGS + 1, step + 1)
+    ]
     assert (progress.first_loss, progress.last_loss) == (1.0, 1.0 / step)
     assert list(progress.step_tokens) == [*range(step - KEPT_STEPS + 1, step + 1)]
     assert len(progress.step_ends) == KEPT_STEPS + 1

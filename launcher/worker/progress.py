@@ -19,7 +19,6 @@ from launcher.units import format_bytes
 from launcher.worker.engine import all_stop_now
 from launcher.worker.meter import process_memory_bytes
 
-
 KEPT_STEPS = 4096
 """Last optimizer steps whose times are kept: runs are long, and what is kept of every step grows with them."""
 KEPT_LOGS = 1000
