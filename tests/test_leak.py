@@ -170,7 +170,7 @@ def test_what_is_kept_of_steps_and_logs_does_not_grow_with_the_run(tmp_path: Pat
     arguments, control = TrainingArguments(str(tmp_path), report_to=[]), TrainerControl()
     state = TrainerState(is_world_process_zero=True)
     callback.on_train_begin(arguments, state, control)
-    for step in range(1, 5 * KEPT_LOGS + 1):
+    for step in range(1, 20 * KEPT_LOGS + 1):
         state.global_step = step
         progress.tokens = step
         callback.on_step_end(arguments, state, control)
@@ -178,7 +178,7 @@ def test_what_is_kept_of_steps_and_logs_does_not_grow_with_the_run(tmp_path: Pat
         callback.on_log(arguments, state, control, {"loss": 1.0 / step})
         assert len(state.log_history) <= 2 * KEPT_LOGS
     assert [entry["step"] for entry in state.log_history[-KEPT_LOGS:]] == [
-        *range(4 * KEPT_LOGS + 1, step + 1)
+        *range(19 * KEPT_LOGS + 1, step + 1)
     ]
     assert (progress.first_loss, progress.last_loss) == (1.0, 1.0 / step)
     assert list(progress.step_tokens) == [*range(step - KEPT_STEPS + 1, step + 1)]

@@ -19,9 +19,9 @@ from launcher.units import format_bytes
 from launcher.worker.engine import all_stop_now
 from launcher.worker.meter import process_memory_bytes
 
-KEPT_STEPS = 4096
+KEPT_STEPS = 1024
 """Last optimizer steps whose times are kept: runs are long, and what is kept of every step grows with them."""
-KEPT_LOGS = 1000
+KEPT_LOGS = 100
 """Entries of the trainer's `log_history` that are kept, here and in checkpoints; metrics.jsonl has them all."""
 
 
