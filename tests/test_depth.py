@@ -225,7 +225,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 100,
         **WIDTHS,
     },
-    "qwen2": {"model_type": "qwen2", "num_hidden_layers": 8, "tie_word_embeddings": True, **WIDTHS},
+    "qwen2": {"model_type": "qwen2", "num_hidden_layers": 6, "tie_word_embeddings": True, **WIDTHS},
     "gpt_oss": {
         "model_type": "gpt_oss",
         "num_hidden_layers": 8,
