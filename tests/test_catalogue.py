@@ -29,7 +29,15 @@ UNDECLARED_BY_MODEL = {"qwen3_moe": {"head_dim"}}
 
 MODELS = {
     *("llama3_1_8b", "llama3_1_70b", "llama3_2_1b", "llama3_2_3b", "llama3_3_70b"),
-    *("qwen2_5_0_5b", "qwen2_5_1_5b", "qwen2_5_3b", "qwen2_5_7b", "qwen2_5_14b", "qwen2_5_32b", "qwen2_5_72b"),
+    *(
+        "qwen2_5_0_5b",
+        "qwen2_5_1_5b",
+        "qwen2_5_3b",
+        "qwen2_5_7b",
+        "qwen2_5_14b",
+        "qwen2_5_32b",
+        "qwen2_5_72b",
+    ),
     *("qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "qwen3_14b", "qwen3_32b", "qwen3_30b_a3b"),
     *("mistral_7b", "mixtral_8x7b"),
     *("gemma2_2b", "gemma2_9b", "gemma2_27b"),
