@@ -48,6 +48,11 @@ def within(errors: list[float], percent: float) -> int:
     return sum(abs(round(error, 2)) <= percent for error in errors)
 
 
+def largest(errors: list[float]) -> float:
+    """The signed error that is largest in size."""
+    return max(errors, key=abs)
+
+
 def test_cpu_jobs() -> None:
     count, median, worst = said(
         "predicted against measured over # real CPU jobs; the median error of the peak is # %, the worst # %."
@@ -59,7 +64,7 @@ def test_cpu_jobs() -> None:
         errors.append(100 * (predicted / max(measured.values()) - 1))
     assert count == len(errors)
     assert median == round(statistics.median(map(abs, errors)), 3)
-    assert worst == round(max(errors, key=abs), 3)
+    assert worst == round(largest(errors), 3)
 
 
 def test_the_first_gpu() -> None:
@@ -95,7 +100,7 @@ def test_ranks() -> None:
     assert count == len(jobs)
     ((name, errors),) = beyond.items()
     assert "offload" in name
-    assert exception == round(max(errors, key=abs), 1)
+    assert exception == round(largest(errors), 1)
 
 
 def test_speed_on_a_cpu() -> None:
