@@ -70,6 +70,9 @@ def tower_names(model: Any) -> tuple[str, ...]:
     """Paths of the modules that only images go through; none in a model without vision.
 
     These are the parts of the model's body that do not hold its decoder: tower, projector, learned separators.
+
+    Raises:
+        UnsupportedByPlanner: When the decoder is no direct part of the body, so that what is beside it is unknown.
     """
     if getattr(model.config, "vision_config", None) is None:
         return ()

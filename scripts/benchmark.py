@@ -28,6 +28,8 @@ from launcher.rates import published_rates
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = ("recipe=llama_lora", "hardware=a100_40g", "action=plan")
+DEFAULT_JOB = ()
+"""`launch` alone, with the weights in the user's cache: plans, rehearses, trains and reconciles."""
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 
 
@@ -40,6 +42,8 @@ class Case:
     target_seconds: float
     warm: bool
     exit_code: int = 0
+    num_runs: int | None = None
+    """How often; None: as often as the command line says."""
 
 
 CASES = (
@@ -47,6 +51,7 @@ CASES = (
     Case("configuration error", ("data.max_lenght=1",), 2.0, warm=True, exit_code=2),
     Case("plan llama_lora on a100_40g, no cached trace", PLAN, 15.0, warm=False),
     Case("plan llama_lora on a100_40g, traces cached", PLAN, 3.0, warm=True),
+    Case("the default job, no cached trace", DEFAULT_JOB, 300.0, warm=False, num_runs=1),
 )
 
 
@@ -142,15 +147,15 @@ def pace_seconds() -> float:
 
 
 def seconds_of(case: Case, cache: Path) -> float:
-    """Wall time of one run."""
+    """Wall time of one run, in a folder of its own: a job leaves a run directory."""
     arguments = [*case.arguments]
-    if case.arguments == PLAN:
+    if case.arguments in (PLAN, DEFAULT_JOB):
         arguments.append(f"trace_cache={cache if case.warm else 'off'}")
-    began = time.perf_counter()
-    child = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", *arguments], capture_output=True, text=True, check=False
-    )
-    elapsed = time.perf_counter() - began
+    command = [sys.executable, "-m", "launcher.cli", *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        child = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        elapsed = time.perf_counter() - began
     if child.returncode != case.exit_code:
         raise SystemExit(f"{case.name}: exit code {child.returncode}\n{child.stderr}")
     return elapsed
@@ -173,7 +178,7 @@ def main() -> None:
             if case.warm:
                 seconds_of(case, cache)
             results[PACE].append(pace_seconds())
-            results[case.name] = [seconds_of(case, cache) for _ in range(options.runs)]
+            results[case.name] = [seconds_of(case, cache) for _ in range(case.num_runs or options.runs)]
     lines = ["| what | median | worst | target |", "|---|--:|--:|--:|"]
     for case in CASES:
         runs = results[case.name]

@@ -21,7 +21,7 @@ CI_JOBS = [
 ]
 """Every method, seven architectures, both losses, padding, evaluation, several optimizers, bf16 and fp32."""
 LIMIT_PERCENT = 0.3
-MEDIAN_PERCENT, P95_PERCENT, WORST_PERCENT = 0.2, 1.0, 3.0
+MEDIAN_PERCENT, WORST_PERCENT = 0.2, 1.0
 """What the published table promises of the absolute errors of the highest peaks."""
 
 
@@ -40,7 +40,6 @@ def test_published_table_keeps_its_promise() -> None:
     errors = sorted(abs(accuracy.peak_error_percent(result)) for result in results)
     assert len(errors) >= 60
     assert errors[len(errors) // 2] <= MEDIAN_PERCENT
-    assert errors[int(0.95 * len(errors))] <= P95_PERCENT
     assert errors[-1] <= WORST_PERCENT
     page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     assert accuracy.table(results) in page and accuracy.summary(results) in page

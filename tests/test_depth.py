@@ -225,6 +225,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 100,
         **WIDTHS,
     },
+    "qwen2": {"model_type": "qwen2", "num_hidden_layers": 6, "tie_word_embeddings": True, **WIDTHS},
     "gpt_oss": {
         "model_type": "gpt_oss",
         "num_hidden_layers": 8,
@@ -264,6 +265,7 @@ def subject_of(name: str, attention: Attention, method: Method = Method.LORA) ->
     [
         ("llama", Attention.SDPA, 2, 150, 1),
         ("gpt2", Attention.SDPA, 3, 90, 2),
+        ("qwen2", Attention.SDPA, 1, 130, 2),  # head and embedding are one weight; projections have biases
         ("gemma3_text", Attention.SDPA, 2, 200, 1),
         ("gpt_oss", Attention.EAGER, 1, 700, 1),
     ],

@@ -121,6 +121,36 @@ def test_run_reconciles_and_is_reported(job: list[str], tmp_path: Path) -> None:
     status = document_of(launch(["action=status", f"run_dir={run_dir}", "output=json"], tmp_path))
     assert (status["state"], status["step"], status["job_id"]) == ("finished", 3, None)
     assert status["measured"] == document["measured"]
+    assert event_files(run_dir) == [], "training.report_to=[]"
+    check_the_command_by_hand(run_dir, [line["loss"] for line in steps if "loss" in line])
+
+
+def event_files(run_dir: Path) -> list[Path]:
+    """What TensorBoard reads."""
+    return sorted(run_dir.rglob("events.out.tfevents*"))
+
+
+def check_the_command_by_hand(run_dir: Path, losses: list[float]) -> None:
+    """The run directory's script trains the same again, from another folder and in a bare environment."""
+    outcome, metrics, model = (run_dir / name for name in ("outcome.rank0.json", "metrics.jsonl", "model"))
+    outcome.unlink()
+    metrics.unlink()
+    shutil.rmtree(model)
+    child = subprocess.run(
+        [run_dir / "command.sh"],
+        cwd="/",
+        env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    ended = json.loads(outcome.read_text())
+    assert (ended["status"], ended["steps"]) == ("done", 3)
+    again = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["loss"] for line in again if "loss" in line] == pytest.approx(losses, rel=1e-3)
+    assert (model / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.thorough
@@ -286,3 +316,15 @@ def test_default_job_is_predicted_within_three_permille(default_run: dict[str, A
 @pytest.mark.network
 def test_default_job_learns(default_run: dict[str, Any]) -> None:
     assert default_run["outcome"]["last_loss"] < default_run["outcome"]["first_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_default_job_is_shown_by_tensorboard(default_run: dict[str, Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = event_files(Path(default_run["run_dir"]) / "checkpoints")
+    shown = EventAccumulator(str(events)).Reload()
+    losses = [event.value for event in shown.Scalars("train/loss")]
+    assert losses[0] == pytest.approx(default_run["outcome"]["first_loss"], rel=1e-3)
+    assert losses[-1] == pytest.approx(default_run["outcome"]["last_loss"], rel=1e-3)

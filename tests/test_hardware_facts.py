@@ -71,9 +71,13 @@ KEY_TYPES: dict[str, type] = {
 MATRIX_KEYS = ["bf16", "fp16", "fp32", "tf32"]
 SOURCE_KEYS = [
     "memory_bytes",
+    "compute_capability",
+    "supports_bf16",
+    "supports_flash_attention",
     "matrix_flops",
     "memory_bandwidth_bytes_per_second",
     "device_link_bytes_per_second",
+    "host_link_bytes_per_second",
     "network_bytes_per_second",
     "host_memory_bytes",
     "context_bytes",
@@ -113,6 +117,14 @@ def test_sources_name_every_looked_up_figure(name: str) -> None:
         assert re.search(r"\b20\d{2}\b|^(assumed|derived|estimate)\b", text), (
             f"{key}: neither a date nor a caveat"
         )
+
+
+def test_what_is_stated_of_a_cpu_has_a_source() -> None:
+    facts = yaml.safe_load((FOLDER / "cpu.yaml").read_text(encoding="utf-8"))
+    read_here = {"name", "kind", "product", "memory_bytes", "sources"}
+    assert facts["memory_bytes"] == 0
+    assert facts["sources"].keys() == facts.keys() - read_here
+    assert all(re.search(r"\b20\d{2}\b", text) for text in facts["sources"].values())
 
 
 @every_card

@@ -1,18 +1,27 @@
-"""The README is true: its commands compose and run, its links resolve, and CI runs its test command."""
+"""The README is true: its commands compose and run, its links resolve, and CI runs its test command.
+
+Commands in blocks are run. Those within sentences, and settings such as `method=qlora`, are composed and resolved as
+`launch` would before it traces anything. The README's figures are those of tests/test_readme_figures.py.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
-from launcher.config import load_job
-from launcher.job import Action
+from launcher.config import config_root, listed_hardware, load_job
+from launcher.job import Action, JobSpec
+from launcher.planning import resolve
+from launcher.sweep import is_sweep, sweep_points
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +33,110 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
+def spans() -> list[str]:
+    """What stands between backticks in the README's sentences, on one line each, in order, once."""
+    sentences = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    found = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", sentences)]
+    return list(dict.fromkeys(found))
+
+
 LAUNCHES = [command for command in commands() if command.startswith("launch ")]
+
+
+INLINE = [
+    span.partition("; ")[2] or span for span in spans() if re.match(r"(mkdir .*; )?launch (?!--)", span)
+]
+"""Whole commands within sentences; one of them makes a folder first."""
+SETTINGS = [span for span in spans() if re.match(r"[a-z_.]+=\S", span)]
+"""`key=value`, one or several."""
+GROUPS = {item.name for item in dataclasses.fields(JobSpec)}
+FILTERS = [f"report{span}" for span in spans() if re.fullmatch(r"\.\w+=", span)]
+"""`.model=`, which goes on with the group that was named before it."""
+KEYS = [span.rstrip("=") for span in (*spans(), *FILTERS) if re.fullmatch(r"\w+(\.(\w+|\*))+=?", span)]
+KEYS = [key for key in KEYS if key.partition(".")[0] in GROUPS and not key.endswith((".json", ".jsonl"))]
+"""Keys without a value, `planner.pin.*` among them."""
+SEVERAL_DEVICES = ("recipe=llama_full", "hardware=a100_80g", "hardware.num_devices=8", "action=plan")
+CLUSTER = ("recipe=llama_lora", "hardware=a100_40g", "hardware.num_nodes=2")
+SHARED = (
+    "launch.image=docker:mine",
+    "launch.volume=mine",
+    "launch.volume_path=/shared",
+    "run_dir=/shared/run",
+)
+CONTEXT: dict[str, tuple[str, ...]] = {
+    "planner.pin.zero_stage": SEVERAL_DEVICES,
+    "planner.pin.engine": SEVERAL_DEVICES,
+    "planner.pin.offload": SEVERAL_DEVICES,
+    "hardware.num_nodes": SEVERAL_DEVICES,
+    "training.optimizer=galore": ("method=full",),
+    "planner.pin.loss=liger": ("hardware=a100_40g",),
+    "planner.objective=cost": ("hardware=a100_40g",),
+    "model.freeze_vision": (
+        *("model.path=<folder>", "model.task=image_text_to_text", "data.images_per_example=1"),
+        *("data.format=auto", "data.packing=false"),
+    ),
+    "evaluation.keep_logits": ("evaluation=held_out",),
+    "launch.cluster=manual": CLUSTER,
+    "launch.cluster=slurm": CLUSTER,
+    "launch.cluster": (*CLUSTER, *SHARED),
+    "launch.requeue": (*CLUSTER, "launch.cluster=slurm"),
+    "report=png": ("action=plan",),
+    "report.": ("action=report",),
+}
+"""What a setting's own sentence says that it goes with, by how the setting begins."""
+PLANNED = (Action.RUN, Action.PLAN, Action.MEMORY, Action.EXPLAIN)
+
+
+def words_of(text: str, folder: Path) -> list[str]:
+    """The arguments of a command or setting, with what stands for a user's own in angle brackets filled in."""
+    context = next((words for start, words in CONTEXT.items() if text.startswith(start)), ())
+    filled = [
+        re.sub(r"<[^>]+>", str(folder), word)
+        for word in (
+            *context,
+            *([text] if "{" in text else shlex.split(re.sub(r"<[^>]+>", str(folder), text))),
+        )
+    ]
+    return [word for word in filled if word not in ("launch", "..")]
+
+
+def composed(words: list[str]) -> list[JobSpec]:
+    """The jobs of a command line, as `launch` composes them."""
+    if is_sweep(words):
+        return [point.job for point in sweep_points(words)]
+    names, others = listed_hardware(words)
+    return [load_job([*others, f"hardware={name}"]) for name in names] if names else [load_job(words)]
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of the user's, as far as it is read before a trace: the config of a model that sees."""
+    folder = tmp_path_factory.mktemp("own")
+    entry = yaml.safe_load((config_root() / "conf" / "model" / "gemma3_4b.yaml").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(entry["architecture"]), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("text", [*INLINE, *SETTINGS])
+def test_commands_in_sentences_compose(text: str, own_folder: Path, tmp_cwd: Path) -> None:
+    jobs = composed(words_of(text, own_folder))
+    assert jobs
+    for job in jobs:
+        if job.action in PLANNED and not job.resume:
+            assert resolve(job, ()).hardware.memory_bytes > 0
+    assert list(tmp_cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_in_sentences_exist(key: str) -> None:
+    kind: typing.Any = JobSpec
+    for name in key.removesuffix(".*").split("."):
+        kind = typing.get_type_hints(kind)[name]
+    assert dataclasses.is_dataclass(kind) == key.endswith("*")
+
+
+def test_sentences_show_commands_settings_and_keys() -> None:
+    assert len(INLINE) >= 8 and len(SETTINGS) >= 40 and len(KEYS) >= 10
 
 
 def test_the_readme_shows_commands() -> None:
@@ -54,6 +166,14 @@ def test_the_first_command_runs_the_default_job() -> None:
     first = commands()[0]
     assert first.endswith("&& .venv/bin/launch")
     assert load_job([]).recipe == "smollm_lora"
+
+
+def test_the_default_jobs_time_is_benchmarked() -> None:
+    """Printed beside its target of five minutes, never asserted: machines differ."""
+    from scripts.benchmark import CASES
+
+    (case,) = (case for case in CASES if case.arguments == ())
+    assert (case.target_seconds, case.warm, case.exit_code) == (300.0, False, 0)
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

@@ -56,6 +56,7 @@ DOCUMENT_KEYS = {
 
 SEVERAL_DEVICES = [recipe for recipe in RECIPES if "num_devices" in recipe.read_text(encoding="utf-8")]
 """Recipes whose plans trace engines, which takes minutes."""
+DEFAULT = "smollm_lora"
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 quick_or_thorough = pytest.mark.parametrize(
     "recipe",
@@ -117,6 +118,18 @@ def test_recipe_plans_on_the_device_of_its_command(recipe: Path, tmp_cwd: Path) 
     assert list(tmp_cwd.iterdir()) == []
     check_figures(document)
     check_against_job(document, command(recipe))
+    if (
+        recipe not in SEVERAL_DEVICES and recipe.stem != DEFAULT
+    ):  # that of the default job is planned for this machine
+        check_stated_peak(document, header(recipe)["Peak"])
+
+
+def check_stated_peak(document: dict[str, Any], stated: str) -> None:
+    """A recipe's header says what its plan takes of which device."""
+    match = re.match(r"(\d+\.\d) of (\d+\.\d) GiB, planned 20\d\d-\d\d-\d\d: ", stated)
+    assert match, stated
+    assert float(match[1]) == pytest.approx(document["predicted"]["peak_device_bytes"] / 2**30, rel=0.02)
+    assert float(match[2]) == pytest.approx(document["capacity_bytes"] / 2**30, abs=0.05)
 
 
 def check_figures(document: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """Skylines: the arithmetic by hand, and answers against fresh traces in every kind of regime.
 
 The full comparison, over more architectures and shapes, is scripts/skyline_check.py; this is what CI can
-afford.
+afford of it, and what its published table promises.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ from launcher.planner.regimes import Lines, domain_of, symbolic_shape
 from launcher.planner.skyline import PhaseSkyline, Skyline, undominated
 from launcher.planner.stream import CATEGORIES
 from launcher.workload import model_config
+from scripts import skyline_check
 
 ANYWHERE = Domain(1, None, 1, None, 0, None)
 LINES = Lines(token_tile=4096, lengths=(1000,), dimensions=(64, 160, 600))
@@ -271,3 +274,50 @@ def test_a_mixture_runs_no_expert_on_tokens_that_are_not_its_own() -> None:
     few, many = activations(2, 4), activations(2, 32)
     assert many < 1.3 * few
     assert activations(4, 32) > 1.3 * many
+
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PEAK_PERCENT, PLAIN_SHARE, DEPTH_SHARE = 0.2, 1e-5, 1e-4
+"""What the published table promises: skylines, those of plain losses, and extension over depth."""
+
+
+def published() -> tuple[Path, dict[str, Any]]:
+    """The newest data file of scripts/skyline_check.py, and what it holds."""
+    newest = max((DOCS / "accuracy").glob("*-skyline.json"))
+    return newest, json.loads(newest.read_text(encoding="utf-8"))
+
+
+def test_published_shapes_span_every_kind_of_architecture_and_the_whole_range() -> None:
+    _, data = published()
+    kinds = data["architectures"]
+    assert any("sliding_window" in facts for facts in kinds.values())
+    assert any("num_experts" in facts or "num_local_experts" in facts for facts in kinds.values())
+    assert any(facts.get("tie_word_embeddings") for facts in kinds.values())
+    cases = skyline_check.cases_of(data)
+    compared = {case.architecture for case in cases}
+    assert compared == set(kinds) and len(compared) >= 5
+    for name in compared:
+        shapes = {(case.batch, case.length) for case in cases if case.architecture == name}
+        assert len([case for case in cases if case.architecture == name]) >= 20
+        assert {(2, 128), (8, 16384)} <= shapes
+        assert any(batch == 1 for batch, _ in shapes)
+        assert any(case.full_depth_bytes for case in cases if case.architecture == name)
+        assert any(case.setting.loss == "plain" for case in cases if case.architecture == name)
+
+
+def test_published_skylines_keep_their_promise() -> None:
+    """Errors are taken from the bytes in the data, not from the table."""
+    _, data = published()
+    for case in skyline_check.cases_of(data):
+        answer, truth = max(case.skyline_bytes.values()), max(case.traced_bytes.values())
+        error = abs(answer - truth) / truth
+        assert 100 * error <= PEAK_PERCENT, case
+        assert case.setting.loss != "plain" or error <= PLAIN_SHARE, case
+        if case.full_depth_bytes:
+            full = max(case.full_depth_bytes.values())
+            assert abs(truth - full) <= DEPTH_SHARE * full, case
+
+
+def test_published_page_is_what_its_data_generate() -> None:
+    newest, data = published()
+    assert skyline_check.page(data, newest.name) == (DOCS / "skyline.md").read_text(encoding="utf-8")

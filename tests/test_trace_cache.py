@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,8 +35,9 @@ from launcher.planner.depth import DepthPlan
 from launcher.planner.regimes import Lines
 from launcher.planner.skyline import PhaseSkyline, Skyline
 from launcher.planner.subject import subject_of
-from launcher.planner.trace_cache import LIBRARIES, WORKLOAD, TraceCache, library_versions, source_digest
+from launcher.planner.trace_cache import LIBRARIES, TRACED, TraceCache, library_versions, source_digest
 from launcher.planner.tracer import SubjectFacts
+from tests.test_layering import IMPORTS, MODULES, TREES
 
 SHAPE = {"shape": {"batch": 5, "length": 499}}
 JOB = JobSpec(
@@ -171,20 +173,46 @@ def test_key_changes_with_the_tracers_source(monkeypatch: pytest.MonkeyPatch) ->
     assert key() != before
 
 
+def named_modules(module: str) -> set[str]:
+    """Those of our modules that a module imports, by a statement or (heavy ones) by their names as text."""
+    texts = {
+        node.value.removeprefix("launcher.")
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith("launcher.")
+    }
+    return ({found.target for found in IMPORTS[module] if found.is_ours} | texts) & MODULES.keys()
+
+
+def test_the_digest_holds_all_that_a_tracing_process_imports() -> None:
+    """And nothing else: an edit of the command line makes no trace again."""
+    planner = {name for name in MODULES if name.startswith("planner.")}
+    assert "planner.liger_twin" in named_modules("planner.trace"), "imported by its name"
+    seen, waiting = set[str](), [*planner]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += named_modules(name)
+    assert {f"{name}.py" for name in seen - planner} == set(TRACED)
+    assert {"workload.py", "loading.py", "plan.py", "memory.py"} <= set(TRACED)
+
+
 def test_source_digest_sees_every_file_of_the_tracer(tmp_path: Path) -> None:
     (tmp_path / "planner").mkdir()
-    for name in (*WORKLOAD, "planner/tape.py", "planner/trace.py", "cli.py"):
+    for name in (*TRACED, "planner/tape.py", "planner/trace.py", "cli.py"):
         (tmp_path / name).write_text("a = 1\n")
     before = source_digest(tmp_path)
     (tmp_path / "cli.py").write_text("a = 2\n")
     assert source_digest(tmp_path) == before
     seen = {before}
-    for name in (*WORKLOAD, "planner/tape.py", "planner/trace.py"):
+    for name in (*TRACED, "planner/tape.py", "planner/trace.py"):
         (tmp_path / name).write_text("a = 3\n")
         seen.add(source_digest(tmp_path))
     (tmp_path / "planner/tape.py").rename(tmp_path / "planner/tapes.py")
     seen.add(source_digest(tmp_path))
-    assert len(seen) == len(WORKLOAD) + 4
+    assert len(seen) == len(TRACED) + 4
 
 
 # what is kept

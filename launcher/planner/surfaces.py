@@ -59,6 +59,9 @@ def what_if(job: JobSpec, plan: Plan, forecaster: Forecaster, memories: Iterable
         plan: The plan whose batch and length vary.
         forecaster: Prices plans; traces the regimes that the search did not.
         memories: Names and usable bytes of other devices.
+
+    Raises:
+        ValueError: When the headroom is not a number yet.
     """
     splits = _splits(job, plan)
     lengths = _lengths(job, plan)

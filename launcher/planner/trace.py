@@ -371,7 +371,11 @@ def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) 
 
 
 def open_subject(subject: Subject) -> TraceSubject:
-    """Builds the transformers config of a subject described in plain data."""
+    """Builds the transformers config of a subject described in plain data.
+
+    Raises:
+        UnsupportedByPlanner: When transformers does not know the model, or its config class refuses a fact.
+    """
     try:
         model = subject.job.model
         runs_own_code = model.trust_remote_code and model.code_digest

@@ -38,18 +38,39 @@ LIBRARIES = (
     "galore_torch",
     "apollo_torch",
 )
-WORKLOAD = (
-    "workload.py",
+TRACED = (
+    "architecture.py",
     "callbacks.py",
     "classification.py",
+    "cluster.py",
+    "data_lengths.py",
+    "documents.py",
+    "domain.py",
     "engine_config.py",
+    "engine_limits.py",
     "engines.py",
+    "errors.py",
+    "explanation.py",
+    "hardware.py",
+    "job.py",
+    "leak.py",
+    "libraries.py",
+    "loading.py",
+    "memory.py",
     "merge.py",
+    "model.py",
+    "optimisation.py",
     "optimizers.py",
+    "plan.py",
+    "rates.py",
+    "step_time.py",
     "trainers.py",
+    "units.py",
     "vision.py",
+    "whatif.py",
+    "workload.py",
 )
-"""Files outside of the planner that are traced."""
+"""Files outside of the planner that it imports, directly or through each other."""
 STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
 
 
@@ -65,9 +86,9 @@ def library_versions() -> dict[str, str]:
 
 
 def source_digest(package: Path) -> str:
-    """Digest of the tracer's own source: another tracer, another trace."""
+    """Digest of the planner's own source and of all of ours that it imports: another tracer, another trace."""
     digest = hashlib.sha256()
-    files = [*(package / name for name in WORKLOAD), *sorted((package / "planner").glob("*.py"))]
+    files = [*(package / name for name in TRACED), *sorted((package / "planner").glob("*.py"))]
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

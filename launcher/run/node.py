@@ -249,7 +249,10 @@ def clear_leftovers(paths: RunPaths, plan: Plan, show: Callable[[str], None] = l
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry point of a machine that `launch` does not run on; the exit code is the launcher's."""
+    """Entry point of a machine that `launch` does not run on; the exit code is the launcher's.
+
+    Errors, such as LaunchError where the run directory is not shared, are shown here, and tell the other machines.
+    """
     parser = argparse.ArgumentParser(description="One node's part of a run.")
     parser.add_argument("run_dir")
     parser.add_argument("--rank", type=int, required=True)

@@ -75,7 +75,11 @@ def _with_most_text(
 
 
 def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
-    """Reads data, tokenizer and config; nothing of the model's weights yet."""
+    """Reads data, tokenizer and config; nothing of the model's weights yet.
+
+    Raises:
+        DataError: When one of them can't be read, or they do not go together.
+    """
     job, plan = order.job, order.plan
     tokenizer = tokenizer_of(job, order.weights, order.converted)
     source = source_of(order.weights, order.converted)

@@ -33,7 +33,12 @@ HUB_ID: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def read_rows(data: DataSpec) -> Iterator[SourceRow]:
-    """Finds out what `data.path` is and reads it, lazily where it can be."""
+    """Finds out what `data.path` is and reads it, lazily where it can be.
+
+    Raises:
+        ConfigError: When it is empty, or names a built-in data set that there is not.
+        DataError: When nothing is there, or what is there can't be read.
+    """
     if not data.path:
         raise ConfigError("data.path is empty", hint=f"give a file, a folder, a hub id, or `{PYTHON_DOCS}`")
     if data.path.startswith(BUILTIN_PREFIX):

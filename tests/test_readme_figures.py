@@ -1,0 +1,125 @@
+"""The README's figures are those of the data files under docs/accuracy, to the digits that are printed.
+
+Each test finds a sentence by its words, and computes its numbers from bytes and seconds that were measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def data_of(kind: str) -> Any:
+    """The newest data file of a kind."""
+    newest = max((ROOT / "docs" / "accuracy").glob(f"????-??-??-{kind}.json"))
+    return json.loads(newest.read_text(encoding="utf-8"))
+
+
+def said(sentence: str) -> tuple[float, ...]:
+    """The numbers of a sentence of the README, where `#` stands for each."""
+    pattern = re.escape(sentence).replace(r"\#", r"([+-]?\d+(?:\.\d+)?)")
+    match = re.search(pattern.replace(r"\ ", " "), README)
+    assert match, sentence
+    return tuple(float(number) for number in match.groups())
+
+
+def highest_peak_errors(kind: str, what: str) -> list[float]:
+    """Signed errors of the highest peak of every job that a GPU ran, percent of the measurement."""
+    errors = []
+    for job in data_of(kind)["jobs"]:
+        if job["status"] == "skipped":
+            continue
+        measured = {phase: sizes[what] for phase, sizes in job["measured"].items() if sizes.get(what)}
+        highest = max(measured.values())
+        errors.append(100 * (max(job["predicted"][phase][what] for phase in measured) / highest - 1))
+    return errors
+
+
+def within(errors: list[float], percent: float) -> int:
+    """How many errors are within a number of percent, once they are rounded as the pages in docs/ print them."""
+    return sum(abs(round(error, 2)) <= percent for error in errors)
+
+
+def largest(errors: list[float]) -> float:
+    """The signed error that is largest in size."""
+    return max(errors, key=abs)
+
+
+def test_cpu_jobs() -> None:
+    count, median, worst = said(
+        "predicted against measured over # real CPU jobs; the median error of the peak is # %, the worst # %."
+    )
+    errors = []
+    for result in data_of("cpu")["results"]:
+        measured = result["measured_bytes"]
+        predicted = max(result["predicted_bytes"][phase] for phase in measured)
+        errors.append(100 * (predicted / max(measured.values()) - 1))
+    assert count == len(errors)
+    assert median == round(statistics.median(map(abs, errors)), 3)
+    assert worst == round(largest(errors), 3)
+
+
+def test_the_first_gpu() -> None:
+    count, worst, most, most_within, reserved_worst, reserved_most, reserved_within = said(
+        "on an NVIDIA H200 the allocated peaks of # training jobs were within # % of the predictions, # of them "
+        "within # %, what the caching allocator reserved within # %, # of them within # %"
+    )
+    allocated = highest_peak_errors("h200", "allocated_bytes")
+    reserved = highest_peak_errors("h200", "reserved_bytes")
+    assert count == len(allocated) == within(allocated, worst) == within(reserved, reserved_worst)
+    assert worst == round(max(map(abs, allocated)), 2)
+    assert most == within(allocated, most_within)
+    assert reserved_most == within(reserved, reserved_within)
+
+
+def test_the_second_gpu() -> None:
+    count, allocated_within, reserved_within, exception = said(
+        "on an H100, where all was a forecast, those of # other jobs within # % and # %, and one was # % lower"
+    )
+    allocated = highest_peak_errors("h100", "allocated_bytes")
+    reserved = highest_peak_errors("h100", "reserved_bytes")
+    assert count == len(allocated) - 1 == within(allocated, allocated_within)
+    assert within(reserved, reserved_within) == len(reserved)
+    assert exception == round(max(allocated), 1)
+
+
+def test_ranks() -> None:
+    count, percent, exception = said(
+        "in # jobs every rank within # %, one job with offload # %. They take one to four minutes"
+    )
+    jobs = {job["name"]: [100 * error for error in job["errors"]] for job in data_of("ranks")["jobs"]}
+    beyond = {name: errors for name, errors in jobs.items() if within(errors, percent) < len(errors)}
+    assert count == len(jobs)
+    ((name, errors),) = beyond.items()
+    assert "offload" in name
+    assert exception == round(largest(errors), 1)
+
+
+def test_speed_on_a_cpu() -> None:
+    """Kendall's tau counted pair by pair."""
+    tau, share = said("the order had a Kendall tau of #, and the chosen one # of the speed of the fastest")
+    assert "On a CPU they were too low by a third" in README and "of twelve plans of SmolLM2" in README
+    results = data_of("speed")["results"]
+    times = [(result["predicted_seconds"], result["measured_seconds"]) for result in results]
+    assert len(times) == 12
+    pairs = [(left, right) for index, left in enumerate(times) for right in times[:index]]
+    agreement = sum((p1 < p2) == (m1 < m2) for (p1, m1), (p2, m2) in pairs)
+    assert tau == round(2 * agreement / len(pairs) - 1, 2)
+    (chosen,) = (result["measured_seconds"] for result in results if result["is_chosen"])
+    assert share == round(min(measured for _, measured in times) / chosen, 2)
+    too_low = statistics.median(predicted / measured - 1 for predicted, measured in times)
+    assert -too_low == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_jobs_of_the_validation() -> None:
+    from scripts.gpu_validation.jobs import JOBS
+
+    assert said("measures # jobs on yours") == (len(JOBS),)
