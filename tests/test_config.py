@@ -33,6 +33,7 @@ from launcher.job import (
     Output,
     Precision,
 )
+from launcher.optimisation import Integration, Schedule
 from launcher.spellings import PEER_SPELLINGS
 
 LAUNCH = str(Path(sys.executable).with_name("launch"))
@@ -196,6 +197,10 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
         ("method.name=prefix", "full, lora, qlora"),
         ("training.precision=fp8", "bf16, bf16_mixed, fp16_mixed, fp32"),
         ("method.quantization=int3", "nf4, fp4, int8"),
+        (
+            "training.schedule=bogus",
+            "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt",
+        ),
         ("data.format=parquet", "auto, messages, alpaca, sharegpt, prompt_completion, text, labeled, images"),
         ("planner.pin.activation_checkpointing=some", "none, selective, full, offload"),
         ("planner.pin.attention=flash", "sdpa, eager, flash_attention_2"),
@@ -235,6 +240,34 @@ def test_impossible_word_in_a_list_names_its_place() -> None:
     message = refusal("planner.choices.method=[full,prefix]")
     assert "`planner.choices.method.1=prefix`" in message
     assert message.endswith("legal: full, lora, qlora")
+    message = refusal("training.report_to=[wandb,paper]")
+    assert "`training.report_to.1=paper`" in message
+    assert message.endswith("legal: " + ", ".join(Integration)) and "tensorboard, trackio, wandb" in message
+
+
+def test_schedules_are_those_of_transformers_that_follow_from_the_step() -> None:
+    from torch.nn import Parameter
+    from torch.optim import SGD
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import SchedulerType, get_scheduler
+
+    def follows_from_the_step(name: SchedulerType) -> bool:
+        try:
+            schedule = get_scheduler(name, SGD([Parameter()]), num_warmup_steps=1, num_training_steps=9)
+        except (TypeError, ValueError):
+            return False
+        return isinstance(schedule, LambdaLR)
+
+    assert {name.value for name in SchedulerType if follows_from_the_step(name)} == set(Schedule)
+
+
+def test_metrics_can_be_reported_to_what_transformers_knows() -> None:
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    with pytest.raises(ValueError, match="is not supported, only") as caught:
+        get_reporting_integration_callbacks(["nothing"])
+    listed = str(caught.value).partition("only ")[2].partition(" are ")[0]
+    assert set(listed.split(", ")) == set(Integration)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def _hierarchies(root: Path, controller: str) -> Iterator[_Hierarchy]:
 
 def _own_groups(root: Path) -> dict[str, str]:
     """This process's group in each tree, by controller; the tree of version 2 under no name."""
-    groups = {}
+    groups: dict[str, str] = {}
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
