@@ -120,14 +120,13 @@ def resolve_hardware(
         devices: CUDA devices of this machine.
         cpu_memory_bytes: Memory that a CPU process may use here.
     """
-    entries = {entry["name"]: entry for entry in known}
     if wanted.kind is DeviceKind.AUTO and devices:
-        entry = _match(devices[0], entries.values())
+        entry = _match(devices[0], known)
         facts = {"kind": "cuda", "supports_flash_attention": True} if entry is None else dict(entry)
         facts |= {"product": devices[0].product, "memory_bytes": devices[0].memory_bytes}
         return _with_given(_from_facts(facts), wanted)
     if wanted.kind is DeviceKind.AUTO:
-        wanted = _with_given(_from_facts(dict(entries["cpu"])), wanted)
+        wanted = _with_given(_from_facts(next(entry for entry in known if entry["name"] == "cpu")), wanted)
     if wanted.kind is DeviceKind.CPU and not wanted.memory_bytes:
         return replace(wanted, memory_bytes=cpu_memory_bytes)
     return wanted
