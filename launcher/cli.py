@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launcher.config import group_choices, groups, listed_hardware, load_job
+from launcher.config import ListedHardware, group_choices, groups, listed_hardware, read_job
+from launcher.contradictions import checked_job
 from launcher.errors import ConfigError, Interrupted, LauncherError
 from launcher.job import Action, JobSpec, Output, ReportFormat
 from launcher.sweep import Point, is_sweep, sweep_points
@@ -74,10 +75,10 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if is_sweep(arguments):
             return _sweep(sweep_points(arguments))
-        names, others = listed_hardware(arguments)
-        if names:
-            return _compare([load_job([*others, f"hardware={name}"]) for name in names])
-        return _act(load_job(arguments))
+        listed = listed_hardware(arguments)
+        if listed.names or listed.mistakes:
+            return _compare(_jobs_on(listed))
+        return _act(checked_job(read_job(arguments)))
     except KeyboardInterrupt:
         return _fail(Interrupted("stopped"))
     except LauncherError as failure:
@@ -105,19 +106,33 @@ def _act(job: JobSpec) -> int:
     return _show(answer.text, answer.document, answer.failure, job.output)
 
 
+def _jobs_on(listed: ListedHardware) -> list[JobSpec]:
+    """The job on each of several devices.
+
+    Raises:
+        ConfigError: With every mistake of the list and of the job.
+    """
+    arguments = [[*listed.others, f"hardware={name}"] for name in listed.names] or [list(listed.others)]
+    readings = [
+        read_job(words, listed.mistakes, ("hardware",) * bool(listed.mistakes)) for words in arguments
+    ]
+    return [reading.with_mistakes(_only_planned(reading.job)).settled() for reading in readings]
+
+
+def _only_planned(job: JobSpec | None) -> Iterator[str]:
+    """What can't be done with several devices."""
+    if job is not None and job.action is not Action.PLAN:
+        yield f"action={job.action} with several devices: they can be planned for, and nothing else; `action=plan`"
+    if job is not None and job.report.format is not ReportFormat.NONE:
+        yield (
+            f"report={job.report.format} with several devices: a report is about one plan on one device; "
+            "`hardware=<name>`, or no report"
+        )
+
+
 def _compare(jobs: Sequence[JobSpec]) -> int:
     from launcher import advice  # noqa: PLC0415  # as above
 
-    if jobs[0].action is not Action.PLAN:
-        raise ConfigError(
-            f"action={jobs[0].action} with several devices: they can be planned for, and nothing else",
-            "action=plan",
-        )
-    if jobs[0].report.format is not ReportFormat.NONE:
-        raise ConfigError(
-            f"report={jobs[0].report.format} with several devices: a report is about one plan on one device",
-            "one device, `hardware=<name>`, or no report",
-        )
     answer = advice.cards_answer(jobs)
     return _show(answer.text, answer.document, answer.failure, jobs[0].output)
 
@@ -125,10 +140,6 @@ def _compare(jobs: Sequence[JobSpec]) -> int:
 def _sweep(points: Sequence[Point]) -> int:
     from launcher import advice  # noqa: PLC0415  # as above
 
-    if any(point.job.report.format is not ReportFormat.NONE for point in points):
-        raise ConfigError(
-            "report= with -m: a report is about one plan", "one value for every key, or no report"
-        )
     answer = advice.sweep_answer(points)
     return _show(answer.text, answer.document, answer.failure, points[0].job.output)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
-from launcher.documents import adapter
 from launcher.errors import ConfigError
-from launcher.job import Action, JobSpec, ReportFormat
-from launcher.job_limits import job_limits
-from launcher.redaction import secret_in
+from launcher.job import JobSpec
+from launcher.reading import Reading, read_values
 from launcher.spellings import PEER_SPELLINGS
 
-PAST = ("recipe", "model", "hardware", "status", "export", "compare", "check")
-"""Keys of `report` that are about past runs."""
-REPORTED = (Action.PLAN, Action.EXPLAIN, Action.MEMORY)
-"""Actions that write files about a plan."""
-HINT = "`launch --help` lists the groups; launcher/job.py explains every key"
-LARGEST = 2**63 - 1
-"""The largest number that torch, JSON readers and file systems take."""
 OPEN_KEYS = ("model.architecture", "hardware.sources", "planner.prices")
 """Mappings whose keys are not ours."""
 
@@ -66,15 +55,23 @@ def groups() -> tuple[str, ...]:
     )
 
 
-def listed_hardware(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The devices of `hardware=[one,other]` or `hardware=any`, and the other arguments; no devices where one is named.
+@dataclass(frozen=True)
+class ListedHardware:
+    """The devices of `hardware=[one,other]` or `hardware=any`."""
 
-    Raises:
-        ConfigError: When a device is unknown.
-    """
+    names: tuple[str, ...] = ()
+    """Those that can be compared; none where no list is given."""
+    others: tuple[str, ...] = ()
+    """The other arguments."""
+    mistakes: tuple[str, ...] = ()
+    """What is wrong with the list."""
+
+
+def listed_hardware(arguments: Sequence[str]) -> ListedHardware:
+    """Finds the devices that a command line lists."""
     listed = [item for item in arguments if item.startswith("hardware=[") or item == "hardware=any"]
     if not listed:
-        return (), tuple(arguments)
+        return ListedHardware(others=tuple(arguments))
     known = tuple(str(entry["name"]) for entry in hardware_entries() if entry["kind"] in ("cuda", "rocm"))
     words = listed[-1].partition("=")[2]
     names = (
@@ -83,12 +80,15 @@ def listed_hardware(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[st
         else tuple(name.strip() for name in words.strip("[]").split(",") if name.strip())
     )
     unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ConfigError(
-            f"`{listed[-1]}`: {', '.join(unknown) or 'no device'} can't be compared",
-            f"legal are any, and lists of {', '.join(known)}",
-        )
-    return tuple(dict.fromkeys(names)), tuple(item for item in arguments if item not in listed)
+    mistakes = () if names and not unknown else (
+        f"`{listed[-1]}`: {', '.join(unknown) or 'no device'} can't be compared; legal are any, and lists of "
+        f"{', '.join(known)}",
+    )  # fmt: skip
+    return ListedHardware(
+        tuple(name for name in dict.fromkeys(names) if name in known),
+        tuple(item for item in arguments if item not in listed),
+        mistakes,
+    )
 
 
 def load_job(arguments: Sequence[str]) -> JobSpec:
@@ -100,82 +100,83 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
     Raises:
         ConfigError: With every mistake found.
     """
-    overrides, mistakes = _check_overrides(arguments)
-    try:
-        composed = _compose(overrides)
-    except ConfigError as failure:
-        raise _all_of([*mistakes, failure.message], failure.hint) from failure
-    return job_of(composed, mistakes)
+    return read_job(arguments).settled()
 
 
-def job_of(composed: Mapping[str, Any], found: Sequence[str] = ()) -> JobSpec:
-    """The job that a composed configuration describes.
+def read_job(arguments: Sequence[str], found: Sequence[str] = (), misread: Sequence[str] = ()) -> Reading:
+    """Reads the job that a command line describes, as far as it can be read.
 
     Args:
-        composed: Values by key, as Hydra leaves them.
+        arguments: Hydra overrides, `key=value`.
         found: Mistakes that are known already.
-
-    Raises:
-        ConfigError: With every mistake found.
+        misread: Keys and groups that those mistakes are about.
     """
-    mistakes = [*found, *_unknown_keys(composed, JobSpec, ""), *_unusable(composed, "")]
+    checked = check_overrides(arguments)
+    mistakes, keys = (*found, *checked.mistakes), (*misread, *checked.misread)
     try:
-        job = adapter(JobSpec).validate_python(composed)
-    except ValidationError as failure:
-        mistakes += [_explain(error) for error in failure.errors()]
-    else:
-        mistakes += [*_missing_values(job), *job_limits(job)]
-    if mistakes:
-        raise _all_of(list(dict.fromkeys(mistakes)))
-    return job
+        composed = _compose(list(checked.accepted))
+    except ConfigError as failure:
+        return Reading(None, (*mistakes, failure.message), frozenset(keys), failure.hint)
+    return read_composed(composed, mistakes, keys)
 
 
-def _missing_values(job: JobSpec) -> Iterator[str]:
-    if job.action is Action.RUN and not job.resume and not job.data.path:
-        yield "`data.path` is empty: a run needs examples, `data.path=<file, folder or hub id>`"
+def read_composed(
+    composed: Mapping[str, Any], found: Sequence[str] = (), misread: Sequence[str] = ()
+) -> Reading:
+    """Reads a composed configuration; arguments as of `read_job`."""
+    unknown = _unknown_keys(composed, JobSpec, "")
+    reading = read_values(composed, [*found, *unknown], misread)
+    return reading if reading.job is None else reading.with_mistakes(_unknown_prices(reading.job))
+
+
+def _unknown_prices(job: JobSpec) -> Iterator[str]:
     devices = group_choices("hardware")
     for name in job.planner.prices:
         if name not in devices:
             yield "`planner.prices`: " + _unknown_choice("hardware", name, devices)
-    if job.report.format is not ReportFormat.NONE and job.action not in REPORTED:
-        legal = ", ".join(action.value for action in REPORTED)
-        yield f"`report={job.report.format}` with `action={job.action}`: a report is written about a plan, by {legal}"
-    yield from _misplaced_report(job)
-    if job.action is Action.STATUS and not job.run_dir:
-        yield "`action=status` needs the run: `run_dir=<run directory>`"
 
 
-def _misplaced_report(job: JobSpec) -> Iterator[str]:
-    """What `report.*` asks for and can't have."""
-    spec = job.report
-    asked = [name for name in PAST if getattr(spec, name)]
-    if asked and job.action is not Action.REPORT:
-        yield f"`report.{asked[0]}` with `action={job.action}`: past runs are what `action=report` is about"
-    if spec.compare and len(spec.compare) != 2:
-        yield f"`report.compare` names {len(spec.compare)}: two runs or plans, as `[runs/a,runs/b]`"
-    if spec.export and not spec.export.endswith((".csv", ".json")):
-        yield f"`report.export={spec.export}`; legal: a file that ends in .csv or .json"
+@dataclass(frozen=True)
+class CheckedOverrides:
+    """A command line's overrides, each looked at alone."""
+
+    accepted: tuple[str, ...]
+    """Those that can be composed."""
+    mistakes: tuple[str, ...]
+    """What is wrong with the others."""
+    misread: tuple[str, ...]
+    """The keys and groups of those, by our names."""
 
 
-def _check_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides that can be composed, and the mistakes in the others."""
+def check_overrides(arguments: Sequence[str]) -> CheckedOverrides:
+    """Tells overrides that can be composed from those that can't."""
     mistakes: list[str] = []
     accepted: list[str] = []
+    misread: list[str] = []
     parser = OverridesParser.create()
     for argument in arguments:
+        key = argument.partition("=")[0]
         if argument.startswith("-"):
-            mistakes.append(_dashes(argument))
-            continue
-        try:
-            override = parser.parse_override(argument)
-        except HydraException as failure:
-            mistakes.append(_unreadable(argument, failure))
-            continue
-        found = list(_check_override(override, argument))
-        mistakes += found
-        if not found:
-            accepted += _translate(override, argument)
-    return accepted, mistakes
+            found = [_dashes(argument)]
+        else:
+            try:
+                override = parser.parse_override(argument)
+            except HydraException as failure:
+                found = [_unreadable(argument, failure)]
+            else:
+                key = override.key_or_group
+                found = list(_check_override(override, argument))
+                accepted += [] if found else _translate(override, argument)
+        if found:
+            mistakes += found
+            misread.append(_ours(key))
+    return CheckedOverrides(tuple(accepted), tuple(mistakes), tuple(misread))
+
+
+def _ours(key: str) -> str:
+    """Our name for a key that may be spelt as other launchers do, with dashes or without."""
+    name = key.lstrip("-").replace("-", "_")
+    return PEER_SPELLINGS.get(name.rsplit(".", 1)[-1], name)
 
 
 def _unreadable(argument: str, failure: HydraException) -> str:
@@ -185,8 +186,7 @@ def _unreadable(argument: str, failure: HydraException) -> str:
 
 
 def _dashes(argument: str) -> str:
-    key = argument.lstrip("-").split("=")[0].replace("-", "_")
-    ours = PEER_SPELLINGS.get(key, key)
+    ours = _ours(argument.split("=")[0])
     remedy = f"try `{ours}=...`" if ours in (*legal_keys(JobSpec), *groups()) else _unknown_key(ours)
     return f"`{argument}`: options are written `key=value` without dashes; {remedy}"
 
@@ -287,73 +287,6 @@ def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterato
         nested = _dataclass_of(hints[name])
         if nested is not None and isinstance(value, Mapping):
             yield from _unknown_keys(value, nested, f"{prefix}{name}.")
-
-
-def _unusable(value: object, key: str) -> Iterator[str]:
-    """Numbers that nothing can be computed with, and texts that no file can have as its name."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _unusable(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            yield from _unusable(item, f"{key}.{number}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"`{key}={value}`: must be a finite number"
-    elif isinstance(value, int) and not -LARGEST <= value <= LARGEST:
-        yield f"`{key}={str(value)[:20]}..`: beyond {LARGEST}, the largest 64-bit number"
-    elif isinstance(value, str) and "\0" in value:
-        yield f"`{key}={value!r}`: holds a NUL character"
-    elif isinstance(value, str) and (found := secret_in(value)):
-        yield (
-            f"`{key}` holds {found}, and a job is written to its run directory: give it in the environment of `launch`, "
-            "which training processes and sbatch inherit, or by `huggingface-cli login`"
-        )
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    """One pydantic error in our words: key, value, what is legal."""
-    path = [str(part) for part in error["loc"] if not _is_union_branch(str(part))]
-    message = str(error["msg"])
-    message = message[0].lower() + message[1:]
-    legal = _legal_values(path)
-    given = f"{'.'.join(path)}={error['input']}"
-    return f"`{given}`: {message}" + (f"; legal: {legal}" if legal else "")
-
-
-def _is_union_branch(part: str) -> bool:
-    return part.startswith(("constrained-", "tuple[", "function-", "literal[")) or part in (
-        "str",
-        "int",
-        "float",
-    )
-
-
-def _legal_values(path: Sequence[str]) -> str:
-    kind: Any = JobSpec
-    for part in path:
-        if part.isdigit():
-            kind = next((item for item in typing.get_args(kind) if item is not Ellipsis), kind)
-            continue
-        hints = typing.get_type_hints(kind) if _dataclass_of(kind) else {}
-        if part not in hints:
-            return ""
-        kind = hints[part]
-    return ", ".join(_members(kind))
-
-
-def _members(kind: Any) -> Iterator[str]:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        yield from (str(member.value) for member in kind)
-    elif isinstance(kind, types.UnionType) or typing.get_origin(kind) is tuple:
-        for item in typing.get_args(kind):
-            yield from _members(item)
-
-
-def _all_of(mistakes: Sequence[str], hint: str = HINT) -> ConfigError:
-    if len(mistakes) == 1:
-        return ConfigError(mistakes[0], hint)
-    listed = "\n".join(f"- {mistake}" for mistake in mistakes)
-    return ConfigError(f"{len(mistakes)} mistakes:\n{listed}", hint)
 
 
 def catalogue_entry(hub_id: str) -> Mapping[str, Any] | None:

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.job import DataFormat, Grade, JobSpec, Loss, Task
+from launcher.job import Action, DataFormat, Grade, JobSpec, Loss, ReportFormat, Task
 
 AUTO = "auto"
+PAST = ("recipe", "model", "hardware", "status", "export", "compare", "check")
+"""Keys of `report` that are about past runs."""
+REPORTED = (Action.PLAN, Action.EXPLAIN, Action.MEMORY)
+"""Actions that write files about a plan."""
 
 
 def job_limits(job: JobSpec) -> Iterator[str]:
     """What a job can't have, a sentence each."""
+    if job.action is Action.RUN and not job.resume and not job.data.path:
+        yield "`data.path` is empty, and `action=run` needs examples: `data.path=<file, folder or hub id>`"
+    if job.action is Action.STATUS and not job.run_dir:
+        yield "`action=status` needs the run: `run_dir=<run directory>`"
+    yield from _report_limits(job)
     yield from _length_limits(job)
     if Grade.COMFORTABLE in job.planner.refused_grades:
         yield "`planner.refused_grades=[comfortable]` refuses every plan; legal: tight, squeezed"
     yield from _task_limits(job)
+
+
+def _report_limits(job: JobSpec) -> Iterator[str]:
+    """What `report.*` asks for and can't have."""
+    spec = job.report
+    if spec.format is not ReportFormat.NONE and job.action not in REPORTED:
+        legal = ", ".join(action.value for action in REPORTED)
+        yield f"`report={spec.format}` with `action={job.action}`: a report is written about a plan, by {legal}"
+    asked = [name for name in PAST if getattr(spec, name)]
+    if asked and job.action is not Action.REPORT:
+        yield f"`report.{asked[0]}` with `action={job.action}`: past runs are what `action=report` is about"
+    if spec.compare and len(spec.compare) != 2:
+        yield f"`report.compare` names {len(spec.compare)}: two runs or plans, as `[runs/a,runs/b]`"
+    if spec.export and not spec.export.endswith((".csv", ".json")):
+        yield f"`report.export={spec.export}`; legal: a file that ends in .csv or .json"
 
 
 def _length_limits(job: JobSpec) -> Iterator[str]:

@@ -56,6 +56,11 @@ def knob_limits(
     return tuple((what, hint) for is_found, what, hint in found if is_found)
 
 
+def offload_is_refused(job: JobSpec, hardware: HardwareSpec) -> bool:
+    """Whether `knob_limits` refuses the offload that a job asks for, whatever its engine."""
+    return any(is_found for is_found, _, _ in _offload_limits(job, hardware))
+
+
 def model_limits(job: JobSpec) -> tuple[tuple[str, str], ...]:
     """What is wrong with the facts of a job's model, and with lengths that it has no positions for; each with a hint.
 

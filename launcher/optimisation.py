@@ -37,6 +37,42 @@ class Optimizer(StrEnum):
     APOLLO_ADAMW = "apollo_adamw"
 
 
+class Schedule(StrEnum):
+    """Learning-rate schedule, by its transformers name: those that follow from the step alone.
+
+    Of transformers' others some need a number that no key gives (`cosine_with_min_lr`, `cosine_warmup_with_min_lr`,
+    `warmup_stable_decay`), and some the evaluations' losses (`reduce_lr_on_plateau`, `greedy`), which they miss where an
+    engine wraps them.
+    """
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    COSINE_WITH_RESTARTS = "cosine_with_restarts"
+    POLYNOMIAL = "polynomial"
+    CONSTANT = "constant"
+    CONSTANT_WITH_WARMUP = "constant_with_warmup"
+    INVERSE_SQRT = "inverse_sqrt"
+
+
+class Integration(StrEnum):
+    """Where transformers' Trainer can report metrics to, by its names (transformers 5.24)."""
+
+    AZURE_ML = "azure_ml"
+    CLEARML = "clearml"
+    CODECARBON = "codecarbon"
+    COMET_ML = "comet_ml"
+    DAGSHUB = "dagshub"
+    DVCLIVE = "dvclive"
+    FLYTE = "flyte"
+    KUBEFLOW = "kubeflow"
+    MLFLOW = "mlflow"
+    NEPTUNE = "neptune"
+    SWANLAB = "swanlab"
+    TENSORBOARD = "tensorboard"
+    TRACKIO = "trackio"
+    WANDB = "wandb"
+
+
 LOW_RANK_OPTIMIZERS = (Optimizer.GALORE_ADAMW, Optimizer.GALORE_ADAFACTOR, Optimizer.APOLLO_ADAMW)
 """Optimizers whose states belong to projected gradients."""
 
@@ -59,7 +95,7 @@ class TrainingSpec:
     """Peak learning rate; unset: 2e-4 with adapters, 2e-5 for full fine-tuning."""
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Optimizer steps over which the learning rate rises."""
-    schedule: str = "cosine"
+    schedule: Schedule = Schedule.COSINE
     """Learning-rate schedule, by its transformers name."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Decoupled weight decay."""
@@ -77,7 +113,7 @@ class TrainingSpec:
     """Seed of data order, adapters and dropout; NumPy takes none of more than 32 bits."""
     logging_steps: Annotated[int, Ge(1)] = 1
     """Metrics every so many optimizer steps."""
-    report_to: tuple[str, ...] = ("tensorboard",)
+    report_to: tuple[Integration, ...] = (Integration.TENSORBOARD,)
     """Where the Trainer reports metrics besides metrics.jsonl; `[]` turns it off."""
 
 

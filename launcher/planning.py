@@ -7,12 +7,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.cluster_limits import cluster_limits
-from launcher.config import catalogue_entry, hardware_entries
-from launcher.errors import ConfigError
-from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.config import catalogue_entry
+from launcher.contradictions import contradictions, hardware_here, refusal
+from launcher.hardware import DeviceKind
 from launcher.job import Attention, JobSpec
-from launcher.knob_limits import knob_limits, model_limits
 from launcher.libraries import uses_bitsandbytes
 from launcher.plan import PlanChoice
 from launcher.planner.explain import squeeze
@@ -33,8 +31,7 @@ from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
-from launcher.run.detect import DetectedDevice, detect_cpu_memory_bytes, is_installed, resolve_hardware
-from launcher.run.fetch import parse_packaged_path
+from launcher.run.detect import DetectedDevice
 from launcher.run.ledger import find_records
 from launcher.run.model_facts import resolve_model
 
@@ -43,24 +40,12 @@ def resolve(job: JobSpec, devices: tuple[DetectedDevice, ...]) -> JobSpec:
     """Fills in what the job leaves to this machine and to the model's own config.
 
     Raises:
-        ConfigError: When job and hardware contradict each other.
+        ConfigError: When job, hardware and pinned knobs contradict each other.
     """
-    hardware = resolve_hardware(job.hardware, hardware_entries(), devices, detect_cpu_memory_bytes())
-    resolved = replace(job, hardware=hardware, model=resolve_model(job.model, catalogue_entry))
-    found = [*_contradictions(job, hardware), *model_limits(resolved)]
-    if found:
-        raise ConfigError("; ".join(what for what, _ in found), "; ".join(hint for _, hint in found))
-    return resolved
-
-
-def _contradictions(job: JobSpec, hardware: HardwareSpec) -> list[tuple[str, str]]:
-    """What job and hardware can't both have, each with a hint."""
-    packaged = parse_packaged_path(job.model.path) is not None
-    found = [(True, *limit) for limit in cluster_limits(job, packaged)]
-    return [
-        *((what, hint) for is_found, what, hint in found if is_found),
-        *knob_limits(job, hardware, is_installed),
-    ]
+    hardware, model = hardware_here(job.hardware, devices), resolve_model(job.model, catalogue_entry)
+    if found := contradictions(job, hardware, model):
+        raise refusal(found)
+    return replace(job, hardware=hardware, model=model)
 
 
 def plan_job(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:

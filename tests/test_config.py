@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli import run
 from launcher.config import (
     OPEN_KEYS,
     config_root,
@@ -33,6 +34,7 @@ from launcher.job import (
     Output,
     Precision,
 )
+from launcher.optimisation import Integration, Schedule
 from launcher.spellings import PEER_SPELLINGS
 
 LAUNCH = str(Path(sys.executable).with_name("launch"))
@@ -196,6 +198,10 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
         ("method.name=prefix", "full, lora, qlora"),
         ("training.precision=fp8", "bf16, bf16_mixed, fp16_mixed, fp32"),
         ("method.quantization=int3", "nf4, fp4, int8"),
+        (
+            "training.schedule=bogus",
+            "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt",
+        ),
         ("data.format=parquet", "auto, messages, alpaca, sharegpt, prompt_completion, text, labeled, images"),
         ("planner.pin.activation_checkpointing=some", "none, selective, full, offload"),
         ("planner.pin.attention=flash", "sdpa, eager, flash_attention_2"),
@@ -235,6 +241,34 @@ def test_impossible_word_in_a_list_names_its_place() -> None:
     message = refusal("planner.choices.method=[full,prefix]")
     assert "`planner.choices.method.1=prefix`" in message
     assert message.endswith("legal: full, lora, qlora")
+    message = refusal("training.report_to=[wandb,paper]")
+    assert "`training.report_to.1=paper`" in message
+    assert message.endswith("legal: " + ", ".join(Integration)) and "tensorboard, trackio, wandb" in message
+
+
+def test_schedules_are_those_of_transformers_that_follow_from_the_step() -> None:
+    from torch.nn import Parameter
+    from torch.optim import SGD
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import SchedulerType, get_scheduler
+
+    def follows_from_the_step(name: SchedulerType) -> bool:
+        try:
+            schedule = get_scheduler(name, SGD([Parameter()]), num_warmup_steps=1, num_training_steps=9)
+        except (TypeError, ValueError):
+            return False
+        return isinstance(schedule, LambdaLR)
+
+    assert {name.value for name in SchedulerType if follows_from_the_step(name)} == set(Schedule)
+
+
+def test_metrics_can_be_reported_to_what_transformers_knows() -> None:
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    with pytest.raises(ValueError, match="is not supported, only") as caught:
+        get_reporting_integration_callbacks(["nothing"])
+    listed = str(caught.value).partition("only ")[2].partition(" are ")[0]
+    assert set(listed.split(", ")) == set(Integration)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +317,74 @@ def test_all_mistakes_are_reported_at_once() -> None:
 def test_a_mistake_that_stops_composition_hides_no_other() -> None:
     message = refusal("colour=red", "data.path=${nowhere}")
     assert "colour" in message and "nowhere" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("data=file method.rank=0", ("`method.rank=0`", "`data.path` is empty")),
+        ("hardware=[foo,a100_40g] colour=red", ("foo can't be compared", "key `colour`", "action=run with several")),
+        (
+            "hardware.num_devices=3 data=file planner.pin.micro_batch_size=3",
+            ("`data.path` is empty", "can't be split over 3 devices"),
+        ),
+        (
+            "hardware=a100_40g planner.pin.zero_stage=2 planner.objective=cost seed=1",
+            ("zero_stage=2 is nothing that 1 devices can do", "`hardware.price_per_hour` is not set", "training.seed"),
+        ),
+        (
+            "hardware=t4_16g training.precision=bf16 planner.pin.rank=8 method=full report.recipe=x",
+            ("t4_16g has no bf16", "planner.pin.rank=8 is a LoRA rank", "`report.recipe`"),
+        ),
+        ("model=gpt2 data.max_length=4096 lora_r=8", ("table of 1024 positions", "`method.rank`")),
+        ("model.path=pypi:x method.rank=0", ("`pypi:x` is not of the form", "`method.rank=0`")),
+        (
+            "-m method.rank=0,8 colour=red output=text,json max_length=3 hardware=[l4_24g]",
+            ("`method.rank=0`", "key `colour`", "one output", "`data.max_length=3`", "without brackets", "run with -m"),
+        ),
+    ],
+)  # fmt: skip
+def test_one_message_has_all_that_can_be_known(
+    words: str, said: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However late it would have been found: in an option, in the job, beside its hardware, or in the search."""
+    assert run(words.split()) == 2
+    message = capsys.readouterr().err
+    assert f"{len(said)} mistakes:\n" in message and message.count("\n- ") == len(said)
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "action=explains data=file",  # what would need `data.path` is the default action
+        "hardware=h1000 planner.pin.attention=flash_attention_2",
+        "model=gpt2 cutoff_len=99",  # no length of ours is what was meant
+        "method.name=prefix planner.pin.rank=8",
+        "training.precision=fp8 hardware=t4_16g",
+        "recipe=nothing planner.pin.micro_batch_size=3 hardware=a100_40g",
+    ],
+)
+def test_nothing_is_said_of_what_rests_on_a_default(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words.split()) == 2
+    assert "mistakes:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("data.max_length=3", "`data.max_length=3`: input should be greater than or equal to 8, or 'auto'"),
+        ("planner.headroom=[1]", "input should be a valid number, or 'auto'"),
+        ("method.target_modules=5", "input should be a valid string, or a valid tuple"),
+        ("method.target_modules=[q_proj,5]", "`method.target_modules.1=5`: input should be a valid string"),
+        ("method.rank=nan", "`method.rank=nan`: must be a finite number"),
+    ],
+)
+def test_one_mistake_is_told_once(argument: str, said: str) -> None:
+    message = refusal(argument)
+    assert "mistakes" not in message and "\n" not in message
+    assert message.endswith(said)
 
 
 def test_spellings_of_other_launchers_are_translated() -> None:
@@ -364,10 +466,15 @@ def test_contract_keys_are_legal() -> None:
         "hardware.num_devices hardware.num_nodes hardware.memory_bytes planner.pin.micro_batch_size",
         "planner.pin.gradient_accumulation_steps planner.pin.activation_checkpointing planner.pin.attention",
         "planner.pin.loss planner.pin.max_length planner.pin.method planner.pin.rank planner.choices.method",
+        "planner.pin.zero_stage planner.pin.offload_optimizer planner.pin.offload_parameters",
         "planner.choices.max_length planner.choices.rank planner.headroom planner.objective",
+        "evaluation.enabled evaluation.path evaluation.num_examples evaluation.batch_size evaluation.steps",
+        "generation.enabled generation.num_prompts generation.batch_size generation.prompt_length",
+        "generation.max_new_tokens launch.cluster launch.rehearse launch.max_replans",
         "action output run_dir resume",
     ):
         assert set(text.split()) <= keys
+    assert {"recipe", "model", "method", "hardware", "data", "evaluation", "generation"} <= set(groups())
 
 
 # the command
@@ -395,6 +502,38 @@ def test_contradictions_with_the_hardware_exit_2() -> None:
     assert "hint: training.precision=" in done.stderr
     done = launch("action=plan", "hardware.num_devices=3", "trace_cache=off")
     assert done.returncode == 2 and "can't be split over 3 devices" in done.stderr
+
+
+def test_contradictions_start_no_process_and_do_not_wait_for_the_planner() -> None:
+    program = """
+import sys
+from launcher.cli import run
+
+def refuse(event, arguments):
+    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"):
+        raise AssertionError(f"{event} {arguments}")
+
+sys.addaudithook(refuse)
+for words in (
+    "hardware=a100_40g planner.pin.micro_batch_size=3",
+    "hardware=a100_40g planner.pin.zero_stage=2",
+    "hardware=a100_40g planner.pin.rank=8 method=full",
+    "hardware=a100_40g hardware.num_devices=2 planner.pin.zero_stage=3 method.merge=true",
+    "hardware=t4_16g training.precision=bf16 data.path=x.jsonl data.max_length=auto",
+):
+    assert run(["recipe=llama_lora", "action=plan", *words.split()]) == 2, words
+print(*{"torch", "transformers", "launcher.planner.tracer", "launcher.workflow"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    for said in (
+        "micro batch 3 x",
+        "nothing that 1 devices",
+        "a LoRA rank",
+        "merged in one process",
+        "no bf16",
+    ):
+        assert said in done.stderr
 
 
 @pytest.mark.parametrize("argument", ["--help", "-h", "help"])

@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 
+from launcher import planning
 from launcher.config import catalogue_entry, hardware_entries, load_job
 from launcher.errors import ConfigError, DataError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import ModelSpec
+from launcher.run.cgroups import cpu_limit
 from launcher.run.detect import (
     DetectedDevice,
     detect_cpu_memory_bytes,
     detect_cuda,
     is_here,
+    num_here,
     resolve_hardware,
+    visible_devices,
 )
 from launcher.run.model_facts import resolve_model
 from launcher.units import GIB
@@ -119,19 +123,107 @@ def test_this_machine_can_be_read() -> None:
     assert GIB // 4 < detect_cpu_memory_bytes() < 1 << 50
 
 
-def machine(root: Path, *, version: int, limit: str) -> Path:
-    """The files of a machine with 8 GiB whose control group has a limit."""
-    (root / "proc").mkdir()
-    (root / "proc" / "meminfo").write_text(
-        f"MemTotal:       {8 << 20} kB\nMemFree:        12 kB\nHugetlb: 0\n"
-    )
-    name = {2: "sys/fs/cgroup/memory.max", 1: "sys/fs/cgroup/memory/memory.limit_in_bytes"}[version]
-    (root / name).parent.mkdir(parents=True)
-    (root / name).write_text(f"{limit}\n")
+def test_what_the_user_says_of_a_device_that_is_found_counts() -> None:
+    said = (
+        "hardware.price_per_hour=2.5", "hardware.nvme_path=/scratch", "hardware.nvme_bytes=7",
+        "hardware.host_memory_bytes=1000", "hardware.host_link_bytes_per_second=3e9", "hardware.num_devices=2",
+        "hardware.network_bytes_per_second=4e9", "hardware.device_link_bytes_per_second=5e9",
+        "hardware.matrix_flops.bf16=6e12",
+    )  # fmt: skip
+    for devices in ((), (A100_40G,), (UNKNOWN,)):
+        plain, found = resolve(devices=devices), resolve(*said, devices=devices)
+        assert (found.price_per_hour, found.nvme_path, found.nvme_bytes) == (2.5, "/scratch", 7)
+        assert (found.host_memory_bytes, found.num_devices) == (1000, 2)
+        assert found.host_link_bytes_per_second == 3e9 and found.device_link_bytes_per_second == 5e9
+        assert (found.network_bytes_per_second, found.matrix_flops.bf16) == (4e9, 6e12)
+        # and the rest is the device's
+        assert (found.name, found.kind, found.product) == (plain.name, plain.kind, plain.product)
+        assert (found.memory_bytes, found.context_bytes) == (plain.memory_bytes, plain.context_bytes)
+        assert found.matrix_flops.fp16 == plain.matrix_flops.fp16 and found.sources == plain.sources
+
+
+def test_a_price_is_enough_for_the_cheapest_plan_on_this_machine() -> None:
+    words = ["planner.objective=cost", "hardware.price_per_hour=2.5", "action=plan"]
+    assert planning.resolve(load_job(words), ()).hardware.price_per_hour == 2.5
+    with pytest.raises(ConfigError, match=r"`hardware\.price_per_hour` is not set"):
+        planning.resolve(load_job(words[:1]), ())
+
+
+def test_as_many_devices_must_be_here_as_a_node_needs() -> None:
+    eight = load_job(["hardware=a100_40g", "hardware.num_devices=8", "hardware.num_nodes=2"]).hardware
+    assert not is_here(eight, (A100_40G,))
+    assert not is_here(eight, (A100_40G,) * 7 + (A100_80G,))
+    assert is_here(eight, (A100_40G,) * 8)
+    assert num_here(eight, (A100_40G,) * 7 + (A100_80G,)) == 7
+    assert not is_here(resolve("hardware.num_devices=2", devices=(UNKNOWN,)), (UNKNOWN,))
+
+
+def test_devices_of_a_cpu_are_processes_on_it() -> None:
+    assert is_here(resolve("hardware=cpu", "hardware.num_devices=4"), ())
+
+
+ROW = tuple(
+    DetectedDevice(f"NVIDIA {name}", GIB, f"GPU-{uuid}")
+    for name, uuid in (("A", "1a2b"), ("B", "1a3c"), ("C", "9"))
+)
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        (None, "ABC"),
+        ("", ""),
+        ("-1", ""),
+        ("1", "B"),
+        ("2, 0", "CA"),
+        ("0,7,1", "A"),  # as CUDA reads it: nothing from the first name on that is none
+        ("GPU-9,GPU-1a2b", "CA"),
+        ("GPU-1a", ""),  # of two devices
+        ("GPU-1a3,0", "BA"),
+        ("NoDevFiles", ""),
+        ("MIG-1a2b", ""),
+    ],
+)
+def test_devices_that_cuda_hides_are_not_here(visible: str | None, seen: str) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert "".join(device.product[-1] for device in visible_devices(ROW, environment)) == seen
+
+
+# control groups
+
+
+def machine(root: Path, groups: str, mounts: str, files: Mapping[str, str]) -> Path:
+    """The files of a machine with 8 GiB: what the kernel says of this process's control groups, and of their limits.
+
+    Args:
+        root: Of its file system.
+        groups: /proc/self/cgroup.
+        mounts: Of control groups: type, the group at the mount's top, its folder, and controllers; one a line.
+        files: Limits by file, below the mounts.
+    """
+    lines = [f"{25 + n} 1 0:{n} {words[1]} {words[2]} rw,nosuid shared:{n} - {words[0]} cgroup rw,{words[3]}"
+             for n, words in enumerate(line.split() for line in mounts.splitlines())]  # fmt: skip
+    written = {
+        "proc/meminfo": f"MemTotal:       {8 << 20} kB\nMemFree:        12 kB\nHugetlb: 0\n",
+        "proc/self/cgroup": groups,
+        "proc/self/mountinfo": "\n".join(["22 1 0:20 / /proc rw - proc proc rw", *lines]),
+        **files,
+    }
+    for name, text in written.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
     return root
 
 
-@pytest.mark.parametrize("version", [1, 2])
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+TREES = {
+    2: ("0::/user.slice/job", f"cgroup2 / /{V2} nsdelegate", f"{V2}/user.slice/job/memory.max"),
+    1: ("4:memory:/slurm/job\n0::/", f"cgroup / /{V1} memory", f"{V1}/slurm/job/memory.limit_in_bytes"),
+}
+"""Of each version: the process's groups, the mounts, and the file of its own limit."""
+
+
+@pytest.mark.parametrize("version", TREES)
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
@@ -142,13 +234,61 @@ def machine(root: Path, *, version: int, limit: str) -> Path:
     ],
 )
 def test_memory_limit_of_the_control_group(tmp_path: Path, version: int, limit: str, expected: int) -> None:
-    assert detect_cpu_memory_bytes(machine(tmp_path, version=version, limit=limit)) == expected
+    groups, mounts, file = TREES[version]
+    assert detect_cpu_memory_bytes(machine(tmp_path, groups, mounts, {file: limit})) == expected
+
+
+@pytest.mark.parametrize("version", TREES)
+def test_the_least_limit_of_the_groups_above_counts_and_no_neighbours(tmp_path: Path, version: int) -> None:
+    groups, mounts, file = TREES[version]
+    own = Path(file)
+    files = {
+        file: str(5 * GIB),
+        str(own.parents[1] / own.name): str(4 * GIB),
+        str(own.parents[2] / own.name): str(6 * GIB),
+        str(own.parents[1] / "neighbour" / own.name): str(GIB),
+    }
+    assert detect_cpu_memory_bytes(machine(tmp_path, groups, mounts, files)) == 4 * GIB
+
+
+def test_a_container_sees_its_own_group_at_the_top(tmp_path: Path) -> None:
+    """The mount shows the container's group; a group inside it is named from the host's top."""
+    mounts = f"cgroup2 /pods/one /{V2} nsdelegate"
+    files = {f"{V2}/memory.max": str(4 * GIB), f"{V2}/inner/memory.max": str(2 * GIB)}
+    root = machine(tmp_path, "0::/pods/one/inner", mounts, files)
+    assert detect_cpu_memory_bytes(root) == 2 * GIB
+    (root / "proc/self/cgroup").write_text("0::/pods/one\n")
+    assert detect_cpu_memory_bytes(root) == 4 * GIB
+    (root / "proc/self/cgroup").write_text("0::/../elsewhere\n")  # outside of the namespace
+    assert detect_cpu_memory_bytes(root) == 4 * GIB
 
 
 def test_memory_without_control_groups(tmp_path: Path) -> None:
-    root = machine(tmp_path, version=2, limit="max")
-    (root / "sys/fs/cgroup/memory.max").unlink()
-    assert detect_cpu_memory_bytes(root) == 8 * GIB
+    root = machine(tmp_path, "", "", {})
+    assert detect_cpu_memory_bytes(root) == 8 * GIB and cpu_limit(root) is None
+    (root / "proc/self/mountinfo").unlink()
+    (root / "proc/self/cgroup").unlink()
+    assert detect_cpu_memory_bytes(root) == 8 * GIB and cpu_limit(root) is None
+
+
+CPU_V2 = ("0::/a/b", f"cgroup2 / /{V2} nsdelegate")
+CPU_V1 = ("3:cpu,cpuacct:/a/b\n0::/", f"cgroup / /{V2}/cpu\\040and cpu,cpuacct")
+
+
+@pytest.mark.parametrize(
+    ("tree", "files", "expected"),
+    [
+        (CPU_V2, {f"{V2}/a/b/cpu.max": "max 100000"}, None),
+        (CPU_V2, {f"{V2}/a/b/cpu.max": "350000 100000"}, 3.5),
+        (CPU_V2, {f"{V2}/a/b/cpu.max": "max 100000", f"{V2}/a/cpu.max": "50000 100000"}, 0.5),
+        (CPU_V1, {f"{V2}/cpu and/a/b/cpu.cfs_quota_us": "-1", f"{V2}/cpu and/a/b/cpu.cfs_period_us": "100000"}, None),
+        (CPU_V1, {f"{V2}/cpu and/a/cpu.cfs_quota_us": "200000", f"{V2}/cpu and/a/cpu.cfs_period_us": "100000"}, 2.0),
+    ],
+)  # fmt: skip
+def test_cpu_quota_of_the_control_groups(
+    tmp_path: Path, tree: tuple[str, str], files: Mapping[str, str], expected: float | None
+) -> None:
+    assert cpu_limit(machine(tmp_path, *tree, files)) == expected
 
 
 # models

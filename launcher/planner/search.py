@@ -27,6 +27,7 @@ from launcher.planner.arrangements import Arrangement, arrangements
 from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.options import Options, repeats
+from launcher.planner.pins import OTHER_ENGINE
 from launcher.planner.refusal import Judge
 from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, semantic_plans
 
@@ -78,7 +79,7 @@ class _Search:
         found = nearest(self._rejected)
         if found is None:
             why = dict.fromkeys(item.reason for item in self._rejected)
-            raise ConfigError("; ".join(why), "another planner.pin.engine or planner.pin.zero_stage")
+            raise ConfigError("; ".join(why), OTHER_ENGINE)
         capacity = self._job.hardware.memory_bytes
         return self._choice(None, None, reasons.none_fits(found, self._considered, capacity, self._headroom))
 

@@ -14,7 +14,7 @@ from launcher.documents import read_document
 from launcher.errors import LaunchError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.rates import Calibration, Rates, published_rates
-from launcher.run.detect import DetectedDevice, detect_cuda, is_here
+from launcher.run.detect import DetectedDevice, detect_cuda, num_here
 from launcher.run_record import WORKER_MARK
 
 WORKER = "launcher.worker.calibrate"
@@ -100,7 +100,7 @@ def device_rates(hardware: HardwareSpec, folder: Path) -> Rates | None:
     """
     devices = () if hardware.kind is DeviceKind.CPU else detect_cuda()
     kept = kept_calibration(calibration_file(folder, device_name(devices, os.environ)))
-    if kept is not None and is_here(hardware, devices):
+    if kept is not None and (hardware.kind is DeviceKind.CPU or num_here(hardware, devices)):
         source = f"calibration of {kept.device}, {kept.measured[:10]}"
         return replace(kept.rates, source=source, is_calibrated=True)
     if hardware.kind is not DeviceKind.CPU:

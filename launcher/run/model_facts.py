@@ -9,9 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
 from launcher.architecture import DEQUANTIZED_AS_READ, architecture_mistakes, stored_quantization
 from launcher.errors import ConfigError, DataError
 from launcher.job import ModelSpec, StoredDtype
@@ -125,6 +122,10 @@ def _line_of(key: str, lines: Sequence[str]) -> str:
 
 
 def _hub_config(hub_id: str, revision: str | None) -> Path:
+    # what needs no hub, wrong configurations above all, does not wait for its library
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+
     try:
         return Path(hf_hub_download(hub_id, "config.json", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as failure:

@@ -17,6 +17,7 @@ from launcher.engine_config import accelerate_settings
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine
 from launcher.plan import Plan
+from launcher.run.cgroups import cpu_limit
 from launcher.run_paths import RunPaths
 
 WORKER_MODULE: Final = "launcher.worker"
@@ -40,9 +41,6 @@ ALLOCATOR_SETTINGS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 LINE_PREFIX: Final = "[rank ${rank}] "
 """torchrun's template of what each line of a process begins with (torch 2.9 to 2.13, distributed/run.py)."""
-
-CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
-"""Quota and period of the control group (version 2), in microseconds; a quota of `max` is none."""
 
 
 def accelerate_config(hardware: HardwareSpec, plan: Plan, paths: RunPaths) -> str:
@@ -177,14 +175,15 @@ def package_root() -> str:
     return str(Path(__file__).resolve().parents[2])
 
 
-def usable_cores() -> int:
-    """Cores that this process may keep busy: by its affinity, and by its control group's quota."""
+def usable_cores(root: Path = Path("/")) -> int:
+    """Whole cores that this process may keep busy, at least one: by its affinity, and by its control groups' quotas.
+
+    Args:
+        root: Of the file system.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if CPU_QUOTA.exists():
-        quota, _, period = CPU_QUOTA.read_text(encoding="ascii").partition(" ")
-        if quota.isdigit():
-            cores = min(cores, int(quota) // int(period))
-    return max(cores, 1)
+    quota = cpu_limit(root)
+    return max(1, cores if quota is None else min(cores, int(quota)))
 
 
 def command_script(command: Sequence[str], environment: Mapping[str, str], folder: str) -> str:

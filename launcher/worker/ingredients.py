@@ -119,7 +119,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
             "use_cpu": job.hardware.kind is DeviceKind.CPU,
             "save_strategy": "steps" if training.save_steps else "no",
             "save_steps": training.save_steps or 500,
-            "report_to": list(training.report_to),
+            "report_to": [integration.value for integration in training.report_to],
             "dataloader_pin_memory": job.hardware.kind is not DeviceKind.CPU,
         },
         output_dir=paths.checkpoints,
