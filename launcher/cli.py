@@ -10,6 +10,7 @@ from typing import Any
 from launcher.config import group_choices, groups, listed_hardware, load_job
 from launcher.errors import ConfigError, Interrupted, LauncherError
 from launcher.job import Action, JobSpec, Output, ReportFormat
+from launcher.overrides import resume_changes
 from launcher.sweep import Point, is_sweep, sweep_points
 
 INTRODUCTION = """\
@@ -77,14 +78,14 @@ def run(arguments: Sequence[str]) -> int:
         names, others = listed_hardware(arguments)
         if names:
             return _compare([load_job([*others, f"hardware={name}"]) for name in names])
-        return _act(load_job(arguments))
+        return _act(load_job(arguments), resume_changes(arguments))
     except KeyboardInterrupt:
         return _fail(Interrupted("stopped"))
     except LauncherError as failure:
         return _fail(failure)
 
 
-def _act(job: JobSpec) -> int:
+def _act(job: JobSpec, changes: Mapping[str, Any]) -> int:
     from launcher import advice, history, workflow  # noqa: PLC0415  # --help and configuration errors must not wait for the planner
 
     show = _print_line if job.output is Output.TEXT else _log_line
@@ -100,6 +101,8 @@ def _act(job: JobSpec) -> int:
         answer = advice.explain_answer(job)
     elif job.action is Action.CALIBRATE:
         answer = workflow.calibrate_answer(show)
+    elif job.resume:
+        answer = workflow.resume_answer(job, changes, show)
     else:
         answer = workflow.run_answer(job, show)
     return _show(answer.text, answer.document, answer.failure, job.output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -31,7 +32,9 @@ from launcher.documents import adapter
 from launcher.errors import ConfigError
 from launcher.job import Action, JobSpec, ReportFormat
 from launcher.job_limits import job_limits
+from launcher.overrides import typed_values
 from launcher.redaction import secret_in
+from launcher.resume_limits import STEERING, resume_mistake
 from launcher.spellings import PEER_SPELLINGS
 
 PAST = ("recipe", "model", "hardware", "status", "export", "compare", "check")
@@ -101,11 +104,32 @@ def load_job(arguments: Sequence[str]) -> JobSpec:
         ConfigError: With every mistake found.
     """
     overrides, mistakes = _check_overrides(arguments)
+    typed = typed_values(arguments)
+    if typed.get("resume"):  # the job is the run's own
+        overrides = [override for override in overrides if override.partition("=")[0] in STEERING]
+        mistakes += filter(None, [resume_mistake(str(typed["resume"]), typed)])
     try:
         composed = _compose(overrides)
     except ConfigError as failure:
         raise _all_of([*mistakes, failure.message], failure.hint) from failure
     return job_of(composed, mistakes)
+
+
+def with_changes(job: JobSpec, changes: Mapping[str, Any]) -> JobSpec:
+    """A job with other values of some keys, checked as a command line is.
+
+    Args:
+        job: The job.
+        changes: Values by dotted key.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    values = _plain(dataclasses.asdict(job))
+    for key, value in changes.items():
+        *parents, name = key.split(".")
+        functools.reduce(lambda node, parent: node[parent], parents, values)[name] = value
+    return job_of(values)
 
 
 def job_of(composed: Mapping[str, Any], found: Sequence[str] = ()) -> JobSpec:
@@ -133,6 +157,8 @@ def job_of(composed: Mapping[str, Any], found: Sequence[str] = ()) -> JobSpec:
 def _missing_values(job: JobSpec) -> Iterator[str]:
     if job.action is Action.RUN and not job.resume and not job.data.path:
         yield "`data.path` is empty: a run needs examples, `data.path=<file, folder or hub id>`"
+    if job.resume and job.action is not Action.RUN:
+        yield f"`resume={job.resume}` with `action={job.action}`: a run is continued by `action=run` alone"
     devices = group_choices("hardware")
     for name in job.planner.prices:
         if name not in devices:
