@@ -72,6 +72,8 @@ def checkpoint_pins(plan: Plan, asked: Mapping[str, Any], world_size: int) -> di
         return {"engine": engine, "zero_stage": 0, "offload_optimizer": False, "offload_parameters": False}
     names = ["engine", "zero_stage", "offload_optimizer", "offload_parameters"]
     pins = {name: getattr(plan, name) for name in names}
+    if plan.engine is Engine.FSDP2:
+        pins["shard_within_node"] = plan.shard_within_node
     if plan.engine is Engine.DEEPSPEED and {plan.zero_stage, asked.get("zero_stage")} == set(ALIKE_STAGES):
         pins["zero_stage"] = asked["zero_stage"]
     if plan.engine is Engine.DEEPSPEED and plan.zero_stage == 3 and plan.buckets is not None:
@@ -97,6 +99,8 @@ def checkpoint_limits(plan: Plan, asked: Mapping[str, Any], world_size: int) -> 
         found.append(
             f"one process can't continue what {wrote} wrote: a single device has no engine that reads it"
         )
+    elif plan.shard_within_node and world_size != plan.world_size:
+        found.append(f"{world_size} processes were never tried with what FSDP2 wrote sharded within nodes")
     for name, needed in checkpoint_pins(plan, asked, world_size).items():
         value = asked.get(name)
         if value is not None and value != needed:
@@ -111,6 +115,8 @@ def readable_words(plan: Plan) -> str:
     """What can continue the checkpoints of a plan, for a hint."""
     if plan.engine in REPLICATED:
         return "one device, or DDP on any number of them"
+    if plan.engine is Engine.FSDP2 and plan.shard_within_node:
+        return f"FSDP2 within nodes on {plan.world_size} devices"
     if plan.engine is Engine.FSDP2:
         return "FSDP2 on any number of devices from two on"
     stages = " (1 and 2 alike)" if plan.zero_stage in ALIKE_STAGES else ""

@@ -314,6 +314,9 @@ def test_checkpoints_fix_what_reads_them() -> None:
     assert checkpoint_pins(ddp, {}, 4)["engine"] is Engine.DDP
     assert checkpoint_pins(zero, {}, 2)["zero_stage"] == 1
     assert checkpoint_pins(zero, {"zero_stage": 2}, 2)["zero_stage"] == 2
+    within = replace(tiny_order(Path("/m"), Engine.FSDP2, 3).plan, shard_within_node=True)
+    assert checkpoint_limits(within, {}, 2) == () and len(checkpoint_limits(within, {}, 4)) == 1
+    assert "shard_within_node=false" in checkpoint_limits(within, {"shard_within_node": False}, 2)[0]
     assert "sub_group_elements" in checkpoint_pins(tiny_order(Path("/m"), Engine.DEEPSPEED, 3).plan, {}, 2)
 
 
