@@ -107,8 +107,17 @@ def last_checkpoint(folder: Path) -> Path | None:
     Args:
         folder: Where checkpoints lie.
     """
+    return next(whole_checkpoints(folder), None)
+
+
+def whole_checkpoints(folder: Path) -> Iterator[Path]:
+    """The whole checkpoints by the sizes of their files, that with the most steps first.
+
+    Args:
+        folder: Where checkpoints lie.
+    """
     found = sorted(_checkpoints(folder), key=step_of, reverse=True)
-    return next((path for path in found if not damage(path, digests=False)), None)
+    return (path for path in found if not damage(path, digests=False))
 
 
 def set_torn_aside(folder: Path) -> tuple[str, ...]:

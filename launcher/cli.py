@@ -11,6 +11,7 @@ from launcher.config import ListedHardware, group_choices, groups, listed_hardwa
 from launcher.contradictions import checked_job
 from launcher.errors import ConfigError, Interrupted, LauncherError
 from launcher.job import Action, JobSpec, Output, ReportFormat
+from launcher.overrides import resume_changes
 from launcher.sweep import Point, is_sweep, sweep_points
 
 INTRODUCTION = """\
@@ -78,14 +79,14 @@ def run(arguments: Sequence[str]) -> int:
         listed = listed_hardware(arguments)
         if listed.names or listed.mistakes:
             return _compare(_jobs_on(listed))
-        return _act(checked_job(read_job(arguments)))
+        return _act(checked_job(read_job(arguments)), resume_changes(arguments))
     except KeyboardInterrupt:
         return _fail(Interrupted("stopped"))
     except LauncherError as failure:
         return _fail(failure)
 
 
-def _act(job: JobSpec) -> int:
+def _act(job: JobSpec, changes: Mapping[str, Any]) -> int:
     from launcher import advice, history, workflow  # noqa: PLC0415  # --help and configuration errors must not wait for the planner
 
     show = _print_line if job.output is Output.TEXT else _log_line
@@ -101,6 +102,8 @@ def _act(job: JobSpec) -> int:
         answer = advice.explain_answer(job)
     elif job.action is Action.CALIBRATE:
         answer = workflow.calibrate_answer(show)
+    elif job.resume:
+        answer = workflow.resume_answer(job, changes, show)
     else:
         answer = workflow.run_answer(job, show)
     return _show(answer.text, answer.document, answer.failure, job.output)

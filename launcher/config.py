@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.errors import ConfigError
 from launcher.job import JobSpec
+from launcher.overrides import typed_values
 from launcher.reading import Reading, read_values
+from launcher.resume_limits import STEERING, resume_mistake
 from launcher.spellings import PEER_SPELLINGS
 
 OPEN_KEYS = ("model.architecture", "hardware.sources", "planner.prices")
@@ -113,8 +116,12 @@ def read_job(arguments: Sequence[str], found: Sequence[str] = (), misread: Seque
     """
     checked = check_overrides(arguments)
     mistakes, keys = (*found, *checked.mistakes), (*misread, *checked.misread)
+    accepted, typed = list(checked.accepted), typed_values(arguments)
+    if typed.get("resume"):  # the job is the run's own
+        accepted = [override for override in accepted if override.partition("=")[0] in STEERING]
+        mistakes += tuple(filter(None, [resume_mistake(str(typed["resume"]), typed)]))
     try:
-        composed = _compose(list(checked.accepted))
+        composed = _compose(accepted)
     except ConfigError as failure:
         return Reading(None, (*mistakes, failure.message), frozenset(keys), failure.hint)
     return read_composed(composed, mistakes, keys)
@@ -127,6 +134,23 @@ def read_composed(
     unknown = _unknown_keys(composed, JobSpec, "")
     reading = read_values(composed, [*found, *unknown], misread)
     return reading if reading.job is None else reading.with_mistakes(_unknown_prices(reading.job))
+
+
+def with_changes(job: JobSpec, changes: Mapping[str, Any]) -> JobSpec:
+    """A job with other values of some keys, checked as a command line is.
+
+    Args:
+        job: The job.
+        changes: Values by dotted key.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+    values = _plain(dataclasses.asdict(job))
+    for key, value in changes.items():
+        *parents, name = key.split(".")
+        functools.reduce(lambda node, parent: node[parent], parents, values)[name] = value
+    return read_composed(values).settled()
 
 
 def _unknown_prices(job: JobSpec) -> Iterator[str]:

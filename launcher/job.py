@@ -343,7 +343,8 @@ class JobSpec:
     run_dir: str = ""
     """Folder of this run (or, for `report`, of past runs); empty: a new one under `runs/`."""
     resume: str = ""
-    """Run directory whose last checkpoint is continued."""
+    """Run directory whose last checkpoint is continued; of other keys only those that make no other model are legal
+    beside it (`CHANGEABLE` in launcher/resume_limits.py)."""
     plot: str = ""
     """PNG file of the timeline that `memory` draws; empty: in the past run's folder, or none."""
     trace_cache: str = ""

@@ -17,6 +17,8 @@ def job_limits(job: JobSpec) -> Iterator[str]:
     """What a job can't have, a sentence each."""
     if job.action is Action.RUN and not job.resume and not job.data.path:
         yield "`data.path` is empty, and `action=run` needs examples: `data.path=<file, folder or hub id>`"
+    if job.resume and job.action is not Action.RUN:
+        yield f"`resume={job.resume}` with `action={job.action}`: a run is continued by `action=run` alone"
     if job.action is Action.STATUS and not job.run_dir:
         yield "`action=status` needs the run: `run_dir=<run directory>`"
     yield from _report_limits(job)

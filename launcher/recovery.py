@@ -55,10 +55,12 @@ def next_order(order: WorkerOrder, phase: Phase | None, is_continued: bool) -> t
 
 def difference(before: Plan, after: Plan) -> str:
     """What is different between two plans: `micro_batch_size 8 -> 4, gradient_accumulation_steps 2 -> 4`."""
-    changes = []
+    changes: list[str] = []
     for name in before.__dataclass_fields__:
         old, new = getattr(before, name), getattr(after, name)
-        if old != new:
+        if name == "buckets" and old != new:
+            changes.append("buckets that follow from it" if changes else "other buckets")
+        elif old != new:
             changes.append(f"{name} {getattr(old, 'value', old)} -> {getattr(new, 'value', new)}")
     return ", ".join(changes)
 

@@ -115,22 +115,24 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Replan:
-    """A plan that ran out of memory, and what was tried next."""
+    """A plan that ran out of memory, or that the user gave up when resuming, and what came next."""
 
     phase: Phase | None
-    """Phase in which memory ran out; None where nobody could say."""
+    """Phase in which memory ran out; None where nobody could say, and where the user changed the plan."""
     message: str
-    """What the worker, or the kernel, said."""
+    """What the worker, or the kernel, said; what the user asked for."""
     in_rehearsal: bool
     """Whether that was in the rehearsal."""
     failed: Plan
-    """The plan that ran out of memory."""
+    """The plan before."""
     taken: Plan
     """The plan after it."""
     change: str
     """What is different, in words."""
     from_step: int
     """Optimizer steps in the checkpoint that it went on from; 0: from the beginning."""
+    by_user: bool = False
+    """Whether the user changed the plan, with `launch resume=<run dir> <key>=<value>`: nothing had failed."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class RunRecord:
     rehearsal: Rehearsal | None = None
     """What the rehearsal showed; None where there was none, or it did not end well."""
     replans: tuple[Replan, ...] = ()
-    """Plans that ran out of memory before this one."""
+    """Plans that ran out of memory before this one, and those that the user changed."""
 
     @property
     def leak(self) -> Leak | None:

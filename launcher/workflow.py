@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -36,6 +36,7 @@ from launcher.report.documents import (
 )
 from launcher.report.rehearsal import bill_at_failure, record_text, rehearsal_text
 from launcher.report.status import status_document, status_text
+from launcher.resume_plan import give_order, require_idle, resumption, still_written_bytes
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import VISIBLE, DetectedDevice, detect_cuda, is_here, num_here
@@ -43,6 +44,7 @@ from launcher.run.endings import raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, packaged_folder, parse_packaged_path
 from launcher.run.launch import prepare_run, require_disk
 from launcher.run.ledger import new_run_dir, previous_run
+from launcher.run.lock import sole_launcher
 from launcher.run.slurm import submit, submit_command
 from launcher.run.status import ordered_run, run_status, unrecorded_outcome
 from launcher.run.task_files import submit_hint
@@ -128,12 +130,6 @@ def smallest_change(choice: PlanChoice) -> str:
 
 def run_answer(job: JobSpec, show: Show) -> Answer:
     """`action=run`: plans, launches, reconciles."""
-    if job.resume:
-        paths = RunPaths(Path(job.resume).resolve())
-        order = previous_run(paths.root)
-        last = last_checkpoint(paths.checkpoints)
-        show(f"resuming  {paths.root}, {'from the beginning' if last is None else f'after {last.name}'}")
-        return _start(order, paths, json.loads(paths.plan.read_text(encoding="utf-8")), show)
     began = time.perf_counter()
     devices = detect_cuda()
     job = resolve(job, devices)
@@ -163,6 +159,35 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     order = WorkerOrder(job, choice.plan, estimate, *weights_of(job, show), choice.step)
     prepare_run(paths, order, document)
     show(f"run directory {paths.root}")
+    return _start(order, paths, document, show)
+
+
+def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answer:
+    """`resume=<run dir>`: continues a run, under another plan where `changes` (values by dotted key) ask for one."""
+    paths = RunPaths(Path(job.resume).resolve())
+    order = previous_run(paths.root)
+    document = json.loads(paths.plan.read_text(encoding="utf-8"))
+    last = last_checkpoint(paths.checkpoints)
+    show(f"resuming  {paths.root}, {'from the beginning' if last is None else f'after {last.name}'}")
+    try:
+        if not changes:
+            require_disk(paths.root, still_written_bytes(paths, order.job.training, order.predicted.disk))
+            return _start(order, paths, document, show)
+        began = time.perf_counter()
+        with sole_launcher(paths):
+            require_idle(paths, order)
+            found = resumption(order, changes, last, detect_cuda(), job.trace_cache)
+            if (choice := found.choice) is not None:
+                seconds = time.perf_counter() - began
+                show(tables.plan_text(found.job, choice, seconds))
+                document = document_of(found.job, choice, seconds, None, str(paths.root))
+                if choice.plan is None:
+                    return Answer("", document, NoPlanFits(choice.reason, smallest_change(choice)))
+            before, order = order, found.order(order)
+            require_disk(paths.root, still_written_bytes(paths, order.job.training, order.predicted.disk))
+            give_order(paths, before, order, changes, document, show)
+    except LaunchError as error:
+        return Answer("", document, error)
     return _start(order, paths, document, show)
 
 

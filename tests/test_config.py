@@ -438,7 +438,7 @@ def test_a_word_is_no_override() -> None:
 def test_a_run_needs_examples_and_a_plan_does_not() -> None:
     assert "`data.path` is empty" in refusal("data=file")
     assert load_job(["data=file", "action=plan"]).data.path == ""
-    assert load_job(["data=file", "resume=runs/x"]).resume == "runs/x"
+    assert load_job(["resume=runs/x"]).resume == "runs/x"
 
 
 # the schema

@@ -192,6 +192,7 @@ def rehearsal_fields(rehearsal: Rehearsal | None, replans: Sequence[Replan]) -> 
                 "taken": plan_fields(replan.taken),
                 "change": replan.change,
                 "from_step": replan.from_step,
+                "by_user": replan.by_user,
             }
             for replan in replans
         ],

@@ -38,9 +38,11 @@ def finding_text(finding: Finding) -> str:
 
 
 def replan_text(replan: Replan) -> str:
-    """A recovery in words."""
-    where = replan.phase.value if replan.phase else "an unknown phase"
+    """A recovery in words, or what the user changed."""
     begun = f"from the checkpoint of step {replan.from_step}" if replan.from_step else "from the beginning"
+    if replan.by_user:
+        return wrapped("changed  ", f"by the user: {replan.change}, {begun}")
+    where = replan.phase.value if replan.phase else "an unknown phase"
     what = " of the rehearsal" if replan.in_rehearsal else ""
     return wrapped("recovered", f"out of memory in {where}{what}; {replan.change}, {begun}")
 

@@ -115,10 +115,16 @@ def rewrite_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
     Raises:
         LaunchError: When it can't be written.
     """
+    scripts = {paths.node_command(node): text for node, text in _scripts(paths, order).items()}
+    texts = _texts(paths, paths, order, document)
     try:
         shutil.rmtree(paths.rehearsal.root, ignore_errors=True)
-        for file, text in _texts(paths, paths, order, document).items():
+        for stale in set(paths.root.glob("command*.sh")) - set(scripts):
+            stale.unlink()
+        for file, text in {**scripts, **texts}.items():
             write_text(file, text)
+        for file in scripts:
+            file.chmod(_executable(file.stat().st_mode))
     except OSError as failure:
         raise LaunchError(
             f"`{paths.root}` can't be written: {failure}", "see that its disk has room"

@@ -1,0 +1,230 @@
+"""`launch resume=<run dir>` with other keys: the run's job planned again with them, and the run given its new order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoints import PARTIAL, last_checkpoint, step_of, whole_checkpoints
+from launcher.config import with_changes
+from launcher.documents import adapter, write_document
+from launcher.errors import ConfigError, LaunchError
+from launcher.job import ChoicesSpec, JobSpec, PinSpec
+from launcher.memory import DiskEstimate
+from launcher.optimisation import TrainingSpec
+from launcher.plan import PlanChoice
+from launcher.planning import plan_job, resolve
+from launcher.recovery import difference
+from launcher.resume_limits import (
+    EVALUATION,
+    asks_for_plan,
+    checkpoint_limits,
+    checkpoint_pins,
+    continued_pins,
+    pins_of,
+    readable_words,
+)
+from launcher.run.detect import DetectedDevice, is_here
+from launcher.run.launch import rewrite_run
+from launcher.run.lock import end_orphans
+from launcher.run.node import clear_leftovers
+from launcher.run.status import run_status
+from launcher.run_paths import RunPaths
+from launcher.run_record import Replan, WorkerOrder
+from launcher.run_status import RunState
+
+PIN = "planner.pin."
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A run's job with other values of some keys."""
+
+    job: JobSpec
+    """The job from now on."""
+    choice: PlanChoice | None
+    """What the search found for it; None where the plan stays, because no key asks for another."""
+
+    def order(self, before: WorkerOrder) -> WorkerOrder:
+        """What the workers do from now on; to be asked for where there is a plan."""
+        found = self.choice
+        if found is None or found.plan is None or found.estimate is None:
+            return replace(before, job=self.job)
+        plan, predicted = found.plan, found.estimate
+        return replace(before, job=self.job, plan=plan, predicted=predicted, predicted_step=found.step)
+
+
+def resumption(
+    order: WorkerOrder,
+    changes: Mapping[str, Any],
+    checkpoint: Path | None,
+    devices: tuple[DetectedDevice, ...],
+    trace_cache: str = "",
+) -> Resumption:
+    """Plans a run's job again with other values of some keys; nothing is written.
+
+    Method, rank and length stay those of the plan, and so does the global batch. From a checkpoint the new plan must be
+    able to read it. Where only the evaluation's batch is another, the training's plan stays, and is priced with it.
+
+    Args:
+        order: What the run's workers did.
+        changes: Values by dotted key, of those that `resume_limits.is_changeable` names.
+        checkpoint: What the run goes on from; None: it begins anew.
+        devices: CUDA devices of this machine.
+        trace_cache: Folder of cached traces; empty: the run's.
+
+    Raises:
+        ConfigError: When a value is impossible, or no engine could go on so; with what can.
+        LaunchError: When this machine lacks the devices.
+    """
+    job = with_changes(order.job, changes)
+    asked = {key.removeprefix(PIN): value for key, value in changes.items() if key.startswith(PIN)}
+    pins: dict[str, Any] = {}
+    if checkpoint is not None and asks_for_plan(changes):
+        world_size = job.hardware.world_size
+        if found := checkpoint_limits(order.plan, asked, world_size):
+            raise ConfigError(
+                f"`{checkpoint}` can't be continued so: {'; '.join(found)}",
+                f"it can be on {readable_words(order.plan)}",
+            )
+        pins = checkpoint_pins(order.plan, asked, world_size)
+    pin = continued_pins(job.planner.pin, asked, pins)
+    job = replace(job, planner=replace(job.planner, pin=pin), trace_cache=trace_cache or job.trace_cache)
+    job = replace(resolve(job, devices), model=order.job.model)
+    if not job.launch.cluster.is_elsewhere and not is_here(job.hardware, devices):
+        raise LaunchError(f"this machine has no {job.hardware.product or job.hardware.name}")
+    if asks_for_plan(changes):
+        return Resumption(job, plan_job(_search_job(job, order, replace(pin, **pins))))
+    if EVALUATION in changes:
+        return Resumption(job, plan_job(_search_job(job, order, pins_of(order.plan))))
+    return Resumption(job, None)
+
+
+def _search_job(job: JobSpec, order: WorkerOrder, pin: PinSpec) -> JobSpec:
+    """The job with the knobs pinned that make the model what it is."""
+    plan = order.plan
+    pin = replace(pin, method=plan.method, rank=plan.rank or None, max_length=plan.max_length)
+    return replace(job, planner=replace(job.planner, pin=pin, choices=ChoicesSpec()))
+
+
+def require_idle(paths: RunPaths, order: WorkerOrder) -> None:
+    """Checks that no cluster runs a run, or will, whose order is to be changed.
+
+    Raises:
+        LaunchError: When one does.
+    """
+    if not order.job.launch.cluster.is_elsewhere:
+        return  # the lock of the run directory says so
+    status = run_status(paths, order)
+    if status.state in (RunState.PENDING, RunState.RUNNING):
+        raise LaunchError(
+            f"`{paths.root}` is {status.state.value} on a cluster, and its plan can't change under it",
+            f"`launch action=status run_dir={paths.root}` says how far it is; cancel it first",
+        )
+
+
+def change_words(before: WorkerOrder, after: WorkerOrder, changes: Mapping[str, Any]) -> str:
+    """What is different between two orders; empty when nothing is."""
+    words = [difference(before.plan, after.plan)]
+    for key in changes:
+        old, new = _value(before.job, key), _value(after.job, key)
+        if not key.startswith((PIN, "hardware.")) and old != new:
+            words.append(f"{key} {getattr(old, 'value', old)} -> {getattr(new, 'value', new)}")
+    return ", ".join(filter(None, words))
+
+
+def _value(job: JobSpec, key: str) -> Any:
+    value: Any = job
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def give_order(
+    paths: RunPaths,
+    before: WorkerOrder,
+    after: WorkerOrder,
+    changes: Mapping[str, Any],
+    document: Mapping[str, Any],
+    show: Callable[[str], None],
+) -> None:
+    """Gives a run another order, and writes down that the user asked for it; to be called by who holds the directory.
+
+    Args:
+        paths: The run directory.
+        before: Its order so far.
+        after: Its order from now on.
+        changes: What the user asked for, by dotted key.
+        document: The plan document of the new order.
+        show: Called with a line for each thing that is worth one.
+
+    Raises:
+        LaunchError: When it can't be written.
+    """
+    end_orphans(paths, before.plan.world_size, show)  # of the old plan there may be more than of the new one
+    clear_leftovers(paths, before.plan, show)
+    checkpoint, change = last_checkpoint(paths.checkpoints), change_words(before, after, changes)
+    show(f"changed   {change or 'nothing: the plan is what it was'}")
+    if checkpoint is not None and before.plan.world_size != after.plan.world_size:
+        show(
+            f"random    states were saved by {before.plan.world_size} processes, and {after.plan.world_size} go on: "
+            "dropout draws anew"
+        )
+    rewrite_run(paths, after, document)
+    if not after.job.launch.cluster.is_elsewhere:
+        paths.submitted.unlink(missing_ok=True)
+    if change:
+        asked = " ".join(f"{key}={getattr(value, 'value', value)}" for key, value in changes.items())
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        replan = Replan(None, asked, False, before.plan, after.plan, change, step, by_user=True)
+        write_document(paths.replans, (*_replans(paths), replan))
+
+
+def _replans(paths: RunPaths) -> tuple[Replan, ...]:
+    if not paths.replans.exists():
+        return ()
+    kind: Any = tuple[Replan, ...]
+    found: tuple[Replan, ...] = adapter(kind).validate_json(paths.replans.read_bytes())
+    return found
+
+
+def still_written_bytes(paths: RunPaths, training: TrainingSpec, disk: DiskEstimate | None) -> int:
+    """Bytes that a run which goes on will take on disk beside what lies there already.
+
+    Args:
+        paths: The run directory.
+        training: How often it saves, and how much it keeps.
+        disk: What the whole run leaves; None, of an old run: nothing is known.
+    """
+    if disk is None:
+        return 0
+    steps = [step_of(path) for path in whole_checkpoints(paths.checkpoints)]
+    checkpoints = checkpoints_to_come(training, steps) * disk.checkpoint_bytes
+    results = [(paths.model, disk.model_bytes), (paths.merged, disk.merged_bytes)]
+    more = sum(max(0, num_bytes - _bytes_in(folder)) for folder, num_bytes in results)
+    return max(0, checkpoints + more - _bytes_in(paths.checkpoints / PARTIAL))  # which a start removes
+
+
+def checkpoints_to_come(training: TrainingSpec, steps: Sequence[int]) -> int:
+    """How many more checkpoints than there are will lie on disk at once; of an unknown number, one.
+
+    Args:
+        training: How often they are saved, and how many are kept.
+        steps: Steps of those that are there.
+    """
+    if training.save_steps is None:
+        return 0
+    limit = training.save_total_limit
+    room = None if limit is None else max(1, limit + 1 - len(steps))
+    if training.max_steps is None:
+        return room or 1
+    done = max(steps, default=0)
+    left = -(-training.max_steps // training.save_steps) - done // training.save_steps
+    left = left if done < training.max_steps else 0
+    return left if room is None else min(left, room)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
