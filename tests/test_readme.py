@@ -104,8 +104,9 @@ def composed(words: list[str]) -> list[JobSpec]:
     """The jobs of a command line, as `launch` composes them."""
     if is_sweep(words):
         return [point.job for point in sweep_points(words)]
-    names, others = listed_hardware(words)
-    return [load_job([*others, f"hardware={name}"]) for name in names] if names else [load_job(words)]
+    listed = listed_hardware(words)
+    assert not listed.mistakes
+    return [load_job([*listed.others, f"hardware={name}"]) for name in listed.names] or [load_job(words)]
 
 
 @pytest.fixture(scope="module")
