@@ -78,7 +78,7 @@ def makers() -> dict[str, str]:
 
 
 def test_public_functions_name_the_errors_they_raise(makers: dict[str, str]) -> None:
-    assert {makers["unreadable_model"], makers["_all_of"]} == {"DataError", "ConfigError"}
+    assert {makers["unreadable_model"], makers["refusal"]} == {"DataError", "ConfigError"}
     raising = [
         name
         for tree in TREES.values()
