@@ -145,10 +145,11 @@ def test_an_empty_folder_is_filled_and_stays_itself(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     require_unused(tmp_path)
     (tmp_path / "thesis.tex").write_text("")
-    for refusing in (lambda: require_unused(tmp_path), lambda: prepare_run(RunPaths(tmp_path), ORDER, {})):
-        with pytest.raises(LaunchError, match="is not empty") as caught:
-            refusing()
-        assert "resume=" in caught.value.hint
+    with pytest.raises(LaunchError, match="is not empty"):
+        require_unused(tmp_path)
+    with pytest.raises(LaunchError, match="is not empty") as caught:
+        prepare_run(RunPaths(tmp_path), ORDER, {})
+    assert "resume=" in caught.value.hint
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
