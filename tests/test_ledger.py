@@ -465,7 +465,7 @@ def test_a_damaged_record_keeps_nobody_from_going_on(tmp_path: Path) -> None:
 
 def test_recoveries_are_added_up_and_damage_costs_no_more_than_them(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
-    held = HeldMemory(100, None, 200, {Category.PARAMETERS: 60})
+    held = HeldMemory(100, None, None, 200, {Category.PARAMETERS: 60})
     first = Replan(
         Phase.EVALUATION, "can't allocate", False, PLAN, PLAN, "evaluation.batch_size 4 -> 2", 3, held
     )

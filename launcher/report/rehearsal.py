@@ -58,7 +58,7 @@ def bill_at_failure(predicted: MemoryEstimate, outcome: WorkerOutcome) -> str:
 
 def _held_text(held: HeldMemory | None) -> str:
     if held is None:
-        return "measured at the failure: nothing, the worker was ended before it could say; only the prediction is known"
+        return "measured: nothing, the worker was killed or could not say; only the prediction is known"
     parts = {name.value: size for name, size in held.resident_bytes.items()}
     words = []
     if held.allocated_bytes is not None:
@@ -69,10 +69,12 @@ def _held_text(held: HeldMemory | None) -> str:
         )
     elif parts:
         words.append(_parts_text(parts))
+    if held.peak_allocated_bytes is not None:
+        words.append(f"at most {format_bytes(held.peak_allocated_bytes)} in that phase")
     if held.reserved_bytes is not None:
         words.append(f"{format_bytes(held.reserved_bytes)} reserved")
-    if held.process_bytes is not None:
-        words.append(f"{format_bytes(held.process_bytes)} of memory in the whole process")
+    if held.process_peak_bytes is not None:
+        words.append(f"the whole process had at most {format_bytes(held.process_peak_bytes)}")
     return "measured after the failure: " + ("; ".join(words) or "nothing, nobody counts it here")
 
 
