@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from launcher.documents import read_document, write_document
+from launcher.documents import read_document, sync_folder, write_document
 from launcher.errors import LaunchError
 
 CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
@@ -54,16 +54,15 @@ def seal(folder: Path) -> None:
     Raises:
         OSError: When it can't be.
     """
-    files = {}
-    for file in _files(folder):
+    files, found = {}, _files(folder)
+    for file in found:
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
         files[file.relative_to(folder).as_posix()] = SealedFile(file.stat().st_size, digest)
+    for below in {file.parent for file in found} - {folder}:
+        sync_folder(below)
     write_document(folder / SEAL, Seal(files))
-    with (folder / SEAL).open("rb") as stream:
-        os.fsync(stream.fileno())
-    _sync_folder(folder)
 
 
 def publish(partial: Path, folder: Path) -> Path:
@@ -71,7 +70,7 @@ def publish(partial: Path, folder: Path) -> Path:
     place = folder / partial.name
     shutil.rmtree(place, ignore_errors=True)  # of the same step: the run went back, and came here again
     partial.rename(place)
-    _sync_folder(folder)
+    sync_folder(folder)
     return place
 
 
@@ -152,12 +151,3 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes sure that the names in a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from functools import cache
 from pathlib import Path
@@ -39,21 +40,53 @@ def from_json(kind: type[T], text: str) -> T:
 
 
 def write_document(path: Path, value: object) -> None:
-    """Writes a dataclass as JSON; a reader sees all of it or nothing."""
+    """Writes a dataclass as JSON; a reader sees all of it or nothing, after a power loss too."""
     write_text(path, to_json(value) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file; a reader sees all of it or nothing."""
-    write_bytes(path, text.encode())
+def write_text(path: Path, text: str, *, is_synced: bool = True) -> None:
+    """Writes a text file; a reader sees all of it or nothing. See `write_bytes`."""
+    write_bytes(path, text.encode(), is_synced=is_synced)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
+def write_bytes(path: Path, content: bytes, *, is_synced: bool = True) -> None:
+    """Writes a file under a temporary name, then renames it.
+
+    Args:
+        path: The file; folders above it are made.
+        content: All of it.
+        is_synced: Whether it must outlive a power loss, after which a file that was renamed before its content was on
+            disk can be empty. What is only kept to save time needs not, and syncing takes milliseconds.
+
+    Raises:
+        OSError: When it can't be; then nothing of it is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            if is_synced:
+                os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if is_synced:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes sure that the names in a folder are on disk; some network file systems can't, and are let off."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as failure:
+        if failure.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_document(path: Path, kind: type[T]) -> T:

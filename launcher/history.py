@@ -40,6 +40,7 @@ def report_answer(job: JobSpec) -> Answer:
 
     Raises:
         ConfigError: When a run or plan to compare is none, or no run of the recipe to check is known.
+        LaunchError: When the export can't be written.
     """
     spec = job.report
     if spec.compare:
@@ -53,7 +54,7 @@ def report_answer(job: JobSpec) -> Answer:
     if len(ledger.records) == 1:
         lines = [record_text(ledger.records[0]), *ledger.notes]
     if spec.export:
-        write_text(Path(spec.export), exported(runs, Path(spec.export).suffix))
+        _export(Path(spec.export), runs)
         lines.append(f"export    {spec.export}")
     return Answer("\n".join(lines), {"runs": runs, "notes": list(ledger.notes)})
 
@@ -68,6 +69,16 @@ def filtered(ledger: Ledger, job: JobSpec) -> Ledger:
         return all(not name or name == value for name, value in zip(asked, found, strict=True))
 
     return Ledger(tuple(record for record in ledger.records if is_wanted(record)), ledger.notes)
+
+
+def _export(file: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        write_text(file, exported(runs, file.suffix))
+    except OSError as failure:
+        raise LaunchError(
+            f"`report.export={file}` can't be written: {failure.strerror or failure}",
+            "report.export=<another file>",
+        ) from failure
 
 
 def exported(runs: Sequence[Mapping[str, Any]], suffix: str) -> str:
@@ -124,17 +135,15 @@ def check_answer(job: JobSpec, ledger: Ledger) -> Answer:
         today = Forecaster(order.job, tracer, trace_cache(job)).estimate(newest.plan, exact=True)
     before, now = newest.predicted.peak_allocated_bytes, today.peak_allocated_bytes
     moved = [Moved("predicted", before, now, newest.versions, library_versions(), newest.run_dir)]
-    earlier = next(
-        (
-            record
-            for record in ledger.records
-            if record.measured is not None
-            and (record.plan, record.model, record.hardware) == (newest.plan, newest.model, newest.hardware)
-            and record.run_dir != newest.run_dir
-        ),
-        None,
-    )
-    if newest.measured is not None and earlier is not None and earlier.measured is not None:
+    notes: list[str] = []
+    earlier = _earlier_run(newest, ledger)
+    if newest.measured is None:
+        notes.append(f"measured: nothing to compare, {newest.run_dir} ended before its meter was read")
+    elif earlier is None or earlier.measured is None:
+        notes.append(
+            f"measured: nothing to compare, no earlier run with this plan; the newest is {newest.run_dir}"
+        )
+    else:
         peaks = earlier.measured.peak_allocated_bytes, newest.measured.peak_allocated_bytes
         moved.append(Moved("measured", *peaks, earlier.versions, newest.versions, earlier.run_dir))
     beyond = [item for item in moved if abs(item.share) > spec.tolerance]
@@ -145,4 +154,15 @@ def check_answer(job: JobSpec, ledger: Ledger) -> Answer:
             f"{spec.check} moved by more than {spec.tolerance:.2%}: {words}",
             "the versions that differ are listed above; `action=memory` shows where the bytes went",
         )
-    return Answer(check_text(spec.check, moved, spec.tolerance), {"check": check_fields(moved)}, failure)
+    text = "\n".join([check_text(spec.check, moved, spec.tolerance), *notes])
+    return Answer(text, {"check": check_fields(moved), "notes": notes}, failure)
+
+
+def _earlier_run(newest: RunRecord, ledger: Ledger) -> RunRecord | None:
+    """The newest run but one that was measured with the same plan, model and hardware; None where there is none."""
+    what = (newest.plan, newest.model, newest.hardware)
+    for record in ledger.records:
+        is_same = (record.plan, record.model, record.hardware) == what
+        if is_same and record.measured is not None and record.run_dir != newest.run_dir:
+            return record
+    return None

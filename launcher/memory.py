@@ -313,3 +313,21 @@ class MemoryMeasurement:
     def phase(self, phase: Phase) -> MeasuredPhase | None:
         """The peak of one phase; None when it was not measured."""
         return next((peak for peak in self.phases if peak.phase is phase), None)
+
+
+@dataclass(frozen=True)
+class HeldMemory:
+    """What a process had right after an allocation failed, by its own count; the tracer has no part in it."""
+
+    allocated_bytes: int | None
+    """What was in use: on CUDA by torch's allocator; on a CPU by the C library's, less what was in use before anything
+    was loaded, with weights that are mapped from files. None where nobody counts it."""
+    peak_allocated_bytes: int | None
+    """The highest of it since the phase began; None on a CPU, where nobody keeps it."""
+    reserved_bytes: int | None
+    """What the caching allocator held; None where there is none (CPU)."""
+    process_peak_bytes: int | None
+    """On a CPU the process's highest resident memory, the kernel's view; None on CUDA, and where the kernel does not
+    say."""
+    resident_bytes: Mapping[Category, int]
+    """Resident categories, weighed on the live objects; empty where there was no trainer yet."""

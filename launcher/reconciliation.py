@@ -16,10 +16,10 @@ from launcher.planner.tracer import Tracer
 from launcher.planning import needed_libraries, trace_cache
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
-from launcher.run.ledger import write_record
+from launcher.run.ledger import read_replans, write_record
 from launcher.run.ranks import read_outcomes
 from launcher.run_paths import RunPaths
-from launcher.run_record import Finding, Rehearsal, Replan, RunRecord, Status, WorkerOrder, WorkerOutcome
+from launcher.run_record import Finding, Rehearsal, RunRecord, Status, WorkerOrder, WorkerOutcome
 from launcher.step_time import StepTime
 
 SEGMENT_BYTES = 2 << 20
@@ -27,13 +27,7 @@ SEGMENT_BYTES = 2 << 20
 2.13): less changes nothing there."""
 
 
-def reconcile(
-    order: WorkerOrder,
-    paths: RunPaths,
-    outcome: WorkerOutcome,
-    started: datetime,
-    replans: Sequence[Replan] = (),
-) -> RunRecord:
+def reconcile(order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, started: datetime) -> RunRecord:
     """Writes the record of a run that has ended: predicted beside measured."""
     files = [paths.measured(rank) for rank in range(order.plan.world_size)]
     measured = tuple(read_document(file, MemoryMeasurement) for file in files if file.exists())
@@ -58,7 +52,7 @@ def reconcile(
         predicted_step=order.predicted_step,
         predicted_step_as_run=step_as_run,
         rehearsal=rehearsal_of(order, paths),
-        replans=tuple(replans),
+        replans=read_replans(paths),
     )
     write_record(paths, record)
     return record

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Final
 
 from launcher.checkpoints import last_checkpoint, step_of
-from launcher.documents import write_document
 from launcher.errors import WorkerOutOfMemory
 from launcher.job import ChoicesSpec, Engine, JobSpec
 from launcher.memory import MemoryEstimate, Phase
@@ -17,6 +16,7 @@ from launcher.planner.interval import EVIDENCE, read_residuals, with_interval
 from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, trace_cache
 from launcher.run.launch import launch_worker, rewrite_run
+from launcher.run.ledger import note_replan
 from launcher.run.ranks import noted_phase
 from launcher.run.rehearse import is_due
 from launcher.run_paths import RunPaths
@@ -121,8 +121,12 @@ def run_to_the_end(
     show: Callable[[str], None],
     rehearsed: Callable[[WorkerOrder], None],
     describe: Callable[[WorkerOrder], dict[str, Any]],
-) -> tuple[WorkerOrder, WorkerOutcome, tuple[Replan, ...]]:
+) -> tuple[WorkerOrder, WorkerOutcome]:
     """Runs the worker of a prepared run; out of memory, again with the next plan, as often as the job allows.
+
+    To be called by who holds the run directory (`sole_launcher`): between two plans it is rewritten. What was tried is
+    added to what earlier launches tried in it, and the count begins anew with each launch: who resumes a run has seen
+    how it ended, and may have made room.
 
     Args:
         order: What the worker does.
@@ -132,33 +136,36 @@ def run_to_the_end(
         describe: The plan document of an order, for the run directory.
 
     Returns:
-        The last order, how it ended, and the plans that ran out of memory before it.
+        The last order, and how it ended.
 
     Raises:
         LauncherError: When a run ended without an outcome, and not for want of memory.
     """
-    replans: list[Replan] = []
-    while True:
+    for replans_left in range(order.job.launch.max_replans, -1, -1):
         outcome = _outcome(order, paths, show, rehearsed)
         is_over = outcome.status is not Status.OUT_OF_MEMORY or order.plan.num_nodes > 1
-        if is_over or len(replans) == order.job.launch.max_replans:
-            return order, outcome, tuple(replans)
-        in_rehearsal = is_due(paths) and not paths.rehearsal.findings.exists()
-        act = paths.rehearsal if in_rehearsal else paths
-        phase = outcome.phase or noted_phase(act, outcome.rank)
+        if is_over or not replans_left:
+            break
+        in_rehearsal = _is_in_rehearsal(paths)
         checkpoint = last_checkpoint(paths.checkpoints)
-        found = next_order(order, phase, checkpoint is not None)
+        found = next_order(order, outcome.phase, checkpoint is not None)
         if found is None:
-            return order, outcome, tuple(replans)
+            break
         following, change = found
         step = 0 if checkpoint is None else step_of(checkpoint)
-        message = outcome.message.splitlines()[0]
-        replans.append(Replan(phase, message, in_rehearsal, order.plan, following.plan, change, step))
+        message, phase = outcome.message.splitlines()[0], outcome.phase
+        replan = Replan(phase, message, in_rehearsal, order.plan, following.plan, change, step, outcome.held)
         show(f"out of memory in {phase.value if phase else 'an unknown phase'}: {message}")
         show(f"trying    {change}, {f'from the checkpoint of step {step}' if step else 'from the beginning'}")
+        note_replan(paths, replan)
         order = following
         rewrite_run(paths, order, describe(order))
-        write_document(paths.replans, tuple(replans))
+    return order, outcome
+
+
+def _is_in_rehearsal(paths: RunPaths) -> bool:
+    """Whether a run that has just ended did so before its rehearsal had."""
+    return is_due(paths) and not paths.rehearsal.findings.exists()
 
 
 def _outcome(
@@ -169,9 +176,9 @@ def _outcome(
 ) -> WorkerOutcome:
     """How a run ended; that the kernel ended it for want of memory is an outcome too."""
     try:
-        return launch_worker(paths, order, show, rehearsed=lambda: rehearsed(order))
+        outcome = launch_worker(paths, order, show, rehearsed=lambda: rehearsed(order))
     except WorkerOutOfMemory as failure:
-        return WorkerOutcome(
+        outcome = WorkerOutcome(
             status=Status.OUT_OF_MEMORY,
             message=str(failure),
             steps=0,
@@ -182,3 +189,5 @@ def _outcome(
             step_seconds=None,
             world_size=order.plan.world_size,
         )
+    act = paths.rehearsal if _is_in_rehearsal(paths) else paths
+    return replace(outcome, phase=outcome.phase or noted_phase(act, outcome.rank))

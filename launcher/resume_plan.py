@@ -9,7 +9,6 @@ from typing import Any
 
 from launcher.checkpoints import PARTIAL, last_checkpoint, step_of, whole_checkpoints
 from launcher.config import with_changes
-from launcher.documents import adapter, write_document
 from launcher.errors import ConfigError, LaunchError
 from launcher.job import ChoicesSpec, JobSpec, PinSpec
 from launcher.memory import DiskEstimate
@@ -28,6 +27,7 @@ from launcher.resume_limits import (
 )
 from launcher.run.detect import DetectedDevice, is_here
 from launcher.run.launch import rewrite_run
+from launcher.run.ledger import note_replan
 from launcher.run.lock import end_orphans
 from launcher.run.node import clear_leftovers
 from launcher.run.status import run_status
@@ -179,15 +179,7 @@ def give_order(
         asked = " ".join(f"{key}={getattr(value, 'value', value)}" for key, value in changes.items())
         step = 0 if checkpoint is None else step_of(checkpoint)
         replan = Replan(None, asked, False, before.plan, after.plan, change, step, by_user=True)
-        write_document(paths.replans, (*_replans(paths), replan))
-
-
-def _replans(paths: RunPaths) -> tuple[Replan, ...]:
-    if not paths.replans.exists():
-        return ()
-    kind: Any = tuple[Replan, ...]
-    found: tuple[Replan, ...] = adapter(kind).validate_json(paths.replans.read_bytes())
-    return found
+        note_replan(paths, replan)
 
 
 def still_written_bytes(paths: RunPaths, training: TrainingSpec, disk: DiskEstimate | None) -> int:

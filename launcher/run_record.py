@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from launcher.job import JobSpec
 from launcher.leak import Leak
-from launcher.memory import MemoryEstimate, MemoryMeasurement, Phase
+from launcher.memory import HeldMemory, MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan
 from launcher.step_time import StepTime
 
@@ -79,6 +79,8 @@ class WorkerOutcome:
     """Median tokens of these steps per device, padding included; less than planned where examples are short."""
     phase: Phase | None = None
     """Phase in which it ended; None where it could not say."""
+    held: HeldMemory | None = None
+    """What it had when it ran out of memory; None where it did not, or was killed and could not say."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class Replan:
     """Optimizer steps in the checkpoint that it went on from; 0: from the beginning."""
     by_user: bool = False
     """Whether the user changed the plan, with `launch resume=<run dir> <key>=<value>`: nothing had failed."""
+    held: HeldMemory | None = None
+    """What the worker had when memory ran out; None where it could not say."""
 
 
 @dataclass(frozen=True)

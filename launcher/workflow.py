@@ -7,6 +7,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +30,7 @@ from launcher.recovery import run_to_the_end
 from launcher.report import tables
 from launcher.report.documents import (
     handed_over_fields,
+    ordered_document,
     plan_document,
     plan_fields,
     predicted_fields,
@@ -42,8 +44,8 @@ from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import VISIBLE, DetectedDevice, detect_cuda, is_here, num_here
 from launcher.run.endings import raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, packaged_folder, parse_packaged_path
-from launcher.run.launch import prepare_run, require_disk
-from launcher.run.ledger import new_run_dir, previous_run
+from launcher.run.launch import complete_run, prepare_run, require_disk, require_unused
+from launcher.run.ledger import new_run_dir, previous_run, read_order
 from launcher.run.lock import sole_launcher
 from launcher.run.slurm import submit, submit_command
 from launcher.run.status import ordered_run, run_status, unrecorded_outcome
@@ -130,6 +132,8 @@ def smallest_change(choice: PlanChoice) -> str:
 
 def run_answer(job: JobSpec, show: Show) -> Answer:
     """`action=run`: plans, launches, reconciles."""
+    if job.run_dir:
+        require_unused(Path(job.run_dir))
     began = time.perf_counter()
     devices = detect_cuda()
     job = resolve(job, devices)
@@ -166,7 +170,7 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
     """`resume=<run dir>`: continues a run, under another plan where `changes` (values by dotted key) ask for one."""
     paths = RunPaths(Path(job.resume).resolve())
     order = previous_run(paths.root)
-    document = json.loads(paths.plan.read_text(encoding="utf-8"))
+    document = _kept_document(order, paths, show)
     last = last_checkpoint(paths.checkpoints)
     show(f"resuming  {paths.root}, {'from the beginning' if last is None else f'after {last.name}'}")
     try:
@@ -191,11 +195,21 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
     return _start(order, paths, document, show)
 
 
+def _kept_document(order: WorkerOrder, paths: RunPaths, show: Show) -> dict[str, Any]:
+    """The plan document of a run; of one whose document can't be read, what its order says of it."""
+    with suppress(OSError, ValueError):
+        document = json.loads(paths.plan.read_text(encoding="utf-8"))
+        if isinstance(document, dict):
+            return document
+    show(f"`{paths.plan}` can't be read: it is made again from `{paths.worker.name}`")
+    return ordered_document(order, library_versions(), str(paths.root))
+
+
 def _start(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
     """Runs a prepared run here; where a cluster runs it, hands it over and returns."""
     cluster = order.job.launch.cluster
     if not cluster.is_elsewhere:
-        return _launch(order, paths, document, show)
+        return _launch(paths, document, show)
     command, submitted = submit_hint(paths, order), None
     if cluster is Cluster.SLURM:
         command, submitted = shlex.join(submit_command(paths)), submit(paths)
@@ -233,7 +247,7 @@ def weights_folders(job: JobSpec) -> tuple[str, str]:
     return str(folder), str(cache_folder("converted") / folder.name)
 
 
-def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
+def _launch(paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
     started = datetime.now(UTC)
 
     def rehearsed(order: WorkerOrder) -> None:
@@ -244,18 +258,23 @@ def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show:
         predicted = predicted_fields(order.predicted, order.predicted_step)
         return {**document, "plan": plan_fields(order.plan), "predicted": predicted}
 
-    order, outcome, replans = run_to_the_end(order, paths, show, rehearsed, describe)
-    try:
-        record = reconcile(order, paths, outcome, started, replans)
-    except OSError as error:
-        raise LaunchError(
-            f"the run's record can't be written: {error}", f"make room at `{paths.root}`"
-        ) from error
+    with sole_launcher(paths):
+        order = read_order(
+            paths
+        )  # another launch may have taken another plan before this one had the directory
+        complete_run(paths, order, describe(order))
+        order, outcome = run_to_the_end(order, paths, show, rehearsed, describe)
+        try:
+            record = reconcile(order, paths, outcome, started)
+        except OSError as error:
+            raise LaunchError(
+                f"the run's record can't be written: {error}", f"make room at `{paths.root}`"
+            ) from error
     failure: LauncherError | None = None
     try:
         raise_for_outcome(outcome, paths, order.plan.world_size)
     except WorkerOutOfMemory as error:
-        bill = bill_at_failure(order.predicted, record.outcome.phase)
+        bill = bill_at_failure(order.predicted, outcome)
         failure = WorkerOutOfMemory(f"{error.message}\n\n{bill}", error.hint)
     except LauncherError as error:
         failure = error

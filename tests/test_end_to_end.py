@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from launcher.checkpoints import last_checkpoint, step_of
+from launcher.run_paths import RunPaths
 from tests.tiny_job import write_tiny_model
 
 TIMEOUT_SECONDS = 900
@@ -61,20 +63,28 @@ def job(tiny: Path, cache: Path) -> list[str]:
 def launch(
     arguments: list[str], folder: Path, data_limit_bytes: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `launch` in a folder; with a limit, no process of it may hold more private memory than that."""
+    """Runs `launch` in a folder to its end; see `started`."""
+    child = started(arguments, folder, data_limit_bytes)
+    stdout, stderr = child.communicate(timeout=TIMEOUT_SECONDS)
+    return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
+
+
+def started(arguments: list[str], folder: Path, data_limit_bytes: int | None = None) -> subprocess.Popen[str]:
+    """Starts `launch` in a folder, in a session of its own; with a limit, no process of it may hold more private memory
+    than that."""
 
     def limit() -> None:
         if data_limit_bytes is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (data_limit_bytes, data_limit_bytes))
 
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "launcher.cli", *map(quoted, arguments)],
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
         preexec_fn=limit,
+        start_new_session=True,
     )
 
 
@@ -216,42 +226,73 @@ def test_quantised_run_generates_and_shows_its_bill(job: list[str], tmp_path: Pa
     assert (run_dir / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_interrupt_saves_a_checkpoint_and_resume_continues(job: list[str], tmp_path: Path) -> None:
-    run_dir = tmp_path / "interrupted run"
+def test_interrupts_save_a_checkpoint_and_resume_continues(job: list[str], tmp_path: Path) -> None:
+    """Of two launches for one run directory one is refused; the other is interrupted, resumed, terminated, resumed."""
+    paths = RunPaths(tmp_path / "interrupted run")
     arguments = [argument for argument in job if not argument.startswith("training.max_steps")]
-    arguments += ["training.max_steps=400", f"run_dir={run_dir}"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", *map(quoted, arguments)],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    metrics = run_dir / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, child)
-    os.killpg(child.pid, signal.SIGINT)
-    _, stderr = child.communicate(timeout=TIMEOUT_SECONDS)
-    assert child.returncode == 130, stderr
+    arguments += ["training.max_steps=400", f"run_dir={paths.root}"]
+    racers = [started(arguments, tmp_path) for _ in range(2)]
+    wait_for(lambda: steps_logged(paths) >= 3 and any(racer.poll() is not None for racer in racers))
+    (refused,) = (racer for racer in racers if racer.poll() is not None)
+    (child,) = (racer for racer in racers if racer is not refused)
+    assert refused.returncode == 6 and "exists and is not empty" in refused.communicate()[1]
+    late = launch(arguments, tmp_path)
+    assert late.returncode == 6 and "exists and is not empty" in late.stderr and late.stdout == ""
+
+    stderr = stopped(child, signal.SIGINT, 130)
     assert "resume=" in stderr
-    worker = int((run_dir / "worker.rank0.pid").read_text())
+    worker = int(paths.pid(0).read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
-    (checkpoint,) = (run_dir / "checkpoints").glob("checkpoint-*")
-    done = int(checkpoint.name.removeprefix("checkpoint-"))
-    order = json.loads((run_dir / "worker.json").read_text())
-    order["job"]["training"]["max_steps"] = done + 2
-    (run_dir / "worker.json").write_text(json.dumps(order))
-    result = launch([f"resume={run_dir}", "output=json"], tmp_path)
+
+    done, logged = saved_steps(paths), steps_logged(paths)
+    paths.plan.write_bytes(b"")  # as power that goes may leave it
+    child = started([f"resume={paths.root}"], tmp_path)
+    wait_for(lambda: steps_logged(paths) >= logged + 2, child)
+    second = launch([f"resume={paths.root}"], tmp_path)
+    assert second.returncode == 6 and f"another launch, process {child.pid}, runs in it" in second.stderr
+    stderr = stopped(child, signal.SIGTERM, 143)
+    assert "resume=" in stderr and saved_steps(paths) > done
+    assert json.loads(paths.plan.read_text())["plan"]["max_length"] == 192, "it was made again"
+
+    order = json.loads(paths.worker.read_text())
+    order["job"]["training"]["max_steps"] = saved_steps(paths) + 2
+    paths.worker.write_text(json.dumps(order))
+    result = launch([f"resume={paths.root}", "output=json"], tmp_path)
     assert result.returncode == 0, result.stderr
-    assert document_of(result)["outcome"]["steps"] == done + 2
+    assert document_of(result)["outcome"]["steps"] == order["job"]["training"]["max_steps"]
+
+    paths.worker.write_bytes(b"")
+    damaged = launch([f"resume={paths.root}"], tmp_path)
+    assert damaged.returncode == 2 and f"`{paths.worker}` can't be read" in damaged.stderr
+    assert "Traceback" not in damaged.stderr and "is whole" in damaged.stderr
 
 
-def wait_for(condition: Any, child: subprocess.Popen[str]) -> None:
+def steps_logged(paths: RunPaths) -> int:
+    """Lines of metrics.jsonl so far."""
+    return len(paths.metrics.read_text().splitlines()) if paths.metrics.exists() else 0
+
+
+def saved_steps(paths: RunPaths) -> int:
+    """Steps in the last whole checkpoint."""
+    last = last_checkpoint(paths.checkpoints)
+    assert last is not None
+    return step_of(last)
+
+
+def stopped(child: subprocess.Popen[str], number: int, exit_code: int) -> str:
+    """Sends a signal to the whole group, as terminals and schedulers do; returns what was said."""
+    os.killpg(child.pid, number)
+    _, stderr = child.communicate(timeout=TIMEOUT_SECONDS)
+    assert child.returncode == exit_code, stderr
+    return stderr
+
+
+def wait_for(condition: Any, child: subprocess.Popen[str] | None = None) -> None:
     """Waits until a condition holds, or the child ends."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
-        if child.poll() is not None:
+        if child is not None and child.poll() is not None:
             raise AssertionError(child.communicate()[1])
         assert time.monotonic() < deadline
         time.sleep(0.2)

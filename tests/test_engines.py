@@ -29,6 +29,7 @@ from launcher.run.endings import raise_for_outcome
 from launcher.run.launch import launch_worker, prepare_run
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOrder, WorkerOutcome
+from tests.memory_group import memory_group
 from tests.tiny_job import tiny_order, write_tiny_model
 
 SAME_LOSS = 1e-3
@@ -228,28 +229,9 @@ def test_a_rank_that_is_killed_is_named_with_its_log(tiny: Path, tmp_path: Path)
     assert members_of(run.paths) == []
 
 
-GROUPS = Path("/sys/fs/cgroup")
-
-
-def memory_group(name: str, limit_bytes: int) -> Path | None:
-    """A control group with a memory limit; None where it can't be had."""
-    v1 = (GROUPS / "memory").is_dir()
-    group = GROUPS / ("memory" if v1 else "") / name
-    try:
-        group.mkdir()
-        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit_bytes))
-        if not v1:
-            (group / "memory.swap.max").write_text("0")
-    except OSError:
-        return None
-    return group
-
-
 @pytest.mark.thorough
 def test_a_rank_that_the_kernel_kills_for_memory_ends_with_its_own_code(tiny: Path, tmp_path: Path) -> None:
     group = memory_group(f"launcher-test-{os.getpid()}", 32 << 20)
-    if group is None:
-        pytest.skip("no control group with a memory limit can be made here: that needs root and Linux")
     run = prepared(tmp_path, tiny_order(tiny, Engine.DDP, training={"max_steps": 10_000}))
     try:
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from launcher.config import load_job
 from launcher.documents import write_document
-from launcher.errors import ConfigError, PeakMoved
+from launcher.errors import ConfigError, LaunchError, PeakMoved
 from launcher.history import report_answer
 from launcher.memory import MeasuredPhase, MemoryMeasurement, Phase, StepShape
 from launcher.planning import find_plan, resolve
@@ -64,6 +66,12 @@ def make_run(root: Path, order: WorkerOrder, started: str, measured_bytes: int, 
     write_document(RunPaths(root).worker, order)
     write_record(RunPaths(root), record)
     return record
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command itself."""
+    command = [sys.executable, "-m", "launcher.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def report(*arguments: str) -> Answer:
@@ -139,6 +147,39 @@ def test_a_check_tells_whether_peaks_have_moved(order: WorkerOrder, tmp_path: Pa
     assert moved.failure is not None and "predicted peak +100" in moved.failure.message
     with pytest.raises(ConfigError, match="no run of this recipe"):
         report(f"run_dir={tmp_path}", "report.check=llama_lora")
+
+
+def test_a_check_says_when_there_is_no_earlier_run_with_the_plan(order: WorkerOrder, tmp_path: Path) -> None:
+    """An upgrade may have changed the plan too."""
+    other = replace(order.plan, micro_batch_size=1, gradient_accumulation_steps=2)
+    make_run(tmp_path / "old", order, "2026-11-01T00:00:00+00:00", 1_000_000, plan=other)
+    make_run(tmp_path / "new", order, "2026-11-02T00:00:00+00:00", 1_400_000)
+    answer = report(f"run_dir={tmp_path}", "report.check=smollm_lora")
+    assert answer.failure is None and [item["what"] for item in answer.document["check"]] == ["predicted"]
+    assert "no earlier run with this plan" in answer.text and str(tmp_path / "new") in answer.text
+    assert answer.document["notes"] == [answer.text.splitlines()[-1]]
+    make_run(tmp_path / "cut", order, "2026-11-03T00:00:00+00:00", 0, measured=None)
+    assert "ended before its meter was read" in report(f"run_dir={tmp_path}", "report.check=smollm_lora").text
+
+
+def test_the_command_ends_with_one_when_a_peak_has_moved(order: WorkerOrder, tmp_path: Path) -> None:
+    """The prediction is kept from the fixture: nothing is traced."""
+    make_run(tmp_path / "old", order, "2026-11-01T00:00:00+00:00", 1_000_000)
+    make_run(tmp_path / "new", order, "2026-11-02T00:00:00+00:00", 1_004_000)
+    done = launch(
+        "action=report", f"run_dir={tmp_path}", "report.check=smollm_lora", "report.tolerance=0.003"
+    )
+    assert done.returncode == 1, done.stderr
+    assert "smollm_lora moved by more than 0.30%: measured peak +0.40%" in done.stderr
+    assert "  measured" in done.stdout
+
+
+def test_an_export_that_cannot_be_written_is_one_message(order: WorkerOrder, tmp_path: Path) -> None:
+    make_run(tmp_path / "a", order, "2026-11-01T00:00:00+00:00", 1000)
+    for place in ("/proc/no/such/runs.csv", str(tmp_path / "a" / "record.json" / "runs.json")):
+        with pytest.raises(LaunchError, match=r"`report.export=.* can't be written") as caught:
+            report(f"run_dir={tmp_path}", f"report.export={place}")
+        assert "<another file>" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.run import endings, launch, node, supervise
 from launcher.run.endings import log_tail, raise_for_outcome
-from launcher.run.launch import launch_worker, prepare_run
+from launcher.run.launch import complete_run, launch_worker, prepare_run, require_unused
+from launcher.run.lock import sole_launcher
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 
@@ -142,7 +143,10 @@ def test_an_empty_folder_is_filled_and_stays_itself(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    require_unused(tmp_path)
     (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(LaunchError, match="is not empty"):
+        require_unused(tmp_path)
     with pytest.raises(LaunchError, match="is not empty") as caught:
         prepare_run(RunPaths(tmp_path), ORDER, {})
     assert "resume=" in caught.value.hint
@@ -203,6 +207,7 @@ def test_of_two_launches_for_one_folder_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_has_one_launcher(stage: Stage) -> None:
+    """tests/test_end_to_end.py has two `launch` commands in one; the lock goes with its process, however that ends."""
     program = """
         import sys, time
         from pathlib import Path
@@ -215,10 +220,27 @@ def test_a_run_directory_has_one_launcher(stage: Stage) -> None:
     command = [sys.executable, "-c", textwrap.dedent(program), str(stage.paths.root)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(LaunchError, match=f"another launch, process {holder.pid}"):
-            stage.play("end()")
+        with (
+            pytest.raises(LaunchError, match=f"another launch, process {holder.pid}"),
+            sole_launcher(stage.paths),
+        ):
+            pass
         holder.kill()
-    assert stage.play("end()") == DONE
+    with sole_launcher(stage.paths):
+        assert stage.play("end()") == DONE
+
+
+def test_what_follows_from_an_order_is_made_again(stage: Stage) -> None:
+    """Power may go while a run is rewritten for its next plan; the order is written last."""
+    paths, document = stage.paths, {"plan": 1}
+    wanted = {file: file.read_bytes() for file in (paths.plan, paths.accelerate_config)}
+    untouched = paths.plan.stat().st_mtime_ns
+    complete_run(paths, ORDER, document)
+    assert paths.plan.stat().st_mtime_ns == untouched
+    paths.plan.write_bytes(b"")
+    paths.accelerate_config.write_text("num_processes: 7\n")
+    complete_run(paths, ORDER, document)
+    assert {file: file.read_bytes() for file in wanted} == wanted
 
 
 def test_workers_of_a_launcher_that_is_gone_are_ended(stage: Stage) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -17,10 +19,11 @@ import pytest
 
 from launcher.checkpoints import damage, last_checkpoint, publish, seal, set_torn_aside
 from launcher.documents import to_json, write_document
-from launcher.errors import ConfigError, LaunchError
+from launcher.errors import ConfigError
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Precision
 from launcher.memory import (
     Category,
+    HeldMemory,
     MeasuredPhase,
     MemoryEstimate,
     MemoryMeasurement,
@@ -29,10 +32,18 @@ from launcher.memory import (
     StepShape,
 )
 from launcher.plan import Plan
-from launcher.run.ledger import find_records, new_run_dir, previous_run, write_record
-from launcher.run.ledger_file import NAME, read_rows
+from launcher.run import ledger_file
+from launcher.run.ledger import (
+    find_records,
+    new_run_dir,
+    note_replan,
+    previous_run,
+    read_replans,
+    write_record,
+)
+from launcher.run.ledger_file import LOCAL, NAME, file_system, read_rows
 from launcher.run_paths import RunPaths
-from launcher.run_record import RunRecord, Status, WorkerOrder, WorkerOutcome
+from launcher.run_record import Replan, RunRecord, Status, WorkerOrder, WorkerOutcome
 
 NOW = datetime(2026, 11, 3, 9, 5, 7, tzinfo=UTC)
 PLAN = Plan(
@@ -252,6 +263,97 @@ def test_a_damaged_ledger_is_set_aside_and_made_anew(tmp_path: Path) -> None:
     assert find_records(tmp_path).notes == ()
 
 
+def limited_writer(folder: Path, name: str, limit_bytes: int) -> subprocess.CompletedProcess[str]:
+    """Writes forty records in a process whose files may be so long: what writes more fails, as on a full disk."""
+    command = [sys.executable, "-c", WRITER, str(folder), name, "40"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.run(
+        command, input=to_json(RECORD), capture_output=True, text=True, check=False, preexec_fn=limit
+    )
+
+
+def test_a_ledger_that_may_grow_no_more_costs_no_run(tmp_path: Path) -> None:
+    done = limited_writer(tmp_path, "full", 40 << 10)
+    assert done.returncode == 0, done.stderr
+    assert 0 < len(read_rows(tmp_path)) < 40
+    found = find_records(tmp_path)
+    assert len(found.records) == len(read_rows(tmp_path)) == 40 and found.notes == ()
+
+
+@pytest.fixture
+def unwritable() -> Iterator[Callable[[Path], None]]:
+    """Makes a file or a folder one that can't be written, for root too."""
+    mounted: list[Path] = []
+
+    def protect(place: Path) -> None:
+        if os.geteuid() != 0:
+            place.chmod(0o500 if place.is_dir() else 0o400)
+            return
+        for options in (["--bind"], ["-o", "remount,bind,ro"]):
+            command = ["mount", *options, str(place), str(place)]
+            if subprocess.run(command, capture_output=True, check=False).returncode:
+                pytest.skip("root writes everywhere but in what is mounted, and may not mount")
+            if options == ["--bind"]:
+                mounted.append(place)
+
+    yield protect
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_ledger_that_cannot_be_written_is_read_and_left_alone(
+    what: str, tmp_path: Path, unwritable: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "runs"
+    gone = make_record(folder / "gone", RECORD.started)
+    shutil.rmtree(folder / "gone")
+    record = replace(RECORD, run_dir=str(folder / "a"), started="2027-01-01T00:00:00+00:00")
+    write_document(RunPaths(folder / "a").record, record)
+    before = (folder / NAME).read_bytes()
+    unwritable(folder if what == "folder" else folder / NAME)
+    found = find_records(folder)
+    assert found.records == (record, gone) and found.notes == ()
+    if what == "file":
+        newest = make_record(folder / "b", "2027-02-01T00:00:00+00:00")
+        assert find_records(folder).records == (newest, record, gone)
+    assert (folder / NAME).read_bytes() == before
+    assert list(folder.glob("*.damaged*")) == []
+
+
+def test_a_ledger_that_others_hold_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make_record(tmp_path / "a", RECORD.started)
+    monkeypatch.setattr(ledger_file, "BUSY_SECONDS", 0.1)
+    with closing(sqlite3.connect(tmp_path / NAME)) as holder:
+        holder.execute("pragma locking_mode=exclusive")
+        holder.execute("begin exclusive")
+        found = find_records(tmp_path)
+    assert found.records == (record,) and "only runs whose directories are there" in found.notes[0]
+    assert (tmp_path / NAME).is_file() and list(tmp_path.glob("*.damaged*")) == []
+
+
+def test_a_ledger_of_several_machines_is_not_written_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one that was, when nobody else was known to write it."""
+    first = make_record(tmp_path / "a", RECORD.started)
+    assert file_system(tmp_path / "not" / "there") == file_system(tmp_path) in LOCAL, (
+        "else this test is of no use"
+    )
+    assert file_system(Path("/proc/self")) == "proc"
+    for local, mode in ((LOCAL, "wal"), (frozenset(), "delete")):
+        monkeypatch.setattr(ledger_file, "LOCAL", local)
+        second = make_record(tmp_path / "b", "2027-01-01T00:00:00+00:00")
+        with closing(sqlite3.connect(tmp_path / NAME)) as connection:
+            assert connection.execute("pragma journal_mode").fetchone() == (mode,)
+        assert find_records(tmp_path).records == (second, first)
+
+
 # ----------------------------------------------------------------------------------------------------- resume
 
 
@@ -343,9 +445,36 @@ def test_a_checkpoint_takes_its_place_at_once(tmp_path: Path) -> None:
         assert not partial.exists()
 
 
-def test_a_damaged_order_is_a_launch_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [b"", b'{"job": {}}', b"\xff\0", b"[1"])
+def test_a_damaged_order_is_named_with_what_is_still_whole(left: bytes, tmp_path: Path) -> None:
+    """A power loss may leave a file empty."""
     paths = RunPaths(tmp_path)
     make_checkpoint(paths, 5)
-    paths.worker.write_text('{"job": {}}')
-    with pytest.raises(LaunchError, match="can't be read"):
+    paths.worker.write_bytes(left)
+    with pytest.raises(ConfigError, match=r"worker.json` can't be read: .*; checkpoint-5 is whole") as caught:
         previous_run(tmp_path)
+    assert "\n" not in caught.value.message and "job.json" in caught.value.hint
+
+
+def test_a_damaged_record_keeps_nobody_from_going_on(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    write_document(paths.worker, ORDER)
+    paths.record.write_bytes(b"")
+    assert previous_run(tmp_path) == ORDER
+
+
+def test_recoveries_are_added_up_and_damage_costs_no_more_than_them(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    held = HeldMemory(100, None, None, 200, {Category.PARAMETERS: 60})
+    first = Replan(
+        Phase.EVALUATION, "can't allocate", False, PLAN, PLAN, "evaluation.batch_size 4 -> 2", 3, held
+    )
+    second = replace(first, phase=None, held=None, from_step=5)
+    assert read_replans(paths) == ()
+    note_replan(paths, first)
+    note_replan(paths, second)
+    assert read_replans(paths) == (first, second)
+    paths.replans.write_bytes(b"")
+    assert read_replans(paths) == ()
+    note_replan(paths, first)
+    assert read_replans(paths) == (first,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.checkpoints import last_checkpoint
+from launcher.documents import from_json, to_json
+from launcher.errors import WorkerOutOfMemory
 from launcher.job import Engine
 from launcher.memory import (
     RESIDENT,
     Category,
+    HeldMemory,
     Interval,
     MeasuredPhase,
     MemoryEstimate,
@@ -28,13 +33,21 @@ from launcher.memory import (
     PhasePeak,
 )
 from launcher.reconciliation import findings
-from launcher.recovery import difference
+from launcher.recovery import difference, run_to_the_end
+from launcher.report.rehearsal import bill_at_failure
+from launcher.run import node
+from launcher.run.endings import raise_for_outcome
+from launcher.run.launch import prepare_run
+from launcher.run.ledger import note_replan, read_order, read_replans
 from launcher.run.rehearse import rehearsal_order
+from launcher.run_paths import RunPaths
+from launcher.run_record import Replan, Status, WorkerOutcome
 from launcher.units import MIB
 from scripts.endurance import MOMENTS, endure_all
 from scripts.memory_limits import write_texts
-from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, quoted, wait_for
-from tests.tiny_job import tiny_order, write_tiny_model
+from tests.memory_group import memory_group
+from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, quoted, started, wait_for
+from tests.tiny_job import ARCHITECTURE, tiny_order, write_tiny_model
 
 LONG = 2048
 LIMIT_BYTES = 9 << 27
@@ -136,14 +149,29 @@ def long_job(tiny: Path, cache: Path, folder: Path) -> list[str]:
     ]
 
 
+def worker_is_gone(paths: RunPaths) -> bool:
+    """Whether nothing of a run's workers is left, accelerate included; the launcher has only to plan, then."""
+    mine = (os.getpid(), *(parent.pid for parent in psutil.Process().parents()))
+    found = psutil.process_iter(["pid", "cmdline"])
+    commands = [process.info["cmdline"] or [] for process in found if process.info["pid"] not in mine]
+    return not any(str(paths.root) in command for command in commands)
+
+
 def test_a_job_that_runs_out_of_memory_goes_on_with_the_next_plan(
     tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """The same job without a limit is what the loss curve must be."""
-    job = long_job(tiny, cache, tmp_path)
-    result = launch(job, tmp_path, data_limit_bytes=LIMIT_BYTES)
-    assert result.returncode == 0, result.stderr
-    document = document_of(result)
+    """The same job without a limit is what the loss curve must be. While the next plan is made nobody else may enter."""
+    job, paths = long_job(tiny, cache, tmp_path), RunPaths(tmp_path / "disturbed")
+    child = started([*job, f"run_dir={paths.root}"], tmp_path, data_limit_bytes=LIMIT_BYTES)
+    wait_for(lambda: paths.outcome(0).exists() and worker_is_gone(paths), child)
+    child.send_signal(signal.SIGSTOP)
+    assert not paths.replans.exists(), "the next plan is not there yet"
+    second = launch([f"resume={paths.root}"], tmp_path)
+    child.send_signal(signal.SIGCONT)
+    assert second.returncode == 6 and f"another launch, process {child.pid}, runs in it" in second.stderr
+    stdout, stderr = child.communicate(timeout=TIMEOUT_SECONDS)
+    assert child.returncode == 0, stderr
+    document = json.loads(stdout)
     (replan,) = document["replans"]
     assert replan["phase"] == "train_step"
     assert replan["from_step"] > 0, "the long text is not in the first batch"
@@ -222,7 +250,8 @@ def test_findings_name_what_there_was_more_of() -> None:
     assert findings(precise, measured({Phase.SAVE: 702 * MIB}, parameters=parameters)) == ()
 
 
-def test_what_can_shrink_no_further_ends_with_the_bill(tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_job_that_shrinks_in_vain_ends_with_the_bill(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    """Layers are recomputed at the second try, and the scores of one are still too much: the bound is reached."""
     data = write_texts(tmp_path / "rows.jsonl", [LONG] * 8)
     job: list[Any] = [
         *arguments(tiny, cache, data),
@@ -231,15 +260,100 @@ def test_what_can_shrink_no_further_ends_with_the_bill(tiny: Path, cache: Path, 
         "training.max_steps=2",
         "planner.pin.attention=eager",
         "planner.pin.micro_batch_size=8",
-        "planner.pin.activation_checkpointing=none",
         "hardware.memory_bytes=1000000000000",
+        "launch.max_replans=1",
     ]
     result = launch(job, tmp_path, data_limit_bytes=2 << 30)
     assert result.returncode == 4, result.stderr
     assert "in the rehearsal" in result.stderr and "can't allocate memory" in result.stderr
-    assert "train_step was predicted to have" in result.stderr and "activations" in result.stderr
     document = document_of(result)
-    assert document["replans"] == [] and document["outcome"]["phase"] == "train_step"
+    (replan,) = document["replans"]
+    assert replan["in_rehearsal"] and replan["failed"]["activation_checkpointing"] == "none"
+    assert document["plan"] == replan["taken"] != replan["failed"]
+    assert document["outcome"]["phase"] == "train_step"
+    held = document["outcome"]["held"]
+    parameters = document["predicted"]["resident_bytes"]["parameters"]
+    assert held["resident_bytes"]["parameters"] == parameters
+    assert parameters < held["allocated_bytes"] < held["process_peak_bytes"]
+    assert replan["held"]["resident_bytes"] == held["resident_bytes"]
+    predicted, measured = result.stderr[
+        result.stderr.index("predicted at most in train_step") :
+    ].splitlines()[:2]
+    assert "activations" in predicted
+    assert measured.startswith("measured after the failure: ") and "all else" in measured
+
+
+KILLED_THEN_SHORT = """
+import json, os, pathlib, resource, sys, time
+run, group, done = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
+batch = json.loads((run / "worker.json").read_text())["job"]["evaluation"]["batch_size"]
+(run / "worker.rank0.pid").write_text(str(os.getpid()))
+(run / "worker.rank0.phase").write_text("evaluation")
+with (run / "batches").open("a") as stream:
+    stream.write(f"{batch}\\n")
+if batch == 4:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    bytearray(os.urandom(1 << 20) * 256)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
+try:
+    bytearray(1 << 29)
+except MemoryError:
+    done |= {"status": "out_of_memory", "message": "MemoryError: again"}
+(run / "outcome.rank0.json").write_text(json.dumps(done))
+"""
+
+
+def test_a_kill_for_want_of_memory_leads_to_the_next_plan_and_the_bound_to_an_end(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel ends the first worker, which can't say a word; the second one has no memory either, and says so."""
+    group = memory_group(f"launcher-replan-{os.getpid()}", 64 << 20)
+    order = tiny_order(tiny, Engine.NONE, num_devices=1)
+    job = replace(
+        order.job,
+        evaluation=replace(order.job.evaluation, enabled=True, steps=1, num_examples=4, batch_size=4),
+        launch=replace(order.job.launch, max_replans=1),
+        model=replace(order.job.model, architecture=ARCHITECTURE),
+        trace_cache=str(cache),
+    )
+    order, paths, shown = replace(order, job=job), RunPaths(tmp_path / "run"), list[str]()
+    prepare_run(paths, order, {})
+    earlier = Replan(None, "of an earlier launch", False, order.plan, order.plan, "nothing", 0)
+    note_replan(paths, earlier)
+    done = to_json(WorkerOutcome(Status.DONE, "", 0, None, None, 0.0, None, None, 1))
+    program = (sys.executable, "-c", KILLED_THEN_SHORT, str(paths.root), str(group), done)
+    monkeypatch.setattr(node, "worker_command", lambda paths, plan, node: program)
+    try:
+        last, outcome = run_to_the_end(order, paths, shown.append, lambda order: None, lambda order: {})
+    finally:
+        group.rmdir()
+    assert (paths.root / "batches").read_text().split() == ["4", "2"]
+    kept, replan = read_replans(paths)
+    assert kept == earlier, "what an earlier launch tried stays, and does not count"
+    assert (replan.phase, replan.change) == (Phase.EVALUATION, "evaluation.batch_size 4 -> 2")
+    assert "signal SIGKILL" in replan.message and replan.held is None
+    assert outcome.status is Status.OUT_OF_MEMORY and outcome.message == "MemoryError: again"
+    assert last.job.evaluation.batch_size == 2 and read_order(paths) == last
+    with pytest.raises(WorkerOutOfMemory) as caught:
+        raise_for_outcome(outcome, paths)
+    assert caught.value.exit_code == 4
+    assert "only the prediction is known" in bill_at_failure(last.predicted, outcome)
+
+
+def test_the_bill_at_a_failure_has_what_was_measured_beside_what_was_predicted() -> None:
+    peak = PhasePeak(
+        Phase.TRAIN_STEP, 900 * MIB, {Category.PARAMETERS: 600 * MIB, Category.ACTIVATIONS: 300 * MIB}
+    )
+    predicted = MemoryEstimate((peak,), {}, 0)
+    held = HeldMemory(700 * MIB, 950 * MIB, 1000 * MIB, None, {Category.PARAMETERS: 600 * MIB})
+    short = WorkerOutcome(Status.OUT_OF_MEMORY, "", 3, None, None, 1.0, None, None, 1, phase=Phase.TRAIN_STEP)
+    assert bill_at_failure(predicted, replace(short, held=held)).splitlines() == [
+        "predicted at most in train_step: 900.00 MiB alive: parameters 600.00 MiB, activations 300.00 MiB",
+        "measured after the failure: 700.00 MiB in use: parameters 600.00 MiB, all else 100.00 MiB; "
+        "at most 950.00 MiB in that phase; 1000.00 MiB reserved",
+    ]
+    assert "only the prediction is known" in bill_at_failure(predicted, short)
+    assert from_json(WorkerOutcome, to_json(replace(short, held=held))) == replace(short, held=held)
 
 
 def test_a_job_that_is_killed_while_it_saves_ends_with_the_same_weights(tmp_path: Path) -> None:

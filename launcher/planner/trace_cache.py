@@ -173,7 +173,8 @@ class TraceCache:
     def _write(self, key: str, payload: Any) -> None:
         path = self._path(key)
         if path is not None:
-            write_text(path, json.dumps({"digest": _digest(payload), "payload": payload}))
+            text = json.dumps({"digest": _digest(payload), "payload": payload})
+            write_text(path, text, is_synced=False)  # what a power loss leaves does not match its digest
 
 
 def _digest(payload: Any) -> str:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.cluster import SubmittedJob
-from launcher.memory import MemoryEstimate, MemoryMeasurement
+from launcher.memory import HeldMemory, MemoryEstimate, MemoryMeasurement
 from launcher.plan import Plan, PlanChoice, Squeeze
-from launcher.run_record import Rehearsal, Replan, RunRecord
+from launcher.run_record import Rehearsal, Replan, RunRecord, WorkerOrder
 from launcher.step_time import StepTime
 
 
@@ -45,6 +45,15 @@ def plan_document(
     }
 
 
+def ordered_document(order: WorkerOrder, versions: Mapping[str, str], run_dir: str) -> dict[str, Any]:
+    """A plan of which only the order is left: what else was considered is not known."""
+    reason = "as ordered; why is no longer known"
+    choice = PlanChoice(order.plan, reason, order.predicted, None, None, (), 0, 0, 0, order.predicted_step)
+    unknown = ("capacity_bytes", "headroom_bytes", "num_considered", "planning_seconds")
+    document = plan_document(choice, versions, 0.0, run_dir)
+    return {**document, **dict.fromkeys(unknown), "profile": order.job.profile.value}
+
+
 def squeeze_fields(squeeze: Squeeze) -> dict[str, Any]:
     """How tight a plan is, as plain values."""
     return {**asdict(squeeze), "grade": squeeze.grade.value, "savers": list(squeeze.savers)}
@@ -76,6 +85,7 @@ def run_fields(record: RunRecord) -> dict[str, Any]:
             **asdict(record.outcome),
             "status": record.outcome.status.value,
             "phase": record.outcome.phase.value if record.outcome.phase else None,
+            "held": held_fields(record.outcome.held),
         },
         **rehearsal_fields(record.rehearsal, record.replans),
         "leak": (
@@ -167,6 +177,16 @@ def measured_fields(measured: MemoryMeasurement, record: RunRecord) -> dict[str,
     }
 
 
+def held_fields(held: HeldMemory | None) -> dict[str, Any] | None:
+    """What a worker had when it ran out of memory; null where it could not say."""
+    if held is None:
+        return None
+    return {
+        **asdict(held),
+        "resident_bytes": {name.value: size for name, size in held.resident_bytes.items()},
+    }
+
+
 def rehearsal_fields(rehearsal: Rehearsal | None, replans: Sequence[Replan]) -> dict[str, Any]:
     """What rehearsal and recoveries add to a run's document."""
     shown = None
@@ -193,6 +213,7 @@ def rehearsal_fields(rehearsal: Rehearsal | None, replans: Sequence[Replan]) -> 
                 "change": replan.change,
                 "from_step": replan.from_step,
                 "by_user": replan.by_user,
+                "held": held_fields(replan.held),
             }
             for replan in replans
         ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from launcher.memory import MemoryEstimate, Phase
+from collections.abc import Mapping
+
+from launcher.memory import HeldMemory, MemoryEstimate
 from launcher.report.tables import run_text, wrapped
-from launcher.run_record import Finding, Rehearsal, Replan, RunRecord
+from launcher.run_record import Finding, Rehearsal, Replan, RunRecord, WorkerOutcome
 from launcher.units import format_bytes, format_seconds, signed_percent
 
 
@@ -47,13 +49,41 @@ def replan_text(replan: Replan) -> str:
     return wrapped("recovered", f"out of memory in {where}{what}; {replan.change}, {begun}")
 
 
-def bill_at_failure(predicted: MemoryEstimate, phase: Phase | None) -> str:
-    """What was to be alive at the highest moment of the phase in which memory ran out."""
-    peak = predicted.phase(phase) if phase else None
+def bill_at_failure(predicted: MemoryEstimate, outcome: WorkerOutcome) -> str:
+    """What was to be alive at the highest moment of the phase in which memory ran out, and what the worker had then."""
+    peak = predicted.phase(outcome.phase) if outcome.phase else None
     peak = peak or predicted.peak
-    parts = sorted(peak.by_category_bytes.items(), key=lambda item: -item[1])
-    words = ", ".join(f"{name.value} {format_bytes(size)}" for name, size in parts if size)
-    return f"{peak.phase.value} was predicted to have {format_bytes(peak.allocated_bytes)} alive: {words}"
+    parts = {name.value: size for name, size in peak.by_category_bytes.items()}
+    bill = f"{format_bytes(peak.allocated_bytes)} alive: {_parts_text(parts)}"
+    return f"predicted at most in {peak.phase.value}: {bill}\n{_held_text(outcome.held)}"
+
+
+def _held_text(held: HeldMemory | None) -> str:
+    if held is None:
+        return "measured: nothing, the worker was killed or could not say; only the prediction is known"
+    parts = {name.value: size for name, size in held.resident_bytes.items()}
+    words = []
+    if held.allocated_bytes is not None:
+        if parts:
+            parts["all else"] = max(0, held.allocated_bytes - sum(parts.values()))
+        words.append(
+            f"{format_bytes(held.allocated_bytes)} in use" + (f": {_parts_text(parts)}" if parts else "")
+        )
+    elif parts:
+        words.append(_parts_text(parts))
+    if held.peak_allocated_bytes is not None:
+        words.append(f"at most {format_bytes(held.peak_allocated_bytes)} in that phase")
+    if held.reserved_bytes is not None:
+        words.append(f"{format_bytes(held.reserved_bytes)} reserved")
+    if held.process_peak_bytes is not None:
+        words.append(f"the whole process had at most {format_bytes(held.process_peak_bytes)}")
+    return "measured after the failure: " + ("; ".join(words) or "nothing, nobody counts it here")
+
+
+def _parts_text(parts: Mapping[str, int]) -> str:
+    """Parts of a sum, the largest first."""
+    named = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in named if size)
 
 
 def record_text(record: RunRecord) -> str:

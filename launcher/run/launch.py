@@ -7,16 +7,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from launcher.cluster import DEFAULT_PORT, Cluster, Node
-from launcher.documents import to_json, write_text
+from launcher.documents import sync_folder, to_json, write_text
 from launcher.engine_config import deepspeed_text
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, LauncherError, LaunchError
 from launcher.job import Engine
-from launcher.run.lock import end_orphans, sole_launcher
+from launcher.run.lock import end_orphans
 from launcher.run.node import clear_leftovers, main_address, note_failure, run_node
 from launcher.run.rehearse import rehearsal_order
 from launcher.run.render import (
@@ -60,12 +61,10 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
             partial.root.mkdir(mode=PRIVATE)
             _write_run_files(partial, paths, order, document)
             partial.root.rename(root)
+            sync_folder(root.parent)
     except OSError as failure:
         if failure.errno == errno.ENOTEMPTY:
-            raise LaunchError(
-                f"`{root}` exists and is not empty",
-                "choose another `run_dir`, or continue it with `resume=<run dir>`",
-            ) from failure
+            raise _in_use(root) from failure
         raise LaunchError(f"`{root}` can't be written: {failure}", "choose another `run_dir`") from failure
     finally:
         shutil.rmtree(partial.root, ignore_errors=True)
@@ -109,6 +108,39 @@ def require_disk(root: Path, needed_bytes: int) -> None:
         )
 
 
+def require_unused(root: Path) -> None:
+    """Checks that a run directory is not there or empty, before anything is planned; `prepare_run` has the last word.
+
+    Raises:
+        LaunchError: When it holds something.
+    """
+    with suppress(OSError):  # what is wrong with it, the attempt to write it says
+        if any(root.iterdir()):
+            raise _in_use(root)
+
+
+def _in_use(root: Path) -> LaunchError:
+    return LaunchError(
+        f"`{root}` exists and is not empty",
+        "choose another `run_dir`, or continue it with `resume=<run dir>`",
+    )
+
+
+def complete_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
+    """Writes anew what follows from a run's order and is not so: power may have gone while a run was rewritten.
+
+    Raises:
+        LaunchError: When it can't be written.
+    """
+    texts = {paths.plan: _document_text(document), **_configurations(paths, paths, order)}
+    try:
+        for file, text in texts.items():
+            if not file.is_file() or file.read_bytes() != text.encode():
+                write_text(file, text)
+    except OSError as failure:
+        raise _unwritable(paths, failure) from failure
+
+
 def rewrite_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
     """Gives a run directory another order; what was trained so far stays.
 
@@ -126,9 +158,11 @@ def rewrite_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
         for file in scripts:
             file.chmod(_executable(file.stat().st_mode))
     except OSError as failure:
-        raise LaunchError(
-            f"`{paths.root}` can't be written: {failure}", "see that its disk has room"
-        ) from failure
+        raise _unwritable(paths, failure) from failure
+
+
+def _unwritable(paths: RunPaths, failure: OSError) -> LaunchError:
+    return LaunchError(f"`{paths.root}` can't be written: {failure}", "see that its disk has room")
 
 
 def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
@@ -149,7 +183,7 @@ def _write_run_files(at: RunPaths, paths: RunPaths, order: WorkerOrder, document
 
 def _texts(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> dict[Path, str]:
     """Files of the folder `at` that follow from an order; the order itself comes last."""
-    texts = {at.job: to_json(order.job) + "\n", at.plan: json.dumps(document, indent=2) + "\n"}
+    texts = {at.job: to_json(order.job) + "\n", at.plan: _document_text(document)}
     if order.job.launch.rehearse:
         rehearsed = rehearsal_order(order)
         texts |= _configurations(at.rehearsal, paths.rehearsal, rehearsed)
@@ -163,6 +197,10 @@ def _texts(at: RunPaths, paths: RunPaths, order: WorkerOrder, document: Mapping[
     elif cluster is Cluster.KUBERNETES:
         texts[at.train_job] = train_job_text(paths, order)
     return {**texts, at.worker: to_json(order) + "\n"}
+
+
+def _document_text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2) + "\n"
 
 
 def _configurations(at: RunPaths, paths: RunPaths, order: WorkerOrder) -> dict[Path, str]:
@@ -214,6 +252,8 @@ def launch_worker(
 ) -> WorkerOutcome:
     """Runs the worker of a prepared run to its end; why it failed is left in the run directory too.
 
+    To be called by who holds the run directory (`sole_launcher`).
+
     Args:
         paths: The run directory.
         order: What the worker does.
@@ -226,14 +266,13 @@ def launch_worker(
         LaunchError: When it ended without saying how.
     """
     grace = float(order.job.launch.grace_seconds) if grace_seconds is None else grace_seconds
-    with sole_launcher(paths):
-        end_orphans(paths, order.plan.world_size, show)
-        clear_leftovers(paths, order.plan, show)
-        try:
-            return _launch(paths, order, show, grace, rehearsed)
-        except LauncherError as failure:
-            note_failure(paths, 0, failure)
-            raise
+    end_orphans(paths, order.plan.world_size, show)
+    clear_leftovers(paths, order.plan, show)
+    try:
+        return _launch(paths, order, show, grace, rehearsed)
+    except LauncherError as failure:
+        note_failure(paths, 0, failure)
+        raise
 
 
 def _launch(

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from launcher.checkpoints import last_checkpoint
 from launcher.documents import from_json, read_document, write_document
-from launcher.errors import ConfigError
-from launcher.run.ledger_file import NAME, NewerLedger, Row, read_rows, set_aside, write_rows
+from launcher.errors import ConfigError, LaunchError
+from launcher.run.ledger_file import NAME, NewerLedger, Row, is_damage, read_rows, set_aside, write_rows
 from launcher.run_paths import RunPaths
-from launcher.run_record import RunRecord, Status, WorkerOrder
+from launcher.run_record import Replan, RunRecord, Status, WorkerOrder
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ def find_records(root: Path) -> Ledger:
         notes.append(f"`{root / NAME}` is left alone: {failure}")
         return _parsed([_row_of(paths) for paths in found], notes)
     except sqlite3.Error as failure:
-        notes.append(
-            f"`{root / NAME}` can't be read ({failure}); it is set aside as `{set_aside(root).name}`"
-        )
+        notes.append(_unreadable(root, failure))
     fresh = []
     for paths in found:
         known = rows.get(str(paths.root.resolve()))
@@ -82,6 +80,15 @@ def find_records(root: Path) -> Ledger:
         with suppress(sqlite3.Error, OSError):  # a folder that can't be written is still read
             write_rows(root, fresh)
     return _parsed(rows.values(), notes)
+
+
+def _unreadable(root: Path, failure: sqlite3.Error) -> str:
+    """What became of a ledger that can't be read: a damaged one is set aside, any other is left alone."""
+    note = f"`{root / NAME}` can't be read ({failure})"
+    if is_damage(failure):
+        with suppress(OSError):  # a folder that can't be written
+            return f"{note}; it is set aside as `{set_aside(root).name}`"
+    return f"{note}; only runs whose directories are there are listed"
 
 
 def _row_of(paths: RunPaths) -> Row:
@@ -113,19 +120,64 @@ def previous_run(root: Path) -> WorkerOrder:
     """The order of a run that is to be continued: from its last whole checkpoint, or from the beginning.
 
     Raises:
-        ConfigError: When the folder is no run directory, or the run is done and left nothing to continue from.
-        LaunchError: When its order can't be read.
+        ConfigError: When the folder is no run directory, its order can't be read, or the run is done and left nothing
+            to continue from.
     """
     paths = RunPaths(root)
     if not paths.worker.is_file():
         raise ConfigError(f"`resume={root}` is not a run directory", "it must hold worker.json")
-    is_done = paths.record.exists() and read_document(paths.record, RunRecord).outcome.status is Status.DONE
-    if is_done and last_checkpoint(paths.checkpoints) is None:
+    order = read_order(paths)
+    if _is_done(paths) and last_checkpoint(paths.checkpoints) is None:
         raise ConfigError(
             f"`resume={root}` is done, and holds no whole checkpoint to continue from",
             "set `training.save_steps` so that a run leaves some",
         )
-    return read_document(paths.worker, WorkerOrder)
+    return order
+
+
+def read_order(paths: RunPaths) -> WorkerOrder:
+    """What the workers of a run do.
+
+    Raises:
+        ConfigError: When the file does not say.
+    """
+    try:
+        return read_document(paths.worker, WorkerOrder)
+    except LaunchError as failure:
+        last = last_checkpoint(paths.checkpoints)
+        kept = "" if last is None else f"; {last.name} is whole, and is left as it is"
+        raise ConfigError(
+            f"`{paths.worker}` can't be read: {_first_cause(failure)}{kept}",
+            f"put a copy of it back, or start the job, which `{paths.job.name}` beside it holds, in another `run_dir`",
+        ) from failure
+
+
+def _is_done(paths: RunPaths) -> bool:
+    """Whether a record says so; one that can't be read is no reason not to go on."""
+    with suppress(LaunchError):
+        return read_document(paths.record, RunRecord).outcome.status is Status.DONE
+    return False
+
+
+def read_replans(paths: RunPaths) -> tuple[Replan, ...]:
+    """The changes of plan of a run so far, oldest first; none where the file is not there, or is damaged."""
+    with suppress(LaunchError):
+        return read_document(paths.replans, tuple[Replan, ...])
+    return ()
+
+
+def note_replan(paths: RunPaths, replan: Replan) -> None:
+    """Adds one to the changes of plan of a run.
+
+    Raises:
+        LaunchError: When it can't be written.
+    """
+    try:
+        write_document(paths.replans, (*read_replans(paths), replan))
+    except OSError as failure:
+        raise LaunchError(
+            f"`{paths.replans}` can't be written: {failure}", "see that its disk has room"
+        ) from failure
 
 
 def _run_dirs(root: Path) -> list[RunPaths]:

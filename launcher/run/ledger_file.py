@@ -2,6 +2,10 @@
 
 A run's record lies in its own directory too, so a lost or damaged ledger is made anew from those that are still there;
 what only the ledger still knows are runs whose directories were removed.
+
+It is written ahead (WAL) where the file system is known to be this machine's own. SQLite's readers and writers of such a
+file share memory, which those of two machines can't (sqlite.org/wal.html); elsewhere it has a rollback journal, which
+needs nothing but the file system's locks.
 """
 
 from __future__ import annotations
@@ -13,12 +17,36 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
+
+import psutil
 
 NAME: Final = "ledger.sqlite"
 VERSION: Final = 1
 """Of the schema; in SQLite's `user_version`. Rows of an older one are read and written anew."""
 BUSY_SECONDS: Final = 60.0
 """How long a writer waits for others."""
+LOCAL: Final = frozenset(
+    (
+        "apfs",
+        "bcachefs",
+        "btrfs",
+        "ext2",
+        "ext3",
+        "ext4",
+        "f2fs",
+        "hfs",
+        "overlay",
+        "tmpfs",
+        "ufs",
+        "xfs",
+        "zfs",
+    )
+)
+"""File systems that one machine alone writes."""
+DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+UNWRITABLE: Final = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+"""What SQLite says of a file in a folder that can't be written: it keeps its journal there, even to read."""
 SCHEMA: Final = """
 create table runs (
     run_dir text primary key,
@@ -53,8 +81,31 @@ def read_rows(folder: Path) -> tuple[Row, ...]:
     """
     if not (folder / NAME).is_file():
         return ()
-    with _connected(folder) as connection:
-        return tuple(Row(*row) for row in connection.execute("select run_dir, changed_ns, record from runs"))
+    try:
+        with _connected(folder) as connection:
+            return _rows(connection)
+    except sqlite3.Error as failure:
+        if _code(failure) not in UNWRITABLE:
+            raise
+    # what a killed writer has left in its journal is not read so; the run's directory has it too
+    address = f"file:{quote(str((folder / NAME).resolve()))}?mode=ro&immutable=1"
+    with closing(sqlite3.connect(address, uri=True)) as connection:
+        return _rows(connection)
+
+
+def _rows(connection: sqlite3.Connection) -> tuple[Row, ...]:
+    return tuple(Row(*row) for row in connection.execute("select run_dir, changed_ns, record from runs"))
+
+
+def is_damage(failure: sqlite3.Error) -> bool:
+    """Whether a file that can't be read is damaged; else it is locked, or may not be opened, or its disk fails."""
+    return _code(failure) in DAMAGED
+
+
+def _code(failure: sqlite3.Error) -> int | None:
+    """SQLite's primary result code; None where it was not SQLite that failed."""
+    code: int | None = getattr(failure, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def write_rows(folder: Path, rows: Iterable[Row]) -> None:
@@ -89,19 +140,31 @@ def _connected(folder: Path) -> Iterator[sqlite3.Connection]:
         (version,) = connection.execute("pragma user_version").fetchone()
         if version > VERSION:
             raise NewerLedger(f"it has schema {version}, this version knows {VERSION}")
-        _log_ahead(connection)
+        _set_journal(connection, journal_mode(folder))
         connection.execute("pragma synchronous=full")
         if version < VERSION:
             _migrate(connection)
         yield connection
 
 
-def _log_ahead(connection: sqlite3.Connection) -> None:
-    """Writes ahead, so that readers and a writer don't wait for each other."""
+def journal_mode(folder: Path) -> str:
+    """How the ledger of a folder is kept safe: `wal` on file systems of this machine alone, else `delete`."""
+    return "wal" if file_system(folder) in LOCAL else "delete"
+
+
+def file_system(folder: Path) -> str:
+    """Type of the file system that a folder lies in, as the mount table words it; empty where there is none."""
+    place = folder.resolve()
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next((mounts[above] for above in (place, *place.parents) if above in mounts), "")
+
+
+def _set_journal(connection: sqlite3.Connection, mode: str) -> None:
+    """Sets the journal's kind: written ahead, readers and a writer don't wait for each other."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            connection.execute("pragma journal_mode=wal")
+            connection.execute(f"pragma journal_mode={mode}")
             return
         except sqlite3.OperationalError as failure:
             # SQLite does not wait by itself here

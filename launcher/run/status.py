@@ -13,6 +13,7 @@ from launcher.checkpoints import last_checkpoint
 from launcher.cluster import SubmittedJob
 from launcher.documents import read_document
 from launcher.errors import ConfigError, Interrupted, Terminated
+from launcher.run.ledger import read_order
 from launcher.run.lock import works_on
 from launcher.run.ranks import deciding_outcome, read_outcomes
 from launcher.run.slurm import slurm_state
@@ -45,13 +46,12 @@ def ordered_run(root: Path) -> tuple[RunPaths, WorkerOrder]:
     """A run directory and its order.
 
     Raises:
-        ConfigError: When the folder is no run directory.
-        LaunchError: When its order can't be read.
+        ConfigError: When the folder is no run directory, or its order can't be read.
     """
     paths = RunPaths(root)
     if not paths.worker.is_file():
         raise ConfigError(f"`run_dir={root}` is not a run directory", "it must hold worker.json")
-    return paths, read_document(paths.worker, WorkerOrder)
+    return paths, read_order(paths)
 
 
 def run_status(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launcher.memory import Phase, StepShape
 from launcher.plan import Plan
@@ -50,6 +50,8 @@ class Progress:
     """The phase that the loop is in."""
     phase_file: Path | None = None
     """Where it is noted, for those who wonder about a process that is gone."""
+    trainer: Trainer | None = None
+    """The trainer, once there is one."""
 
     def enter(self, phase: Phase) -> None:
         """The loop enters a phase."""

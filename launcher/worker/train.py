@@ -39,7 +39,7 @@ from launcher.documents import write_document
 from launcher.engines import engine, engine_arguments, gather_when_saving, prepare_trainer
 from launcher.errors import DataError, LauncherError
 from launcher.job import JobSpec
-from launcher.memory import Category, MemoryMeasurement, Phase, StepShape
+from launcher.memory import Category, HeldMemory, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
 from launcher.redaction import redacted, secrets_of
 from launcher.run_paths import RunPaths
@@ -47,9 +47,10 @@ from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 from launcher.worker.checkpoints import save_aside
 from launcher.worker.engine import connect, leave_together
 from launcher.worker.exhausted import is_out_of_memory
+from launcher.worker.held import held_memory
 from launcher.worker.ingredients import Ingredients, prepare
 from launcher.worker.laid_out import blamed_template
-from launcher.worker.leaks import LeakCallback, LeakWatch
+from launcher.worker.leaks import LeakCallback, LeakWatch, allocated_now_bytes
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
@@ -115,6 +116,7 @@ def train(
             callbacks.append(GenerationCallback(enter, ingredients.prompts, job.generation, write))
         trainer = _built(model, job, plan, arguments, ingredients, callbacks)
         built.append(trainer)
+        progress.trainer = trainer
         for note in ingredients.settle(trainer):
             report(note)
         prepare_trainer(trainer, plan, enter)
@@ -229,6 +231,8 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         signal.SIGINT, (lambda number, frame: _ask_to_stop(progress, frame)) if listens else signal.SIG_IGN
     )
     status, message, seconds = Status.DONE, "", 0.0
+    held: HeldMemory | None = None
+    before_bytes = allocated_now_bytes()
     measurement: MemoryMeasurement | None = None
     try:
         _report("reading data and tokenizer")
@@ -254,12 +258,15 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     except Exception as failure:  # the process boundary: whatever it was, the parent must learn of it
         status = Status.OUT_OF_MEMORY if is_out_of_memory(failure) else Status.FAILED
         message = f"{type(failure).__name__}: {failure}"
+        if status is Status.OUT_OF_MEMORY:
+            held = held_memory(progress.trainer, before_bytes)
         traceback.print_exc()
     message = redacted(message, secrets_of(os.environ))
     try:
         if measurement is not None:
             write_document(paths.measured(rank()), measurement)
-        write_document(paths.outcome(rank()), _outcome(status, message, seconds, progress))
+        outcome = replace(_outcome(status, message, seconds, progress), held=held)
+        write_document(paths.outcome(rank()), outcome)
     except OSError as failure:  # then the launcher has this line alone
         _report(f"{message or status.value}; and that can't be written: {failure}")
         return Status.FAILED
