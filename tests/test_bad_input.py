@@ -5,6 +5,7 @@ The files are real: written by transformers and safetensors, then damaged. What 
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -397,7 +398,9 @@ def test_tokens_without_a_row_in_the_embedding_are_refused(copy: Path) -> None:
         trained(copy, [{"text": "abc"}, {"text": "a <new> one"}])
 
 
-def test_a_conversation_that_the_template_refuses_is_named(copy: Path) -> None:
+@pytest.mark.parametrize("rehearses", [False, True], ids=["run", "rehearsal"])
+def test_a_conversation_that_the_template_refuses_is_named(copy: Path, rehearses: bool) -> None:
+    """By its line in the file, which a rehearsal takes the longest examples of first."""
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         "{{ m.content }}{% endfor %}"
@@ -405,8 +408,48 @@ def test_a_conversation_that_the_template_refuses_is_named(copy: Path) -> None:
     (copy / "chat_template.jinja").write_text(template)
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     bad = [{"role": "system", "content": "b"}, *turns]
-    with pytest.raises(DataError, match=r"example 2: .*no system here.*system, user, assistant"):
-        trained(copy, [{"messages": turns}, {"messages": bad}])
+    longer = [{"role": "user", "content": "a" * 50}, turns[1]]
+    rows = [{"messages": turns}, {"messages": bad}, {"messages": longer}, {"messages": turns}]
+    said = r"rows\.jsonl, row 2 \(line 2\): .*no system here.*system, user, assistant"
+    with pytest.raises(DataError, match=said) as caught:
+        trained(copy, rows, rehearses=rehearses)
+    assert f"`{copy}`" in caught.value.message and caught.value.hint
+    held_out = copy / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    evaluation = EvaluationSpec(enabled=True, path=str(held_out), num_examples=4, batch_size=1)
+    with pytest.raises(DataError, match=r"held_out\.jsonl, row 3 \(line 3\): "):
+        trained(copy, [{"messages": turns}], {"evaluation": evaluation}, rehearses=rehearses)
     (copy / "chat_template.jinja").write_text("{% for m in messages %}")
-    with pytest.raises(DataError, match="the model's chat template"):
-        trained(copy, [{"messages": turns}])
+    with pytest.raises(DataError, match="the chat template of") as caught:
+        trained(copy, [{"messages": turns}], rehearses=rehearses)
+    assert caught.value.hint
+
+
+def test_conversations_without_a_template_name_data_and_model(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"rows\.jsonl are conversations") as caught:
+        trained(copy, [{"messages": [{"role": "user", "content": "a"}]}])
+    assert f"`{copy}`" in caught.value.message and "chat_template.jinja" in caught.value.hint
+
+
+def test_a_config_that_is_no_json_is_named_with_its_line_and_a_cure(copy: Path) -> None:
+    (copy / "config.json").write_text('{\n"model_type": \n}')
+    with pytest.raises(DataError, match=r"config\.json` is not JSON: .*line 3") as caught:
+        resolve_model(ModelSpec(path=str(copy)), lambda _: None)
+    assert "fetch the model again" in caught.value.hint
+
+
+def test_every_data_error_has_a_cure() -> None:
+    calls = [
+        (file.name, call)
+        for file in sorted((config_root() / "launcher").rglob("*.py"))
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "DataError"
+    ]
+    assert len(calls) > 40
+    bare = [
+        f"{name}:{call.lineno}"
+        for name, call in calls
+        if len(call.args) + sum(keyword.arg == "hint" for keyword in call.keywords) < 2
+    ]
+    assert bare == []

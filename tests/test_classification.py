@@ -122,7 +122,7 @@ def test_rows_are_text_and_label(tmp_path: Path) -> None:
     assert data.format is DataFormat.LABELED
     rows = load_examples(data)
     assert rows.to_list() == [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
-    assert fitted(rows, JobSpec(model=CLASSIFIER), data.path) is rows
+    assert fitted(rows, JobSpec(model=CLASSIFIER), data) is rows
 
 
 @pytest.mark.parametrize("label", ["good", -1, True, 0.5, None])
@@ -133,9 +133,13 @@ def test_labels_are_whole_numbers(label: object, tmp_path: Path) -> None:
 
 
 def test_labels_are_those_of_the_model(tmp_path: Path) -> None:
-    rows = load_examples(write_rows(tmp_path, {"text": "odd", "label": LABELS}))
-    with pytest.raises(DataError, match=rf"model\.num_labels={LABELS + 1}"):
-        fitted(rows, JobSpec(model=CLASSIFIER), "")
+    data = write_rows(tmp_path, {"text": "fine", "label": 0}, {"text": "odd", "label": LABELS})
+    rows, job = load_examples(data), JobSpec(model=CLASSIFIER)
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2 \(line 2\) has label") as caught:
+        fitted(rows, job, data)
+    assert caught.value.hint == f"model.num_labels={LABELS + 1}"
+    with pytest.raises(DataError, match=r"row 2 \(line 2\)"):  # as held-out examples of the same file
+        fitted(rows.select([1]), job, data, begins_at=1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
@@ -18,7 +19,7 @@ from launcher.hardware import DeviceKind
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
 from launcher.worker.exhausted import is_out_of_memory
-from launcher.worker.laid_out import check_laid_out, require_known_ids, require_longest
+from launcher.worker.laid_out import blamed_template, check_laid_out, require_known_ids, require_longest
 from launcher.worker.longest import keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.ranks import rank
@@ -89,7 +90,11 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     prompts: tuple[Batch, ...] = ()
     if job.generation.enabled:
         assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a model that sees does not generate here
-        prompts = prompt_batches(tokenizer, train_rows if eval_rows is None else eval_rows, job.generation)
+        asked = train_rows if eval_rows is None else eval_rows
+        try:
+            prompts = prompt_batches(tokenizer, asked, job.generation)
+        except TemplateError as failure:
+            raise blamed_template(tokenizer, job, failure) from failure
     num_read = len(train_rows)
     if order.rehearses:
         train_rows, eval_rows = _with_most_text(order, train_rows, eval_rows)

@@ -18,6 +18,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 from launcher.errors import DataError
 from launcher.job import JobSpec
 from launcher.plan import Plan
+from launcher.worker.data import placed_examples
+from launcher.worker.tasks import sources_of
 from launcher.workload import evaluation_batch_size
 
 
@@ -103,28 +105,35 @@ def require_longest(trainer: Trainer, job: JobSpec, plan: Plan, num_given: int) 
 
 
 def blamed_template(
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, rows: Dataset, failure: TemplateError
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, job: JobSpec, failure: TemplateError
 ) -> DataError:
     """The error of a chat template that objects to an example, which is found and named.
 
+    The examples are read again, with their places: those at hand may be a choice of them, in another order.
+
     Args:
         tokenizer: Its template is meant.
-        rows: Examples, as `launcher.worker.data` lays them out.
+        job: Says where the examples are.
         failure: What the template raised.
     """
     template: Any = tokenizer
-    for number, row in enumerate(rows, start=1):
-        turns = row.get("messages") or [*row.get("prompt", ()), *row.get("completion", ())]
-        try:
-            template.apply_chat_template(turns, tokenize=False)
-        except TemplateError as found:
-            roles = ", ".join(str(turn["role"]) for turn in turns)
-            return DataError(
-                f"example {number}: the model's chat template refuses it ({found}); its roles are {roles}",
-                "change the example to what the template takes, or the template in the model's folder",
-            )
+    for data in sources_of(job):
+        for where, row in placed_examples(data):
+            prompt = row.get("prompt", [])
+            turns = row.get("messages") or [*prompt, *row.get("completion", ())]
+            try:
+                template.apply_chat_template(turns, tokenize=False)
+                if prompt:
+                    template.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            except TemplateError as found:
+                roles = ", ".join(turn["role"] for turn in turns)
+                return DataError(
+                    f"{where}: the chat template of `{job.model.path}` refuses it ({found}); its roles are {roles}",
+                    "change the example to what the template takes, or the template in the model's folder",
+                )
     return DataError(
-        f"the model's chat template fails: {failure}", "correct the template in the model's folder"
+        f"the chat template of `{job.model.path}` fails: {failure}",
+        "correct the template in the model's folder",
     )
 
 

@@ -145,7 +145,7 @@ def _built(
     try:
         return workload.build_trainer(model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks)
     except TemplateError as failure:
-        raise blamed_template(ingredients.tokenizer, ingredients.train_dataset, failure) from failure
+        raise blamed_template(ingredients.tokenizer, job, failure) from failure
 
 
 @contextmanager
