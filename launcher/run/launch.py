@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -69,6 +70,24 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
         raise LaunchError(f"`{root}` can't be written: {failure}", "choose another `run_dir`") from failure
     finally:
         shutil.rmtree(partial.root, ignore_errors=True)
+
+
+def discard_run(paths: RunPaths, keep_folder: bool) -> None:
+    """Removes a run directory of which nothing is worth keeping; what can't be removed stays.
+
+    Args:
+        paths: The run directory; nobody works in it any more.
+        keep_folder: Whether the folder itself was there before the run.
+    """
+    if not keep_folder:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        return
+    for entry in paths.root.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                entry.unlink()
 
 
 def _fill(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 from launcher.errors import DataError
 from launcher.job import JobSpec
 from launcher.plan import Plan
+from launcher.trainers import Cut, cuts_of
 from launcher.worker.data import placed_examples
 from launcher.worker.tasks import sources_of
 from launcher.workload import evaluation_batch_size
@@ -64,10 +65,13 @@ def check_laid_out(trainer: Trainer, job: JobSpec, plan: Plan, num_given: int) -
     held: Any = trainer
     notes: list[str] = []
     rows = held.train_dataset
+    cuts = cuts_of(trainer)
+    notes += _cut_note(cuts.get("train"), "examples")
     notes += _require_batch(rows, job.data.path, job, plan, num_given)
     _require_ids(rows, held.model.config, job.data.path)
     if held.eval_dataset is not None:
         path = job.evaluation.path or job.data.path
+        notes += _cut_note(cuts.get("eval"), "held-out examples")
         batch = evaluation_batch_size(job, plan)
         if len(held.eval_dataset) == 0:
             raise DataError(f"no held-out example of {path} {_to_learn(plan)}", _longer(plan))
@@ -152,6 +156,17 @@ def _require_batch(rows: Dataset, path: str, job: JobSpec, plan: Plan, num_given
     if not job.data.packing and len(rows) < num_given:
         return (f"{num_given - len(rows)} of {num_given} examples are left out: none {_to_learn(plan)}",)
     return ()
+
+
+def _cut_note(cut: Cut | None, which: str) -> tuple[str, ...]:
+    """How many examples are longer than the length, and what they lose; nothing where none is."""
+    if cut is None or not cut.num_cut:
+        return ()
+    share = 100.0 * cut.num_lost / cut.num_tokens
+    return (
+        f"{cut.num_cut} of {cut.num_examples} {which} are cut to {cut.max_length} tokens: {cut.num_lost} of "
+        f"{cut.num_tokens} tokens ({share:.1f} %) are lost; the longest has {cut.longest}",
+    )
 
 
 def _to_learn(plan: Plan) -> str:
