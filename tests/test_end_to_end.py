@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.tiny_job import write_tiny_model
 
 TIMEOUT_SECONDS = 900
+CANARY = "canary" + "0123456789abcdef"
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,12 @@ def test_quantised_run_generates_and_shows_its_bill(job: list[str], tmp_path: Pa
     assert (run_dir / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_interrupt_saves_a_checkpoint_and_resume_continues(job: list[str], tmp_path: Path) -> None:
+def test_interrupt_saves_a_checkpoint_and_resume_continues(
+    job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile no command line of its processes and no file has a token, and none of them listens."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, f"{CANARY}{name}")
     run_dir = tmp_path / "interrupted run"
     arguments = [argument for argument in job if not argument.startswith("training.max_steps")]
     arguments += ["training.max_steps=400", f"run_dir={run_dir}"]
@@ -200,6 +207,13 @@ def test_interrupt_saves_a_checkpoint_and_resume_continues(job: list[str], tmp_p
     )
     metrics = run_dir / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, child)
+    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    assert int((run_dir / "worker.rank0.pid").read_text()) in [process.pid for process in family]
+    for process in family:
+        assert CANARY in Path(f"/proc/{process.pid}/environ").read_text(errors="replace"), "it was given on"
+        assert CANARY not in Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace")
+        listening = [entry for entry in process.net_connections() if entry.status == psutil.CONN_LISTEN]
+        assert listening == [], process.cmdline()
     os.killpg(child.pid, signal.SIGINT)
     _, stderr = child.communicate(timeout=TIMEOUT_SECONDS)
     assert child.returncode == 130, stderr
@@ -207,6 +221,8 @@ def test_interrupt_saves_a_checkpoint_and_resume_continues(job: list[str], tmp_p
     worker = int((run_dir / "worker.rank0.pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert [file for file in files if CANARY.encode() in file.read_bytes()] == []
     (checkpoint,) = (run_dir / "checkpoints").glob("checkpoint-*")
     done = int(checkpoint.name.removeprefix("checkpoint-"))
     order = json.loads((run_dir / "worker.json").read_text())

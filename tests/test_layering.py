@@ -41,6 +41,7 @@ NOUNS = {
     "plan",
     "rates",
     "redaction",
+    "stored_secrets",
     "run_paths",
     "run_record",
     "run_status",
