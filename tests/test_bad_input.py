@@ -19,8 +19,10 @@ from transformers import AutoConfig
 
 from launcher.architecture import LEARNED_POSITIONS, SPLIT_EVENLY, architecture_mistakes
 from launcher.config import config_root, group_choices, load_job
+from launcher.documents import write_document
 from launcher.errors import ConfigError, DataError
 from launcher.job import DataFormat, DataSpec, Engine, EvaluationSpec, ModelSpec
+from launcher.memory import MemoryMeasurement, StepShape
 from launcher.planning import resolve
 from launcher.run.model_facts import resolve_model
 from launcher.run.weight_files import check_model_folder
@@ -392,6 +394,17 @@ def test_a_rehearsal_finds_that_there_is_nothing_to_learn(copy: Path) -> None:
     with pytest.raises(DataError, match=r"none of the 256 longest examples .* within 64 tokens") as caught:
         trained(copy, [masked] * 300 + [{"prompt": "x", "completion": "y"}], max_length=64, rehearses=True)
     assert "launch.rehearse=false" in caught.value.hint
+
+
+def test_an_example_that_the_rehearsal_passed_over_is_said(copy: Path) -> None:
+    """Few characters of another script are more tokens than many letters: each has three bytes."""
+    rows = [{"text": "a" * 50}] * 300 + [{"text": "漢" * 40}]
+    assert not [line for line in trained(copy, rows) if "rehearsal" in line]
+    seen = MemoryMeasurement(0, "by hand", (), {}, (StepShape(1, 51),))
+    write_document(RunPaths(copy / "run").rehearsal.measured(0), seen)
+    said = trained(copy, rows)
+    assert [line for line in said if "has 121 tokens, the rehearsal's longest had 51" in line], said
+    assert not [line for line in trained(copy, rows[:300]) if "rehearsal" in line]
 
 
 def test_fewer_examples_than_a_batch_are_refused(copy: Path) -> None:

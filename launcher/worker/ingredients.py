@@ -14,13 +14,15 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from launcher import workload
+from launcher.documents import read_document
 from launcher.errors import DataError
 from launcher.hardware import DeviceKind
+from launcher.memory import MemoryMeasurement
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
 from launcher.worker.exhausted import is_out_of_memory
 from launcher.worker.laid_out import blamed_template, check_laid_out, require_known_ids, require_longest
-from launcher.worker.longest import keep_longest, most_text, num_batches_trained
+from launcher.worker.longest import beyond_rehearsal, keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.ranks import rank
 from launcher.worker.tasks import UNREADABLE, examples_of, source_of, tokenizer_of, unreadable_model
@@ -103,7 +105,11 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
 
     def settle(trainer: Trainer) -> tuple[str, ...]:
         if not order.rehearses:
-            return check_laid_out(trainer, job, plan, num_given)
+            notes = check_laid_out(trainer, job, plan, num_given)
+            rehearsed = paths.rehearsal.measured(rank())
+            if not rehearsed.exists():
+                return notes
+            return notes + beyond_rehearsal(trainer, read_document(rehearsed, MemoryMeasurement))
         if num_given == num_read:  # what the run would find only after the rehearsal
             check_laid_out(trainer, job, plan, num_given)
         require_longest(trainer, job, plan, num_given)
