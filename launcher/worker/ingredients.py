@@ -103,19 +103,6 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         prompts = tuple(sorted(prompts, key=lambda batch: -batch[0].shape[1])[:1])
     num_given = len(train_rows)
 
-    def settle(trainer: Trainer) -> tuple[str, ...]:
-        if not order.rehearses:
-            notes = check_laid_out(trainer, job, plan, num_given)
-            rehearsed = paths.rehearsal.measured(rank())
-            if not rehearsed.exists():
-                return notes
-            return notes + beyond_rehearsal(trainer, read_document(rehearsed, MemoryMeasurement))
-        if num_given == num_read:  # what the run would find only after the rehearsal
-            check_laid_out(trainer, job, plan, num_given)
-        require_longest(trainer, job, plan, num_given)
-        keep_longest(trainer, job, plan)
-        return ()
-
     training, memory_bytes = job.training, job.hardware.memory_bytes
     return Ingredients(
         load=lambda: _loaded(config, order, source),
@@ -131,7 +118,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         },
         output_dir=paths.checkpoints,
         adapt=lambda model: workload.attach_adapters(model, job, plan),
-        settle=settle,
+        settle=lambda trainer: _settled(trainer, order, paths, num_given, num_read),
         metrics=paths.metrics,
         prompts=prompts,
         generations=paths.generations,
@@ -140,6 +127,23 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         merged=paths.merged,
         spare_bytes=memory_bytes - order.predicted.peak_device_bytes if memory_bytes else None,
     )
+
+
+def _settled(
+    trainer: Trainer, order: WorkerOrder, paths: RunPaths, num_given: int, num_read: int
+) -> tuple[str, ...]:
+    """Checks the rows that a trainer laid out, of which a rehearsal keeps the worst; what there is to say of them."""
+    job, plan = order.job, order.plan
+    if not order.rehearses:
+        notes, rehearsed = check_laid_out(trainer, job, plan, num_given), paths.rehearsal.measured(rank())
+        if not rehearsed.exists():
+            return notes
+        return notes + beyond_rehearsal(trainer, read_document(rehearsed, MemoryMeasurement))
+    if num_given == num_read:  # what the run would find only after the rehearsal
+        check_laid_out(trainer, job, plan, num_given)
+    require_longest(trainer, job, plan, num_given)
+    keep_longest(trainer, job, plan)
+    return ()
 
 
 def _loaded(config: PretrainedConfig, order: WorkerOrder, source: str) -> nn.Module:
