@@ -503,7 +503,7 @@ def test_the_workers_own_hint_is_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         raise_for_outcome(outcome, RunPaths(tmp_path))
     assert caught.value.message == "row 3 is empty"
-    assert caught.value.hint.startswith("look at it; ")
+    assert caught.value.hint == "look at it"  # the log says no more, and may be gone
 
 
 def test_a_good_end_is_good_only_with_as_many_processes_as_planned(tmp_path: Path) -> None:
