@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from tokenizers import Encoding
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -21,6 +22,17 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+from launcher.trainers import Cut, cut_of, num_tokens_of
+
+LOST = "num_lost_tokens"
+"""Column: tokens of a text that were cut off."""
+
+
+class ClassifierTrainer(Trainer):
+    """transformers' trainer, which knows in `cuts` what was cut of the texts."""
+
+    cuts: Mapping[str, Cut]
 
 
 def build_classifier_trainer(
@@ -47,17 +59,28 @@ def build_classifier_trainer(
         tokenizer.pad_token = tokenizer.eos_token
     config: Any = model.config
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return Trainer(
+    rows = {"train": tokenized(train_dataset, tokenizer, max_length)}
+    if eval_dataset is not None:
+        rows["eval"] = tokenized(eval_dataset, tokenizer, max_length)
+    trainer = ClassifierTrainer(
         model=model,
         args=arguments,
         data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=tokenized(train_dataset, tokenizer, max_length),
-        eval_dataset=None if eval_dataset is None else tokenized(eval_dataset, tokenizer, max_length),
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval"),
         processing_class=tokenizer,
         compute_loss_func=mean_loss,
         compute_metrics=accuracy if eval_dataset is not None else None,
         callbacks=list(callbacks),
     )
+    trainer.cuts = {name: _cut(some, max_length) for name, some in rows.items() if LOST in some.column_names}
+    return trainer
+
+
+def _cut(rows: Dataset, max_length: int) -> Cut:
+    lost = list(rows[LOST])
+    kept = num_tokens_of(rows)
+    return cut_of([sum(both) for both in zip(kept, lost, strict=True)], lost, max_length)
 
 
 def mean_loss(
@@ -83,12 +106,22 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Rows of token ids, cut to a length; rows that are no text any more are left as they are."""
+    """Rows of token ids, cut to a length, with how many each lost where the tokenizer says so.
+
+    Rows that are no text any more are left as they are.
+    """
     if "text" not in rows.column_names:
         return rows
 
     def tokenize(batch: Mapping[str, list[str]]) -> Mapping[str, Any]:
-        tokens: Mapping[str, Any] = tokenizer(batch["text"], truncation=True, max_length=max_length)
-        return tokens
+        tokens: Any = tokenizer(batch["text"], truncation=True, max_length=max_length)
+        if tokens.encodings is None:  # tokenizers that are written in Python keep nothing of what they cut
+            return dict(tokens)
+        return {**tokens, LOST: [_num_lost(encoding) for encoding in tokens.encodings]}
 
     return rows.map(tokenize, batched=True, remove_columns=["text"])
+
+
+def _num_lost(encoding: Encoding) -> int:
+    """Tokens that were cut off a text; those that end each piece of it are none of its own."""
+    return sum(len(piece.ids) - sum(piece.special_tokens_mask) for piece in encoding.overflowing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from launcher.contradictions import checked_job
 from launcher.errors import ConfigError, Interrupted, LauncherError
 from launcher.job import Action, JobSpec, Output, ReportFormat
 from launcher.overrides import resume_changes
+from launcher.redaction import redacted, redacted_document
+from launcher.stored_secrets import known_secrets
 from launcher.sweep import Point, is_sweep, sweep_points
 
 INTRODUCTION = """\
@@ -152,17 +155,17 @@ def _show(text: str, document: Mapping[str, Any], failure: LauncherError | None,
     if output is Output.TEXT and text:
         _print_line(text)
     elif output is Output.JSON:
-        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.write(json.dumps(redacted_document(document, known_secrets(os.environ))) + "\n")
     return 0 if failure is None else _fail(failure)
 
 
 def _print_line(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(redacted(line, known_secrets(os.environ)) + "\n")
     sys.stdout.flush()
 
 
 def _log_line(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(redacted(line, known_secrets(os.environ)) + "\n")
     sys.stderr.flush()
 
 

@@ -29,6 +29,13 @@ SEGMENT_BYTES = 2 << 20
 
 def reconcile(order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, started: datetime) -> RunRecord:
     """Writes the record of a run that has ended: predicted beside measured."""
+    record = reconciled(order, paths, outcome, started)
+    write_record(paths, record)
+    return record
+
+
+def reconciled(order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, started: datetime) -> RunRecord:
+    """The record of a run that has ended; nothing is written of it."""
     files = [paths.measured(rank) for rank in range(order.plan.world_size)]
     measured = tuple(read_document(file, MemoryMeasurement) for file in files if file.exists())
     with Tracer(needed_libraries(order.job)) as tracer:  # it starts when there is something to trace
@@ -36,7 +43,7 @@ def reconcile(order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, start
         forecaster = Forecaster(order.job, tracer, trace_cache(order.job), 0, rates)
         as_run = _predict_as_run(order.plan, measured[0], forecaster, exact=True) if measured else None
         step_as_run = _step_as_run(order, outcome, forecaster)
-    record = RunRecord(
+    return RunRecord(
         run_dir=str(paths.root),
         recipe=order.job.recipe,
         model=order.job.model.path,
@@ -54,8 +61,6 @@ def reconcile(order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, start
         rehearsal=rehearsal_of(order, paths),
         replans=read_replans(paths),
     )
-    write_record(paths, record)
-    return record
 
 
 def _predict_as_run(

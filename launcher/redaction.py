@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 SECRET_NAME: Final = re.compile(
-    r"(?:^|_)(TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|ACCESS_KEY)(?:_|$)", re.IGNORECASE
+    r"PASSWORD|PASSWD|PASSPHRASE"
+    r"|(?:TOKEN|SECRETS?|CREDENTIALS?|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)(?:_|\d*$)"
+    r"|(?:^|_)(?:PASS|PAT)(?:_|$)"
+    r"|_(?:KEYS?|PW|PWD)$",
+    re.IGNORECASE,
 )
-"""Names of variables that hold secrets: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY."""
-PLACE_NAME: Final = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
+"""Names of variables that hold secrets: HF_TOKEN, MYTOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD, DB_PASS. What may be a part
+of harmless words (PWD, COMPASS, TOKENIZERS) counts at their ends or beginnings only."""
+PLACE_NAME: Final = re.compile(r"_?(PATH|FILE|DIR|HOME|URL|URI|SOCK)$", re.IGNORECASE)
 """Names of variables that say where a secret is."""
 URL_PASSWORD: Final = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 """A password in an address, as in those of proxies and package indexes."""
@@ -21,7 +26,7 @@ KNOWN_SHAPES: Final = re.compile(
 )
 """Tokens that are known by their look: Hugging Face, GitHub, OpenAI, AWS."""
 ASSIGNED: Final = re.compile(
-    r"(?i)\b(\w*(?:TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|ACCESS_KEY))\s*[=:]\s*['\"]?(?!\$)[^\s'\"$]{8,}"
+    r"(?i)\b(\w*(?:TOKEN|API_?KEY|PASSWORD|PASSWD|PASSPHRASE|SECRET|ACCESS_?KEY|PRIVATE_?KEY|_PASS))\s*[=:]\s*['\"]?(?!\$)[^\s'\"$]{8,}"
 )
 """A secret that is written out where a shell or a program is told of it; one that is taken from a variable is none."""
 
@@ -43,6 +48,15 @@ def redacted(text: str, secrets: Mapping[str, str]) -> str:
     for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
         text = text.replace(value, f"[{secrets[value]}]")
     return text
+
+
+def redacted_document(value: Any, secrets: Mapping[str, str]) -> Any:
+    """A JSON document without secrets: in every text of it; keys are the schema's."""
+    if isinstance(value, str):
+        return redacted(value, secrets)
+    if isinstance(value, Mapping):
+        return {key: redacted_document(item, secrets) for key, item in value.items()}
+    return [redacted_document(item, secrets) for item in value] if isinstance(value, list | tuple) else value
 
 
 def secret_in(text: str) -> str:

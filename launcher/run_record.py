@@ -133,10 +133,10 @@ class Replan:
     """What is different, in words."""
     from_step: int
     """Optimizer steps in the checkpoint that it went on from; 0: from the beginning."""
-    by_user: bool = False
-    """Whether the user changed the plan, with `launch resume=<run dir> <key>=<value>`: nothing had failed."""
     held: HeldMemory | None = None
     """What the worker had when memory ran out; None where it could not say."""
+    by_user: bool = False
+    """Whether the user changed the plan, with `launch resume=<run dir> <key>=<value>`: nothing had failed."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,20 @@
 """The trainer classes: TRL's, and what another loss changes in it. Traced AND run, like the rest of the workload."""
 
+# mypy: disable-error-code="import-untyped"
+# pyarrow has no type information
+
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
@@ -16,6 +23,7 @@ from launcher.errors import ConfigError
 from launcher.job import Loss
 from launcher.plan import Plan
 
+ROWS_AT_ONCE = 1000
 LIGER_PARTS = (
     "rope",
     "rms_norm",
@@ -29,7 +37,84 @@ LIGER_PARTS = (
 1.16 calls the layers' kernels deprecated, and they would be replaced for every model of the process."""
 
 
-class PlainLossTrainer(SFTTrainer):
+@dataclass(frozen=True)
+class Cut:
+    """What a length does to a set of examples."""
+
+    max_length: int
+    """Tokens that an example may have."""
+    num_examples: int
+    """All examples."""
+    num_cut: int
+    """Those that are longer."""
+    num_tokens: int
+    """Tokens of all examples, before they are cut."""
+    num_lost: int
+    """Tokens beyond the length."""
+    longest: int
+    """Tokens of the longest example."""
+
+
+class CountingTrainer(SFTTrainer):
+    """TRL's trainer, which knows in `cuts` what it cut of the examples: those of "train" and those of "eval"."""
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        """Has TRL tokenise whole examples, counts them, and has it cut them; it would do both in one go."""
+        prepare, others = super()._prepare_dataset, (formatting_func, dataset_name)
+        if packing or args.max_length is None or "input_ids" in dataset.column_names:
+            return prepare(dataset, processing_class, args, packing, *others)
+        uncut = copy.copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        whole = prepare(dataset, processing_class, uncut, packing, *others)
+        lengths = num_tokens_of(whole)
+        excess = [max(0, length - args.max_length) for length in lengths]
+        self.cuts = {**cuts_of(self), dataset_name: cut_of(lengths, excess, args.max_length)}
+        return prepare(whole, processing_class, args, packing, *others)
+
+
+def num_tokens_of(rows: Dataset) -> list[int]:
+    """Tokens of each row, without making Python objects of them."""
+    counted = rows.select_columns(["input_ids"]).with_format("arrow")
+    return [
+        length
+        for batch in counted.iter(ROWS_AT_ONCE)
+        for length in pyarrow.compute.list_value_length(batch["input_ids"]).to_pylist()
+    ]
+
+
+def cut_of(lengths: Sequence[int], excess: Sequence[int], max_length: int) -> Cut:
+    """What is cut of examples.
+
+    Args:
+        lengths: Tokens of each, before it is cut.
+        excess: Tokens that each loses.
+        max_length: Tokens that each may have.
+    """
+    return Cut(
+        max_length,
+        len(lengths),
+        sum(1 for lost in excess if lost),
+        sum(lengths),
+        sum(excess),
+        max(lengths, default=0),
+    )
+
+
+def cuts_of(trainer: Trainer) -> Mapping[str, Cut]:
+    """What a trainer cut, by "train" and "eval"; nothing of examples that it did not count."""
+    cuts: Mapping[str, Cut] = getattr(trainer, "cuts", {})
+    return cuts
+
+
+class PlainLossTrainer(CountingTrainer):
     """TRL's trainer with the model's own loss: all logits at once, as transformers' Trainer computes it."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +182,7 @@ def token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def trainer_class(plan: Plan) -> type[SFTTrainer]:
     """The trainer of a plan's loss."""
     classes = {Loss.PLAIN: PlainLossTrainer, Loss.LIGER: LigerLossTrainer}
-    return classes.get(plan.loss, SFTTrainer)
+    return classes.get(plan.loss, CountingTrainer)
 
 
 def require_liger_loss(model: Any) -> None:

@@ -25,7 +25,7 @@ from launcher.planner.forecast import Forecaster
 from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, plan_job, resolve, trace_cache
-from launcher.reconciliation import reconcile, rehearsal_of
+from launcher.reconciliation import reconcile, reconciled, rehearsal_of
 from launcher.recovery import run_to_the_end
 from launcher.report import tables
 from launcher.report.documents import (
@@ -42,9 +42,9 @@ from launcher.resume_plan import give_order, require_idle, resumption, still_wri
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import VISIBLE, DetectedDevice, detect_cuda, is_here, num_here
-from launcher.run.endings import raise_for_outcome
+from launcher.run.endings import left_nothing, raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, packaged_folder, parse_packaged_path
-from launcher.run.launch import complete_run, prepare_run, require_disk, require_unused
+from launcher.run.launch import complete_run, discard_run, prepare_run, require_disk, require_unused
 from launcher.run.ledger import new_run_dir, previous_run, read_order
 from launcher.run.lock import sole_launcher
 from launcher.run.slurm import submit, submit_command
@@ -161,9 +161,10 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     except LaunchError as error:
         return Answer("", document, error)
     order = WorkerOrder(job, choice.plan, estimate, *weights_of(job, show), choice.step)
+    had_folder = paths.root.exists()
     prepare_run(paths, order, document)
     show(f"run directory {paths.root}")
-    return _start(order, paths, document, show)
+    return _start(order, paths, document, show, lambda: discard_run(paths, had_folder))
 
 
 def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answer:
@@ -205,11 +206,20 @@ def _kept_document(order: WorkerOrder, paths: RunPaths, show: Show) -> dict[str,
     return ordered_document(order, library_versions(), str(paths.root))
 
 
-def _start(order: WorkerOrder, paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
-    """Runs a prepared run here; where a cluster runs it, hands it over and returns."""
+def _start(
+    order: WorkerOrder,
+    paths: RunPaths,
+    document: dict[str, Any],
+    show: Show,
+    discard: Callable[[], None] | None = None,
+) -> Answer:
+    """Runs a prepared run here; where a cluster runs it, hands it over and returns.
+
+    `discard` removes the run directory, where that is new; None: it stays whatever happens.
+    """
     cluster = order.job.launch.cluster
     if not cluster.is_elsewhere:
-        return _launch(paths, document, show)
+        return _launch(paths, document, show, discard if order.plan.num_nodes == 1 else None)
     command, submitted = submit_hint(paths, order), None
     if cluster is Cluster.SLURM:
         command, submitted = shlex.join(submit_command(paths)), submit(paths)
@@ -247,7 +257,12 @@ def weights_folders(job: JobSpec) -> tuple[str, str]:
     return str(folder), str(cache_folder("converted") / folder.name)
 
 
-def _launch(paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
+def _launch(
+    paths: RunPaths,
+    document: dict[str, Any],
+    show: Show,
+    discard: Callable[[], None] | None,
+) -> Answer:
     started = datetime.now(UTC)
 
     def rehearsed(order: WorkerOrder) -> None:
@@ -259,13 +274,13 @@ def _launch(paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
         return {**document, "plan": plan_fields(order.plan), "predicted": predicted}
 
     with sole_launcher(paths):
-        order = read_order(
-            paths
-        )  # another launch may have taken another plan before this one had the directory
+        # another launch may have taken another plan before this one had the directory
+        order = read_order(paths)
         complete_run(paths, order, describe(order))
         order, outcome = run_to_the_end(order, paths, show, rehearsed, describe)
+        is_void = discard is not None and left_nothing(outcome, paths)
         try:
-            record = reconcile(order, paths, outcome, started)
+            record = (reconciled if is_void else reconcile)(order, paths, outcome, started)
         except OSError as error:
             raise LaunchError(
                 f"the run's record can't be written: {error}", f"make room at `{paths.root}`"
@@ -278,6 +293,8 @@ def _launch(paths: RunPaths, document: dict[str, Any], show: Show) -> Answer:
         failure = WorkerOutOfMemory(f"{error.message}\n\n{bill}", error.hint)
     except LauncherError as error:
         failure = error
+    if discard is not None and is_void:
+        discard()
     return Answer(record_text(record), {**describe(order), **run_fields(record)}, failure)
 
 

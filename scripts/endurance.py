@@ -1,12 +1,15 @@
 """Jobs that are killed at random moments, resumed, and compared with an undisturbed one: bit for bit.
 
-Each job trains a small random model with dropout on shuffled text, with a checkpoint a step, and gets SIGKILL somewhere:
-in the rehearsal, in a step, or while a checkpoint is written; the worker alone, the launcher alone, or every process.
-Then `launch resume=<run dir>` goes on.
+Each job trains adapters of a small random model with dropout on shuffled text, with a checkpoint a step, merges them,
+and gets SIGKILL somewhere: in the rehearsal, in a step, while a checkpoint is written, sealed, renamed or an older one
+removed, or while the trained and the merged model are written; the worker alone, the launcher alone, or every process.
+How far into a save or the results is drawn at random, out of the time that the undisturbed job took for them. Then
+`launch resume=<run dir>` goes on.
 
     python -m scripts.endurance                     20 jobs; prints the table
     python -m scripts.endurance --write             also writes docs/accuracy/<date>-endurance.json
     python -m scripts.endurance --jobs 3 --seed 7
+    python -m scripts.endurance --moments results --jobs 1
     python -m scripts.endurance --hardware auto     on a GPU of this machine
 """
 
@@ -22,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -31,17 +34,22 @@ from pathlib import Path
 
 import psutil
 
-from launcher.checkpoints import PARTIAL, last_checkpoint, step_of
+from launcher.checkpoints import PARTIAL, SEAL, last_checkpoint, step_of
 from launcher.run_paths import RunPaths
 from scripts.small_text import VOCABULARY, write_small_model
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = (sys.executable, "-m", "launcher.cli")
 STEPS = 12
-MOMENTS = ("rehearsal", "step", "save")
+MOMENTS = ("rehearsal", "step", "save", "results")
 VICTIMS = ("all", "worker", "launcher")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 TIMEOUT_SECONDS = 600.0
+POLL_SECONDS = 0.001
+REHEARSAL_SECONDS, STEP_SECONDS = 6.0, 0.3
+"""How far into a rehearsal or a step a kill comes at most."""
+TRIES = 3
+"""A job that ends before it is killed is started again so often at most."""
 ARCHITECTURE = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -61,7 +69,9 @@ class Kill:
     """One job that was killed."""
 
     moment: str
-    """What it was doing: one of `MOMENTS`."""
+    """What it was to do: one of `MOMENTS`."""
+    under_way: str
+    """What it did: of a save or the results how far they were."""
     victim: str
     """Who got the signal: one of `VICTIMS`."""
     resumed_from: int
@@ -70,6 +80,16 @@ class Kill:
     """Checkpoints that were passed over."""
     is_same: bool
     """Whether it ended with the weights of the undisturbed run."""
+
+
+@dataclass(frozen=True)
+class Durations:
+    """What the undisturbed job took."""
+
+    save_seconds: float
+    """From the first file of a checkpoint to the removal of an older one; the slowest."""
+    results_seconds: float
+    """From the first file of the trained model to the worker's outcome."""
 
 
 def command(folder: Path, run_dir: Path, rehearses: bool, hardware: str) -> list[str]:
@@ -81,6 +101,7 @@ def command(folder: Path, run_dir: Path, rehearses: bool, hardware: str) -> list
         "data.max_length=128",
         "data.packing=true",
         "method.dropout=0.1",
+        "method.merge=true",
         "training.global_batch_size=4",
         f"training.max_steps={STEPS}",
         "training.save_steps=1",
@@ -113,32 +134,90 @@ def end(child: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def digest(run_dir: Path) -> str:
-    """Digest of the trained adapter."""
-    return hashlib.sha256((run_dir / "model" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    """Digest of the trained adapter and of the merged model."""
+    files = [
+        run_dir / "model" / "adapter_model.safetensors",
+        *sorted((run_dir / "merged").glob("*.safetensors")),
+    ]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def strike(child: subprocess.Popen[bytes], paths: RunPaths, moment: str, victim: str, chance: float) -> bool:
-    """Waits for a moment of a job and kills; False when the job was quicker."""
+def follow(child: subprocess.Popen[bytes], paths: RunPaths) -> Durations:
+    """Follows a job to its end: how long a save takes at most, and how long its results."""
+    longest, save_began, results_began = 0.0, 0.0, 0.0
+    while child.poll() is None:
+        now, is_saving = time.monotonic(), any((paths.checkpoints / PARTIAL).glob("*/*"))
+        if is_saving and not save_began:
+            save_began = now
+        elif save_began and not (paths.checkpoints / PARTIAL).exists():
+            longest, save_began = max(longest, now - save_began), 0.0
+        if not results_began and paths.model.exists():
+            results_began = now
+        if results_began and paths.outcome(0).exists():
+            return Durations(longest, now - results_began)
+        time.sleep(POLL_SECONDS)
+    return Durations(longest, time.monotonic() - results_began if results_began else 0.0)
+
+
+def strike(
+    child: subprocess.Popen[bytes],
+    paths: RunPaths,
+    moment: str,
+    victim: str,
+    chance: float,
+    durations: Durations,
+) -> str:
+    """Waits for a moment of a job and kills; returns what was under way then, or nothing when the job was quicker.
+
+    Args:
+        child: The launcher.
+        paths: Its run directory.
+        moment: One of `MOMENTS`.
+        victim: One of `VICTIMS`.
+        chance: From 0 to 1: which step, and how far into what begins there.
+        durations: How long what begins there takes.
+    """
     act = paths.rehearsal if moment == "rehearsal" else paths
+    wanted = 1 + int(chance * (STEPS - 2))
+    begins: dict[str, Callable[[], bool]] = {
+        "rehearsal": act.pid(0).exists,
+        "step": lambda: _last_step(paths) >= wanted,
+        "save": lambda: _last_step(paths) >= wanted and any((paths.checkpoints / PARTIAL).glob("*/*")),
+        "results": paths.model.exists,
+    }
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    wanted = 0 if moment == "rehearsal" else 1 + int(chance * (STEPS - 2))
-    while time.monotonic() < deadline:
-        if child.poll() is not None:
-            return False
-        if act.pid(0).exists():
-            last = last_checkpoint(paths.checkpoints) if moment != "rehearsal" else None
-            if moment == "rehearsal" or (last is not None and step_of(last) >= wanted):
-                break
-        time.sleep(0.01)
-    if moment == "save":
-        while not any((paths.checkpoints / PARTIAL).glob("*/*")) and child.poll() is None:
-            pass
-    else:
-        time.sleep(chance * (6.0 if moment == "rehearsal" else 0.3))
+    while not begins[moment]():
+        if child.poll() is not None or time.monotonic() > deadline:
+            return ""
+        time.sleep(POLL_SECONDS)
+    seconds = {"rehearsal": REHEARSAL_SECONDS, "step": STEP_SECONDS, "save": durations.save_seconds}
+    fraction = chance * (STEPS - 2) % 1.0  # what is left of the chance when it has chosen a step
+    time.sleep(
+        (chance if moment == "rehearsal" else fraction) * seconds.get(moment, durations.results_seconds)
+    )
     if child.poll() is not None:
-        return False
+        return ""
+    under_way = under_way_in(paths, moment)
     kill(child, act, victim)
-    return True
+    return under_way
+
+
+def under_way_in(paths: RunPaths, moment: str) -> str:
+    """How far a save, or the results, are: by what lies on the disk."""
+    if moment == "results":
+        return "merged model" if paths.merged.exists() else "model"
+    if moment != "save":
+        return moment
+    partial = paths.checkpoints / PARTIAL
+    written = [file.name for file in partial.glob("*/*")]
+    if SEAL in written:
+        return "sealed, not renamed"
+    return "writing" if written else "renamed" if partial.exists() else "rotation, or after it"
+
+
+def _last_step(paths: RunPaths) -> int:
+    last = last_checkpoint(paths.checkpoints)
+    return 0 if last is None else step_of(last)
 
 
 def kill(child: subprocess.Popen[bytes], act: RunPaths, victim: str) -> None:
@@ -155,20 +234,27 @@ def kill(child: subprocess.Popen[bytes], act: RunPaths, victim: str) -> None:
     child.wait(TIMEOUT_SECONDS)
 
 
-def endure(folder: Path, number: int, chances: random.Random, wanted: str, hardware: str) -> Kill:
+def endure(
+    folder: Path, number: int, chances: random.Random, wanted: str, durations: Durations, hardware: str
+) -> Kill:
     """Runs one job, kills it, resumes it, and compares."""
     moment, victim = MOMENTS[number % len(MOMENTS)], chances.choice(VICTIMS)
-    paths, log = RunPaths(folder / f"run-{number}"), folder / f"log-{number}"
-    child = start(command(folder, paths.root, moment == "rehearsal", hardware), log)
-    if not strike(child, paths, moment, victim, chances.random()):
+    for attempt in range(TRIES):
+        paths, log = RunPaths(folder / f"run-{number}-{attempt}"), folder / f"log-{number}-{attempt}"
+        child = start(command(folder, paths.root, moment == "rehearsal", hardware), log)
+        if under_way := strike(child, paths, moment, victim, chances.random(), durations):
+            break
+    else:
         raise SystemExit(
             f"job {number} ended before it was killed\n{log.read_text(encoding='utf-8')[-2000:]}"
         )
     last = last_checkpoint(paths.checkpoints)
-    if child.returncode != 0 or not (paths.model / "adapter_model.safetensors").exists():
+    if child.returncode != 0 or not paths.record.exists():
         end(start([*LAUNCHER, f"resume={paths.root}"], log), log)
     torn = len(list(paths.checkpoints.glob("torn-*")))
-    return Kill(moment, victim, 0 if last is None else step_of(last), torn, digest(paths.root) == wanted)
+    return Kill(
+        moment, under_way, victim, 0 if last is None else step_of(last), torn, digest(paths.root) == wanted
+    )
 
 
 def endure_all(
@@ -178,14 +264,21 @@ def endure_all(
     text = "the planner reads the trace and the trace reads the step. "
     write_small_model(folder, ARCHITECTURE, text * 12, 60)
     log = folder / "log"
-    end(start(command(folder, folder / "undisturbed", rehearses=False, hardware=hardware), log), log)
+    child = start(command(folder, folder / "undisturbed", rehearses=False, hardware=hardware), log)
+    durations = follow(child, RunPaths(folder / "undisturbed"))
+    end(child, log)
     wanted, kills = digest(folder / "undisturbed"), []
-    print("| killed in | who | went on from step | torn | same weights |\n|---|---|--:|--:|---|")
+    print(
+        f"a save takes {durations.save_seconds:.3f} s at most, the results {durations.results_seconds:.3f} s"
+    )
+    print(
+        "| killed in | under way | who | went on from step | torn | same weights |\n|---|---|---|--:|--:|---|"
+    )
     for number in numbers:
-        found = endure(folder, number, chances, wanted, hardware)
+        found = endure(folder, number, chances, wanted, durations, hardware)
         kills.append(found)
         same = "yes" if found.is_same else "NO"
-        row = (found.moment, found.victim, found.resumed_from, found.num_torn, same)
+        row = (found.moment, found.under_way, found.victim, found.resumed_from, found.num_torn, same)
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
     return kills
 
@@ -195,11 +288,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--moments", nargs="*", choices=MOMENTS, default=MOMENTS, help="all by default, in turn"
+    )
     parser.add_argument("--hardware", default="cpu", help="`auto` for a GPU of this machine")
     parser.add_argument("--write", action="store_true", help="write docs/accuracy/<date>-endurance.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="endurance-") as name:
-        kills = endure_all(Path(name), range(options.jobs), random.Random(options.seed), options.hardware)
+        wanted = [MOMENTS.index(moment) for moment in options.moments]
+        numbers = [
+            wanted[at % len(wanted)] + len(MOMENTS) * (at // len(wanted)) for at in range(options.jobs)
+        ]
+        kills = endure_all(Path(name), numbers, random.Random(options.seed), options.hardware)
     now = datetime.now(UTC)
     if options.write:
         document = {

@@ -14,6 +14,13 @@ UNCLEAN = ("ACCELERATE_", "DEEPSPEED_", "FSDP_", "HYDRA_", "LAUNCHER_", "TRL_", 
 UNCLEAN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest -n 0 -m thorough tests/test_random_jobs.py --write-outcomes` keeps what came of the random jobs."""
+    parser.addoption(
+        "--write-outcomes", action="store_true", help="write docs/accuracy/<date>-random-jobs.json"
+    )
+
+
 def pytest_configure() -> None:
     """One thread a process: two tests run at a time, and threads that share cores wait for each other by turning."""
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -5,6 +5,7 @@ The files are real: written by transformers and safetensors, then damaged. What 
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from transformers import AutoConfig
 
 from launcher.architecture import LEARNED_POSITIONS, SPLIT_EVENLY, architecture_mistakes
 from launcher.config import config_root, group_choices, load_job
+from launcher.documents import write_document
 from launcher.errors import ConfigError, DataError
 from launcher.job import DataFormat, DataSpec, Engine, EvaluationSpec, ModelSpec
+from launcher.memory import MemoryMeasurement, StepShape
 from launcher.planning import resolve
 from launcher.run.model_facts import resolve_model
 from launcher.run.weight_files import check_model_folder
@@ -363,6 +366,26 @@ def test_examples_without_a_token_to_learn_are_refused_together_and_counted_alon
     assert "2 of 3 examples are left out: none has a token to learn within 64 tokens" in said
 
 
+def test_what_a_length_cuts_off_is_counted(copy: Path) -> None:
+    """A byte is a token, and each text ends with one more."""
+    texts = [{"text": "a" * size} for size in (62, 63, 64, 99, 20)]
+    evaluation = EvaluationSpec(enabled=True, num_examples=2, batch_size=1)
+    said = trained(copy, texts, {"evaluation": evaluation}, max_length=64)
+    assert (
+        "1 of 3 examples are cut to 64 tokens: 1 of 192 tokens (0.5 %) are lost; the longest has 65" in said
+    )
+    assert (
+        "1 of 2 held-out examples are cut to 64 tokens: 36 of 121 tokens (29.8 %) are lost; the longest has 100"
+        in said
+    )
+    pair = {"prompt": "a" * 40, "completion": "b" * 40}
+    said = trained(copy, [pair, {"prompt": "a", "completion": "b"}], max_length=64)
+    assert (
+        "1 of 2 examples are cut to 64 tokens: 17 of 84 tokens (20.2 %) are lost; the longest has 81" in said
+    )
+    assert not [line for line in trained(copy, texts, max_length=100) if "cut" in line]
+
+
 def test_a_rehearsal_finds_that_there_is_nothing_to_learn(copy: Path) -> None:
     """It looks at the longest examples only: that few others are shorter it can't know."""
     masked = {"prompt": "x" * 100, "completion": "y"}
@@ -371,6 +394,17 @@ def test_a_rehearsal_finds_that_there_is_nothing_to_learn(copy: Path) -> None:
     with pytest.raises(DataError, match=r"none of the 256 longest examples .* within 64 tokens") as caught:
         trained(copy, [masked] * 300 + [{"prompt": "x", "completion": "y"}], max_length=64, rehearses=True)
     assert "launch.rehearse=false" in caught.value.hint
+
+
+def test_an_example_that_the_rehearsal_passed_over_is_said(copy: Path) -> None:
+    """Few characters of another script are more tokens than many letters: each has three bytes."""
+    rows = [{"text": "a" * 50}] * 300 + [{"text": "漢" * 40}]
+    assert not [line for line in trained(copy, rows) if "rehearsal" in line]
+    seen = MemoryMeasurement(0, "by hand", (), {}, (StepShape(1, 51),))
+    write_document(RunPaths(copy / "run").rehearsal.measured(0), seen)
+    said = trained(copy, rows)
+    assert [line for line in said if "has 121 tokens, the rehearsal's longest had 51" in line], said
+    assert not [line for line in trained(copy, rows[:300]) if "rehearsal" in line]
 
 
 def test_fewer_examples_than_a_batch_are_refused(copy: Path) -> None:
@@ -397,7 +431,9 @@ def test_tokens_without_a_row_in_the_embedding_are_refused(copy: Path) -> None:
         trained(copy, [{"text": "abc"}, {"text": "a <new> one"}])
 
 
-def test_a_conversation_that_the_template_refuses_is_named(copy: Path) -> None:
+@pytest.mark.parametrize("rehearses", [False, True], ids=["run", "rehearsal"])
+def test_a_conversation_that_the_template_refuses_is_named(copy: Path, rehearses: bool) -> None:
+    """By its line in the file, which a rehearsal takes the longest examples of first."""
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         "{{ m.content }}{% endfor %}"
@@ -405,8 +441,48 @@ def test_a_conversation_that_the_template_refuses_is_named(copy: Path) -> None:
     (copy / "chat_template.jinja").write_text(template)
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     bad = [{"role": "system", "content": "b"}, *turns]
-    with pytest.raises(DataError, match=r"example 2: .*no system here.*system, user, assistant"):
-        trained(copy, [{"messages": turns}, {"messages": bad}])
+    longer = [{"role": "user", "content": "a" * 50}, turns[1]]
+    rows = [{"messages": turns}, {"messages": bad}, {"messages": longer}, {"messages": turns}]
+    said = r"rows\.jsonl, row 2 \(line 2\): .*no system here.*system, user, assistant"
+    with pytest.raises(DataError, match=said) as caught:
+        trained(copy, rows, rehearses=rehearses)
+    assert f"`{copy}`" in caught.value.message and caught.value.hint
+    held_out = copy / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    evaluation = EvaluationSpec(enabled=True, path=str(held_out), num_examples=4, batch_size=1)
+    with pytest.raises(DataError, match=r"held_out\.jsonl, row 3 \(line 3\): "):
+        trained(copy, [{"messages": turns}], {"evaluation": evaluation}, rehearses=rehearses)
     (copy / "chat_template.jinja").write_text("{% for m in messages %}")
-    with pytest.raises(DataError, match="the model's chat template"):
-        trained(copy, [{"messages": turns}])
+    with pytest.raises(DataError, match="the chat template of") as caught:
+        trained(copy, [{"messages": turns}], rehearses=rehearses)
+    assert caught.value.hint
+
+
+def test_conversations_without_a_template_name_data_and_model(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"rows\.jsonl are conversations") as caught:
+        trained(copy, [{"messages": [{"role": "user", "content": "a"}]}])
+    assert f"`{copy}`" in caught.value.message and "chat_template.jinja" in caught.value.hint
+
+
+def test_a_config_that_is_no_json_is_named_with_its_line_and_a_cure(copy: Path) -> None:
+    (copy / "config.json").write_text('{\n"model_type": \n}')
+    with pytest.raises(DataError, match=r"config\.json` is not JSON: .*line 3") as caught:
+        resolve_model(ModelSpec(path=str(copy)), lambda _: None)
+    assert "fetch the model again" in caught.value.hint
+
+
+def test_every_data_error_has_a_cure() -> None:
+    calls = [
+        (file.name, call)
+        for file in sorted((config_root() / "launcher").rglob("*.py"))
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "DataError"
+    ]
+    assert len(calls) > 40
+    bare = [
+        f"{name}:{call.lineno}"
+        for name, call in calls
+        if len(call.args) + sum(keyword.arg == "hint" for keyword in call.keywords) < 2
+    ]
+    assert bare == []

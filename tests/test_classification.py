@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
-from launcher.classification import mean_loss
+from launcher.classification import LOST, mean_loss, tokenized
 from launcher.config import load_job
 from launcher.documents import read_document
 from launcher.errors import ConfigError, DataError, UnsupportedByPlanner
@@ -122,7 +123,7 @@ def test_rows_are_text_and_label(tmp_path: Path) -> None:
     assert data.format is DataFormat.LABELED
     rows = load_examples(data)
     assert rows.to_list() == [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
-    assert fitted(rows, JobSpec(model=CLASSIFIER), data.path) is rows
+    assert fitted(rows, JobSpec(model=CLASSIFIER), data) is rows
 
 
 @pytest.mark.parametrize("label", ["good", -1, True, 0.5, None])
@@ -133,9 +134,13 @@ def test_labels_are_whole_numbers(label: object, tmp_path: Path) -> None:
 
 
 def test_labels_are_those_of_the_model(tmp_path: Path) -> None:
-    rows = load_examples(write_rows(tmp_path, {"text": "odd", "label": LABELS}))
-    with pytest.raises(DataError, match=rf"model\.num_labels={LABELS + 1}"):
-        fitted(rows, JobSpec(model=CLASSIFIER), "")
+    data = write_rows(tmp_path, {"text": "fine", "label": 0}, {"text": "odd", "label": LABELS})
+    rows, job = load_examples(data), JobSpec(model=CLASSIFIER)
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2 \(line 2\) has label") as caught:
+        fitted(rows, job, data)
+    assert caught.value.hint == f"model.num_labels={LABELS + 1}"
+    with pytest.raises(DataError, match=r"row 2 \(line 2\)"):  # as held-out examples of the same file
+        fitted(rows.select([1]), job, data, begins_at=1)
 
 
 @pytest.mark.parametrize(
@@ -189,3 +194,20 @@ def test_classifier_is_trained_evaluated_and_saved_as_predicted(tmp_path: Path) 
     assert [0.0 <= line["eval_accuracy"] <= 1.0 for line in logged if "eval_loss" in line] == [True, True]
     saved = json.loads((paths.model / "adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_CLS" and "score" in saved["modules_to_save"]
+
+
+def test_what_a_length_cuts_off_texts_is_counted(tmp_path: Path) -> None:
+    """A byte is a token; the words that open and close each text are not of it."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    write_tiny_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    number = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", number)]
+    )
+    rows = Dataset.from_list([{"text": "a" * size, "label": 0} for size in (3, 6, 7, 30)])
+    cut = tokenized(rows, tokenizer, 8)
+    assert [len(ids) for ids in cut["input_ids"]] == [5, 8, 8, 8]
+    assert list(cut[LOST]) == [0, 0, 1, 24]

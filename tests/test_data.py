@@ -283,6 +283,7 @@ def test_a_bad_row_is_named_with_its_field(
         load(file, layout)
     assert f"{file}, row 2 (line 3): " in failed.value.message
     assert said in failed.value.message
+    assert failed.value.hint
     (tmp_path / "rows.json").write_text(json.dumps([good, bad]))
     with pytest.raises(DataError) as failed:
         load(tmp_path / "rows.json", layout)
@@ -351,6 +352,7 @@ def test_a_malformed_file_is_named_with_its_line(content: bytes, said: str, tmp_
         load(file, DataFormat.TEXT)
     assert str(file) in failed.value.message
     assert said in failed.value.message
+    assert failed.value.hint
 
 
 @pytest.mark.parametrize("opening", [b"", b"["], ids=["lines", "array"])
@@ -391,8 +393,9 @@ def test_paths_that_lead_nowhere_are_data_errors(tmp_path: Path, monkeypatch: py
     ]
     paths = [str(tmp_path / "table.csv"), str(tmp_path / "folder"), *nowhere, "x" * 5_000 + "/y/z"]
     for path in paths:
-        with pytest.raises(DataError):
+        with pytest.raises(DataError) as failed:
             load(path)
+        assert failed.value.hint, path
 
 
 def test_an_empty_file_among_others_is_named(tmp_path: Path) -> None:
@@ -530,7 +533,7 @@ def test_nothing_is_held_out_unless_asked(ten: DataSpec) -> None:
 
 @pytest.mark.parametrize("num_held_out", [10, 11, 64])
 def test_something_must_be_left_to_train_on(num_held_out: int, ten: DataSpec) -> None:
-    with pytest.raises(DataError, match=f"holding out {num_held_out} of 10"):
+    with pytest.raises(DataError, match=f"holding out {num_held_out} of the 10"):
         split_examples(load_examples(ten), ten, EvaluationSpec(enabled=True, num_examples=num_held_out))
 
 
@@ -597,13 +600,13 @@ def test_conversations_need_a_chat_template(
 ) -> None:
     examples = load(write_lines(tmp_path / "rows.jsonl", [row]))
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
-    require_chat_template(tokenizer, examples)
+    require_chat_template(tokenizer, examples, "rows.jsonl", "org/base")
     if "messages" in expected or isinstance(expected.get("prompt"), list):
-        with pytest.raises(DataError, match="no chat template") as failed:
-            require_chat_template(bare, examples)
+        with pytest.raises(DataError, match=r"rows\.jsonl.*`org/base` has no chat template") as failed:
+            require_chat_template(bare, examples, "rows.jsonl", "org/base")
         assert "prompt_completion" in failed.value.hint
     else:
-        require_chat_template(bare, examples)
+        require_chat_template(bare, examples, "rows.jsonl", "org/base")
 
 
 # ------------------------------------------------------------------------------------------ the built-in data

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.checkpoints import last_checkpoint, step_of
@@ -25,6 +26,7 @@ from launcher.run_paths import RunPaths
 from tests.tiny_job import write_tiny_model
 
 TIMEOUT_SECONDS = 900
+CANARY = "canary" + "0123456789abcdef"
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +228,15 @@ def test_quantised_run_generates_and_shows_its_bill(job: list[str], tmp_path: Pa
     assert (run_dir / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_interrupts_save_a_checkpoint_and_resume_continues(job: list[str], tmp_path: Path) -> None:
-    """Of two launches for one run directory one is refused; the other is interrupted, resumed, terminated, resumed."""
+def test_interrupts_save_a_checkpoint_and_resume_continues(
+    job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two launches for one run directory one is refused; the other is interrupted, resumed, terminated, resumed.
+
+    Meanwhile no command line of its processes and no file has a token, and none of them listens.
+    """
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, f"{CANARY}{name}")
     paths = RunPaths(tmp_path / "interrupted run")
     arguments = [argument for argument in job if not argument.startswith("training.max_steps")]
     arguments += ["training.max_steps=400", f"run_dir={paths.root}"]
@@ -239,11 +248,20 @@ def test_interrupts_save_a_checkpoint_and_resume_continues(job: list[str], tmp_p
     late = launch(arguments, tmp_path)
     assert late.returncode == 6 and "exists and is not empty" in late.stderr and late.stdout == ""
 
+    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    assert int(paths.pid(0).read_text()) in [process.pid for process in family]
+    for process in family:
+        assert CANARY in Path(f"/proc/{process.pid}/environ").read_text(errors="replace"), "it was given on"
+        assert CANARY not in Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace")
+        listening = [entry for entry in process.net_connections() if entry.status == psutil.CONN_LISTEN]
+        assert listening == [], process.cmdline()
     stderr = stopped(child, signal.SIGINT, 130)
     assert "resume=" in stderr
     worker = int(paths.pid(0).read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert [file for file in files if CANARY.encode() in file.read_bytes()] == []
 
     done, logged = saved_steps(paths), steps_logged(paths)
     paths.plan.write_bytes(b"")  # as power that goes may leave it
@@ -321,13 +339,22 @@ def test_no_plan_fits(job: list[str], tmp_path: Path) -> None:
     assert all(item["short_by_bytes"] > 0 and item["reason"] for item in document["rejected"])
 
 
-def test_bad_data_ends_with_its_own_code(job: list[str], tmp_path: Path) -> None:
+def test_bad_data_leave_nothing_and_the_same_command_runs_when_they_are_mended(
+    job: list[str], tiny: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": \n')
     arguments = [argument for argument in job if not argument.startswith("data.path")]
-    result = launch([*arguments, f"data.path={broken}"], tmp_path)
+    arguments += [f"data.path={broken}", f"run_dir={tmp_path / 'run'}"]
+    result = launch(arguments, tmp_path)
     assert result.returncode == 5
-    assert "broken.jsonl" in result.stderr and "2" in result.stderr
+    assert "broken.jsonl, line 2: malformed JSON" in result.stderr and "hint: " in result.stderr
+    assert "worker.log" not in result.stderr, "the log is gone"
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
+    shutil.copy(tiny / "train.jsonl", broken)
+    result = launch(arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "record.json").exists()
 
 
 def test_a_damaged_model_ends_before_there_is_anything(job: list[str], tiny: Path, tmp_path: Path) -> None:

@@ -172,6 +172,17 @@ def test_sharded_processes_learn_save_and_resume_as_one(
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("engine", [Engine.DEEPSPEED, Engine.FSDP2])
+def test_sharded_processes_listen_on_the_loopback_alone(engine: Engine, tiny: Path, tmp_path: Path) -> None:
+    """From the first line of the job to its last step."""
+    run = prepared(tmp_path, tiny_order(tiny, engine, 3))
+    addresses: set[str] = set()
+    run.on_line = lambda line: addresses.update(listeners_of(run.paths))
+    run.launch()
+    assert addresses == {"127.0.0.1"}
+
+
+@pytest.mark.thorough
 def test_a_sharded_adapter_is_saved_as_anybody_loads_it(tiny: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

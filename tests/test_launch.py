@@ -27,8 +27,8 @@ from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimi
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.run import endings, launch, node, supervise
-from launcher.run.endings import log_tail, raise_for_outcome
-from launcher.run.launch import complete_run, launch_worker, prepare_run, require_unused
+from launcher.run.endings import left_nothing, log_tail, raise_for_outcome
+from launcher.run.launch import complete_run, discard_run, launch_worker, prepare_run, require_unused
 from launcher.run.lock import sole_launcher
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
@@ -525,7 +525,7 @@ def test_the_workers_own_hint_is_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         raise_for_outcome(outcome, RunPaths(tmp_path))
     assert caught.value.message == "row 3 is empty"
-    assert caught.value.hint.startswith("look at it; ")
+    assert caught.value.hint == "look at it"  # the log says no more, and may be gone
 
 
 def test_a_good_end_is_good_only_with_as_many_processes_as_planned(tmp_path: Path) -> None:
@@ -543,3 +543,34 @@ def test_the_tail_of_a_log_shows_what_was_last_seen(tmp_path: Path) -> None:
     log.write_bytes(b"early\n\r 1%\r 2%\r 99%\n\nw\xff\r\n")
     assert log_tail(log) == ("early", " 99%", "w\ufffd")
     assert log_tail(log, len(b"early\n")) == (" 99%", "w\ufffd")
+
+
+# ------------------------------------------------------------------------------------ nothing half-done
+
+
+def test_a_run_that_trained_is_never_discarded(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "run")
+    prepare_run(paths, ORDER, {})
+    bad = replace(DONE, status=Status.DATA_ERROR, steps=0)
+    assert left_nothing(bad, paths)
+    assert not left_nothing(replace(bad, steps=1), paths) and not left_nothing(DONE, paths)
+    paths.metrics.write_text("{}\n")
+    assert not left_nothing(bad, paths)
+    paths.metrics.unlink()
+    checkpoint = paths.checkpoints / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    seal(checkpoint)
+    assert not left_nothing(bad, paths)
+
+
+def test_a_discarded_run_leaves_a_folder_only_where_there_was_one(tmp_path: Path) -> None:
+    made, given = RunPaths(tmp_path / "made"), RunPaths(tmp_path / "given")
+    given.root.mkdir()
+    given.root.chmod(0o2750)
+    for paths in (made, given):
+        prepare_run(paths, ORDER, {})
+        paths.checkpoints.mkdir()
+        discard_run(paths, keep_folder=paths is given)
+    assert not made.root.exists()
+    assert list(given.root.iterdir()) == [] and given.root.stat().st_mode & 0o7777 == 0o2750
+    prepare_run(given, ORDER, {})

@@ -43,6 +43,7 @@ NOUNS = {
     "rates",
     "redaction",
     "resume_limits",
+    "stored_secrets",
     "run_paths",
     "run_record",
     "run_status",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import shutil
 import time
 from collections import Counter
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -13,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.random_jobs import LEAVES, command_lines, settle
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 15.0
 """What the tests on every commit may take."""
 MANY = 5_000
@@ -66,7 +71,36 @@ def test_random_jobs_end_without_a_traceback(tmp_cwd: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.usefixtures("offline")
-def test_five_thousand_random_jobs_end_without_a_traceback(tmp_cwd: Path) -> None:
+def test_five_thousand_random_jobs_end_without_a_traceback(
+    tmp_cwd: Path, pytestconfig: pytest.Config
+) -> None:
+    began = time.monotonic()
     outcomes = settle_many(MANY, 3600.0, tmp_cwd)
     assert sum(outcomes.values()) >= MANY * 0.9
     assert min(outcomes["refused"], outcomes["plan"], outcomes["no plan fits"]) > 20, outcomes
+    if pytestconfig.getoption("write_outcomes"):
+        write_outcomes(ROOT / "docs" / "accuracy", outcomes, time.monotonic() - began)
+
+
+def write_outcomes(folder: Path, outcomes: Counter[str], seconds: float) -> Path:
+    """Writes down what came of random jobs, of which none ended in a traceback; returns the file."""
+    today = datetime.now(UTC).date().isoformat()
+    document = {
+        "date": today,
+        "jobs": sum(outcomes.values()),
+        "outcomes": dict(sorted(outcomes.items())),
+        "seconds": round(seconds),
+        "versions": {name: version(name) for name in ("hydra-core", "hypothesis", "pydantic")},
+        "python": platform.python_version(),
+    }
+    file = folder / f"{today}-random-jobs.json"
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def test_what_came_of_random_jobs_is_written_down(tmp_path: Path) -> None:
+    file = write_outcomes(tmp_path, Counter({"plan": 3, "refused": 4}), 1.6)
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert file.name == f"{written['date']}-random-jobs.json"
+    assert (written["jobs"], written["seconds"]) == (7, 2)
+    assert written["outcomes"] == {"plan": 3, "refused": 4}

@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import tomllib
 from collections.abc import Mapping
@@ -26,17 +27,21 @@ import psutil
 import pytest
 from packaging.requirements import Requirement
 
+from launcher import cli
 from launcher.cluster import Cluster, LaunchSpec, Node
 from launcher.config import load_job
+from launcher.documents import write_document
 from launcher.errors import ConfigError, DataError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec, ModelSpec
 from launcher.planning import trust_notes
 from launcher.redaction import Redactor, redacted, secret_in, secrets_of
-from launcher.run import node
+from launcher.run import ledger_file, node
 from launcher.run.launch import launch_worker, prepare_run
 from launcher.run.render import worker_environment
 from launcher.run_paths import RunPaths
+from launcher.run_status import NodeFailure
+from launcher.stored_secrets import known_secrets
 from scripts.audit import audit
 from tests.test_launch import ORDER, PROGRAM
 from tests.tiny_job import tiny_order, write_tiny_model
@@ -54,16 +59,72 @@ SECRETS = {
 # ---------------------------------------------------------------------------------------------- secrets
 
 
+SECRET_NAMES = (
+    "HF_TOKEN", "MYTOKEN", "GITHUB_TOKEN_2", "token1", "WANDB_API_KEY", "OPENAI_APIKEY", "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY", "PRIVATE_KEY", "SSH_PRIVATE_KEY", "DEPLOY_KEY", "client_secret", "DJANGO_SECRETS",
+    "PGPASSWORD", "MYSQL_PWD", "DB_PASS", "PASS", "SMTP_PASSWD", "GPG_PASSPHRASE", "GITHUB_PAT", "AZURE_CREDENTIALS",
+    "RABBITMQ_PASSWORD_HASH",
+)  # fmt: skip
+HARMLESS_NAMES = (
+    "TOKENIZERS_PARALLELISM", "MAX_NEW_TOKENS", "HF_TOKEN_PATH", "PWD", "OLDPWD", "COMPASS", "BYPASS_CACHE",
+    "PASSTHROUGH", "GIT_ASKPASS", "PGPASSFILE", "SSH_AUTH_SOCK", "KEYBOARD", "MONKEY", "PATH", "PYTHONPATH",
+    "SECRETARY", "PATTERN", "DB_PASSWORD_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "TOKEN_URL", "XAUTHORITY",
+    "CUDA_HOME",
+)  # fmt: skip
+
+
 def test_secrets_are_known_by_the_names_of_their_variables() -> None:
-    harmless = {
-        "TOKENIZERS_PARALLELISM": "false-false",
-        "HF_TOKEN_PATH": "/home/me/token",
-        "PYTHONPATH": "/a/b/c/d/e",
-        "API_TOKEN": "short",
-        "KEYBOARD": "qwertyuiop",
-    }
-    assert set(secrets_of(harmless | SECRETS).values()) == set(SECRETS)
+    for name in (*SECRET_NAMES, *HARMLESS_NAMES):
+        assert secrets_of({name: CANARY}) == ({CANARY: name} if name in SECRET_NAMES else {}), name
+    harmless = {"API_TOKEN": "short", "HTTP_PROXY": "http://proxy.example:3128"}
     assert secrets_of(harmless) == {}
+    assert set(secrets_of(harmless | SECRETS).values()) == set(SECRETS)
+
+
+def test_a_token_of_a_login_is_a_secret(tmp_path: Path) -> None:
+    """Stored by huggingface_hub itself, in a process with a home of its own."""
+    tokens = [f"hf_{letter * 34}" for letter in "AB"]
+    program = (
+        "import sys; from huggingface_hub import _login as login\n"
+        "for name, token in zip('ab', sys.argv[1:]): login._save_token(token, name)\n"
+        "login._set_active_token('b', add_to_git_credential=False)"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    for number, places in enumerate(
+        ({"HF_HOME": "hub"}, {"HOME": "home"}, {"XDG_CACHE_HOME": "xdg"}, {"HF_TOKEN_PATH": "mine/token"})
+    ):
+        environment = plain | {"HOME": str(tmp_path / f"{number}")}
+        environment |= {name: str(tmp_path / f"{number}-{place}") for name, place in places.items()}
+        assert known_secrets(environment).keys().isdisjoint(tokens)
+        subprocess.run(
+            [sys.executable, "-c", program, *tokens], env=environment, check=True, capture_output=True
+        )
+        assert dict.fromkeys(tokens, "HF_TOKEN").items() <= known_secrets(environment).items(), places
+        assert known_secrets(environment | {"MY_TOKEN": CANARY})[CANARY] == "MY_TOKEN"
+
+
+def test_nothing_that_is_printed_holds_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Not the errors of the launcher itself, nor what a run left, whoever wrote it there."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text(CANARY + "-login")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    paths = RunPaths(tmp_path / "run")
+    prepare_run(paths, ORDER, {})
+    write_document(paths.failure(0), NodeFailure(6, f'401 for {CANARY}-login and {CANARY}"quoted'))
+    for arguments, code in (
+        ([f"recipe={CANARY}"], 2),
+        (["action=status", f"run_dir={tmp_path / CANARY}"], 2),
+        (["action=status", f"run_dir={paths.root}"], 0),
+        (["action=status", f"run_dir={paths.root}", "output=json"], 0),
+    ):
+        assert cli.run(arguments) == code
+        printed = "".join(capsys.readouterr())
+        assert "[HF_TOKEN]" in printed and CANARY not in printed, arguments
+    assert json.loads(printed)["message"] == '401 for [HF_TOKEN] and [HF_TOKEN]"quoted'
 
 
 def test_a_text_names_the_variable_in_place_of_its_value() -> None:
@@ -363,10 +424,36 @@ def test_a_rank_writes_no_secret_that_a_killed_launcher_would_leave(killed: bool
 def test_a_run_directory_is_its_users_alone(tmp_path: Path) -> None:
     previous = os.umask(0o002)
     try:
-        prepare_run(RunPaths(tmp_path / "a" / "run"), ORDER, {})
+        prepare_run(RunPaths(tmp_path / "a" / "runs" / "run"), ORDER, {})
+        ledger_file.write_rows(tmp_path / "a" / "runs", [])
+        with ledger_file._connected(tmp_path / "a" / "runs") as connection:
+            connection.execute("insert into runs values ('run', 1, '{}')")
+            files = {file.name: file for file in (tmp_path / "a" / "runs").glob("ledger*")}
+            modes = {name: stat.S_IMODE(file.stat().st_mode) for name, file in files.items()}
     finally:
         os.umask(previous)
-    assert stat.S_IMODE((tmp_path / "a" / "run").stat().st_mode) == 0o700
+    for folder in ("a", "a/runs", "a/runs/run"):
+        assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700, folder
+    assert modes == dict.fromkeys(("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"), 0o600)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user can be played by root alone")
+def test_a_ledger_of_another_user_is_left_alone() -> None:
+    """It can't be opened, as a damaged one; but it must not be renamed and made anew."""
+    program = (
+        "import os, pathlib, sys; from launcher.run.ledger import find_records; os.setuid(65534);"
+        "print(*find_records(pathlib.Path(sys.argv[1])).notes)"
+    )
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        Path(name).chmod(0o777)
+        ledger_file.write_rows(Path(name), [ledger_file.Row("/gone", 1, "{}")])
+        before = (Path(name) / "ledger.sqlite").read_bytes()
+        said = subprocess.run(
+            [sys.executable, "-c", program, name], capture_output=True, text=True, check=False
+        )
+        assert "is left alone: this user may not read and write it" in said.stdout, said.stderr
+        assert [file.name for file in Path(name).iterdir()] == ["ledger.sqlite"]
+        assert (Path(name) / "ledger.sqlite").read_bytes() == before
 
 
 def test_a_folder_that_is_there_keeps_its_mode_and_can_be_shared(tmp_path: Path) -> None:
@@ -389,15 +476,18 @@ def test_processes_of_one_machine_meet_on_the_loopback() -> None:
 
 
 def test_every_dependency_has_a_range_that_holds_what_is_installed() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, needed = pyproject["project"], pyproject["build-system"]["requires"]
     extras = [item for some in project["optional-dependencies"].values() for item in some]
-    for text in (*project["dependencies"], *extras):
+    for text in (*project["dependencies"], *extras, *needed):
         requirement = Requirement(text)
         operators = {item.operator for item in requirement.specifier}
         assert operators == {">=", "<"}, text
     for text in project["dependencies"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(version(requirement.name), prereleases=True), text
+    (loader,) = (item for item in map(Requirement, project["dependencies"]) if item.name == "datasets")
+    assert not loader.specifier.contains("3.6.0"), "before 4 a data set may bring a script that is run"
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_examples_have_the_images_that_they_name(tmp_path: Path) -> None:
 
     def read() -> Any:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return fitted(load_examples(data), job, data.path)
+        return fitted(load_examples(data), job, data)
 
     first = read()[0]
     assert [image.size for image in first["images"]] == [
@@ -166,10 +166,12 @@ def test_examples_have_the_images_that_they_name(tmp_path: Path) -> None:
     ]
     assert first["messages"] == rows[0]["messages"]
     rows[1]["images"][0] = "none.png"
-    with pytest.raises(DataError, match=r"example 2: there is no image file .*none\.png"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2 \(line 2\): there is no image file .*none\.png"):
         read()
     rows[1]["images"] = rows[1]["images"][:1]
-    with pytest.raises(DataError, match=r"example 2 has 1 images; data\.images_per_example=2"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl, row 2 \(line 2\) has 1 images; data\.images_per_example=2"
+    ):
         read()
 
 

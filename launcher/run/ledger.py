@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.checkpoints import last_checkpoint
 from launcher.documents import from_json, read_document, write_document
 from launcher.errors import ConfigError, LaunchError
-from launcher.run.ledger_file import NAME, NewerLedger, Row, is_damage, read_rows, set_aside, write_rows
+from launcher.run.ledger_file import NAME, LeftAlone, Row, is_damage, read_rows, set_aside, write_rows
 from launcher.run_paths import RunPaths
 from launcher.run_record import Replan, RunRecord, Status, WorkerOrder
 
@@ -49,7 +49,7 @@ def write_record(paths: RunPaths, record: RunRecord) -> None:
     A ledger that can't be written is no reason to fail: it takes the record from the directory later.
     """
     write_document(paths.record, record)
-    with suppress(sqlite3.Error, NewerLedger, OSError):
+    with suppress(sqlite3.Error, LeftAlone, OSError):
         write_rows(paths.root.parent, [_row_of(paths)])
 
 
@@ -65,7 +65,7 @@ def find_records(root: Path) -> Ledger:
     rows: dict[str, Row] = {}
     try:
         rows = {row.run_dir: row for row in read_rows(root)}
-    except NewerLedger as failure:
+    except LeftAlone as failure:
         notes.append(f"`{root / NAME}` is left alone: {failure}")
         return _parsed([_row_of(paths) for paths in found], notes)
     except sqlite3.Error as failure:

@@ -10,10 +10,11 @@ needs nothing but the file system's locks.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,8 @@ import psutil
 NAME: Final = "ledger.sqlite"
 VERSION: Final = 1
 """Of the schema; in SQLite's `user_version`. Rows of an older one are read and written anew."""
+PRIVATE: Final = 0o600
+"""Mode of a ledger that is made: records tell of their user's data and models."""
 BUSY_SECONDS: Final = 60.0
 """How long a writer waits for others."""
 LOCAL: Final = frozenset(
@@ -68,15 +71,23 @@ class Row:
     """The record, as JSON."""
 
 
-class NewerLedger(Exception):
+class LeftAlone(Exception):
+    """A ledger that this process must not touch, and why."""
+
+
+class NewerLedger(LeftAlone):
     """The file was written by a later version of this package."""
+
+
+class OthersLedger(LeftAlone):
+    """The file is another user's."""
 
 
 def read_rows(folder: Path) -> tuple[Row, ...]:
     """All rows of a folder's ledger; none where there is no ledger.
 
     Raises:
-        NewerLedger: When it can't be read by this version.
+        LeftAlone: When it can't be read by this version, or this user.
         sqlite3.Error: When it can't be read at all.
     """
     if not (folder / NAME).is_file():
@@ -112,10 +123,13 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> None:
     """Adds rows to a folder's ledger, or replaces them; all or none.
 
     Raises:
-        NewerLedger: When it can't be written by this version.
+        LeftAlone: When it can't be written by this version, or this user.
+        OSError: When it can't be made.
         sqlite3.Error: When it can't be written at all.
     """
     values = [(row.run_dir, row.changed_ns, row.record) for row in rows]
+    if (folder / NAME).exists() and not os.access(folder / NAME, os.W_OK):
+        raise OthersLedger("this user may not write it")
     with _connected(folder) as connection:
         connection.execute("begin immediate")
         connection.executemany("insert or replace into runs values (?, ?, ?)", values)
@@ -134,8 +148,13 @@ def set_aside(folder: Path) -> Path:
 
 @contextmanager
 def _connected(folder: Path) -> Iterator[sqlite3.Connection]:
+    file = folder / NAME
+    with suppress(FileExistsError):  # SQLite gives the files beside it the same mode
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, PRIVATE))
+    if not os.access(file, os.R_OK):
+        raise OthersLedger("this user may not read it")
     # autocommit: transactions begin where the code says so
-    connection = sqlite3.connect(folder / NAME, timeout=BUSY_SECONDS, isolation_level=None)
+    connection = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None)
     with closing(connection):
         (version,) = connection.execute("pragma user_version").fetchone()
         if version > VERSION:

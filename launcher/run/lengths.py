@@ -30,6 +30,7 @@ SOURCES = (
     "workload.py",
     "classification.py",
     "worker/data.py",
+    "worker/layouts.py",
     "worker/lengths.py",
     "worker/python_docs.py",
     "worker/source_rows.py",

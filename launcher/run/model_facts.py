@@ -65,7 +65,10 @@ def _code_digest(model: ModelSpec, folder: Path) -> str:
         try:
             digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
         except OSError as failure:
-            raise DataError(f"`{file}` can't be read: {failure}") from failure
+            raise DataError(
+                f"`{file}` can't be read: {failure}",
+                "it is code of the model; see that this user may read it",
+            ) from failure
     return digest.hexdigest()
 
 
@@ -102,7 +105,9 @@ def _read_config(file: Path) -> dict[str, Any]:
             f"`{file}` can't be read: {failure}", "`model.path` must hold a config.json, or be a hub id"
         ) from failure
     except ValueError as failure:
-        raise DataError(f"`{file}` is not JSON: {failure}") from failure
+        raise DataError(
+            f"`{file}` is not JSON: {failure}", "correct the file at that place, or fetch the model again"
+        ) from failure
     except RecursionError as failure:
         raise DataError(f"`{file}` is nested too deeply to be read", "fetch the model again") from failure
     if not isinstance(config, dict) or "model_type" not in config:

@@ -27,7 +27,7 @@ from launcher.cluster import Cluster, Node
 from launcher.documents import read_document, write_document
 from launcher.errors import Interrupted, LauncherError, LaunchError
 from launcher.plan import Plan
-from launcher.redaction import secrets_of
+from launcher.redaction import redacted
 from launcher.run.endings import raise_for_outcome, read_outcome
 from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting
 from launcher.run.ranks import redact_rank_logs
@@ -37,6 +37,7 @@ from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOrder, WorkerOutcome
 from launcher.run_status import NodeFailure
+from launcher.stored_secrets import known_secrets
 
 COMPARED: Final = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
 """Libraries that must be the same on every machine: they decide what is computed, or what is sent."""
@@ -107,7 +108,7 @@ def _supervised(
             command, environment, paths.node_log(node.rank), pid, show, grace_seconds, stop, shields=is_slurm
         )
     finally:
-        redact_rank_logs(paths, secrets_of(environment))
+        redact_rank_logs(paths, known_secrets(environment))
 
 
 def _bad_rehearsal(paths: RunPaths, order: WorkerOrder, ending: Ending) -> WorkerOutcome:
@@ -227,7 +228,8 @@ def note_failure(paths: RunPaths, rank: int, failure: LauncherError) -> None:
     """Leaves why a machine's part did not end well; nothing where the run directory can't be written."""
     with suppress(OSError):
         if paths.root.is_dir():
-            write_document(paths.failure(rank), NodeFailure(failure.exit_code, failure.message))
+            message = redacted(failure.message, known_secrets(os.environ))
+            write_document(paths.failure(rank), NodeFailure(failure.exit_code, message))
 
 
 def clear_leftovers(paths: RunPaths, plan: Plan, show: Callable[[str], None] = lambda line: None) -> None:
@@ -262,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
     paths, node = RunPaths(Path(given.run_dir)), Node(given.rank, given.address, given.port)
 
     def show(line: str) -> None:
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(redacted(line, known_secrets(os.environ)) + "\n")
 
     try:
         if not paths.worker.exists():

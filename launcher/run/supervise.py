@@ -21,8 +21,9 @@ from typing import IO, Final
 import psutil
 
 from launcher.errors import LaunchError
-from launcher.redaction import Redactor, secrets_of
+from launcher.redaction import Redactor
 from launcher.run_record import WORKER_MARK
+from launcher.stored_secrets import known_secrets
 
 SAVE_GRACE_SECONDS: Final = 120.0
 """How long an interrupted worker may take to finish its micro batch and save."""
@@ -79,7 +80,7 @@ def supervise(
     Args:
         command: The command line.
         environment: The whole environment.
-        log: Where all output is appended, but for secrets of the environment.
+        log: Where all output is appended, but for secrets (`known_secrets`).
         pid: File in which the worker, a descendant of the command, writes its process id.
         show: Called with every line that the worker marked as its own.
         grace_seconds: How long an interrupted worker may take.
@@ -94,7 +95,7 @@ def supervise(
     with log.open("ab") as stream, _interrupts(numbers) as interrupts:
         began_at, kills_before, reason = stream.tell(), memory_kills(), ""
         with _start(command, environment, shields) as child:
-            redactor = Redactor(secrets_of(environment))
+            redactor = Redactor(known_secrets(environment))
             relay, family = _Relay(child, stream, show, redactor), Family(child)
             try:
                 reason = _follow(family, pid, relay, interrupts, grace_seconds, should_stop)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from launcher.documents import read_document
 from launcher.libraries import hide_libraries, unneeded_libraries
-from launcher.redaction import secrets_of
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
+from launcher.stored_secrets import known_secrets
 from launcher.worker.output import redacted_output
 from launcher.worker.ranks import rank
 from launcher.worker.signals import heed_parent_alone
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     paths.pid(rank()).write_text(str(os.getpid()))
     order = read_document(paths.worker, WorkerOrder)
     hide_libraries(unneeded_libraries(order.plan))
-    with redacted_output(secrets_of(os.environ)):
+    with redacted_output(known_secrets(os.environ)):
         train = importlib.import_module(TRAIN_MODULE)
         return int(train.EXIT_CODES[train.run(order, paths)])
 

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from launcher import workload
+from launcher.documents import read_document
 from launcher.errors import DataError
 from launcher.hardware import DeviceKind
+from launcher.memory import MemoryMeasurement
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
 from launcher.worker.exhausted import is_out_of_memory
-from launcher.worker.laid_out import check_laid_out, require_known_ids, require_longest
-from launcher.worker.longest import keep_longest, most_text, num_batches_trained
+from launcher.worker.laid_out import blamed_template, check_laid_out, require_known_ids, require_longest
+from launcher.worker.longest import beyond_rehearsal, keep_longest, most_text, num_batches_trained
 from launcher.worker.prompts import Batch, prompt_batches
 from launcher.worker.ranks import rank
 from launcher.worker.tasks import UNREADABLE, examples_of, source_of, tokenizer_of, unreadable_model
@@ -93,21 +96,16 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
     prompts: tuple[Batch, ...] = ()
     if job.generation.enabled:
         assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a model that sees does not generate here
-        prompts = prompt_batches(tokenizer, train_rows if eval_rows is None else eval_rows, job.generation)
+        asked = train_rows if eval_rows is None else eval_rows
+        try:
+            prompts = prompt_batches(tokenizer, asked, job.generation)
+        except TemplateError as failure:
+            raise blamed_template(tokenizer, job, failure) from failure
     num_read = len(train_rows)
     if order.rehearses:
         train_rows, eval_rows = _with_most_text(order, train_rows, eval_rows)
         prompts = tuple(sorted(prompts, key=lambda batch: -batch[0].shape[1])[:1])
     num_given = len(train_rows)
-
-    def settle(trainer: Trainer) -> tuple[str, ...]:
-        if not order.rehearses:
-            return check_laid_out(trainer, job, plan, num_given)
-        if num_given == num_read:  # what the run would find only after the rehearsal
-            check_laid_out(trainer, job, plan, num_given)
-        require_longest(trainer, job, plan, num_given)
-        keep_longest(trainer, job, plan)
-        return ()
 
     training, memory_bytes = job.training, job.hardware.memory_bytes
     return Ingredients(
@@ -124,7 +122,7 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         },
         output_dir=paths.checkpoints,
         adapt=lambda model: workload.attach_adapters(model, job, plan),
-        settle=settle,
+        settle=lambda trainer: _settled(trainer, order, paths, num_given, num_read),
         metrics=paths.metrics,
         prompts=prompts,
         generations=paths.generations,
@@ -133,6 +131,23 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         merged=paths.merged,
         spare_bytes=memory_bytes - order.predicted.peak_device_bytes if memory_bytes else None,
     )
+
+
+def _settled(
+    trainer: Trainer, order: WorkerOrder, paths: RunPaths, num_given: int, num_read: int
+) -> tuple[str, ...]:
+    """Checks the rows that a trainer laid out, of which a rehearsal keeps the worst; what there is to say of them."""
+    job, plan = order.job, order.plan
+    if not order.rehearses:
+        notes, rehearsed = check_laid_out(trainer, job, plan, num_given), paths.rehearsal.measured(rank())
+        if not rehearsed.exists():
+            return notes
+        return notes + beyond_rehearsal(trainer, read_document(rehearsed, MemoryMeasurement))
+    if num_given == num_read:  # what the run would find only after the rehearsal
+        check_laid_out(trainer, job, plan, num_given)
+    require_longest(trainer, job, plan, num_given)
+    keep_longest(trainer, job, plan)
+    return ()
 
 
 def _loaded(config: PretrainedConfig, order: WorkerOrder, source: str) -> nn.Module:

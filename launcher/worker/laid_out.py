@@ -18,6 +18,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 from launcher.errors import DataError
 from launcher.job import JobSpec
 from launcher.plan import Plan
+from launcher.trainers import Cut, cuts_of
+from launcher.worker.data import placed_examples
+from launcher.worker.tasks import sources_of
 from launcher.workload import evaluation_batch_size
 
 
@@ -62,10 +65,13 @@ def check_laid_out(trainer: Trainer, job: JobSpec, plan: Plan, num_given: int) -
     held: Any = trainer
     notes: list[str] = []
     rows = held.train_dataset
+    cuts = cuts_of(trainer)
+    notes += _cut_note(cuts.get("train"), "examples")
     notes += _require_batch(rows, job.data.path, job, plan, num_given)
     _require_ids(rows, held.model.config, job.data.path)
     if held.eval_dataset is not None:
         path = job.evaluation.path or job.data.path
+        notes += _cut_note(cuts.get("eval"), "held-out examples")
         batch = evaluation_batch_size(job, plan)
         if len(held.eval_dataset) == 0:
             raise DataError(f"no held-out example of {path} {_to_learn(plan)}", _longer(plan))
@@ -103,28 +109,35 @@ def require_longest(trainer: Trainer, job: JobSpec, plan: Plan, num_given: int) 
 
 
 def blamed_template(
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, rows: Dataset, failure: TemplateError
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, job: JobSpec, failure: TemplateError
 ) -> DataError:
     """The error of a chat template that objects to an example, which is found and named.
 
+    The examples are read again, with their places: those at hand may be a choice of them, in another order.
+
     Args:
         tokenizer: Its template is meant.
-        rows: Examples, as `launcher.worker.data` lays them out.
+        job: Says where the examples are.
         failure: What the template raised.
     """
     template: Any = tokenizer
-    for number, row in enumerate(rows, start=1):
-        turns = row.get("messages") or [*row.get("prompt", ()), *row.get("completion", ())]
-        try:
-            template.apply_chat_template(turns, tokenize=False)
-        except TemplateError as found:
-            roles = ", ".join(str(turn["role"]) for turn in turns)
-            return DataError(
-                f"example {number}: the model's chat template refuses it ({found}); its roles are {roles}",
-                "change the example to what the template takes, or the template in the model's folder",
-            )
+    for data in sources_of(job):
+        for where, row in placed_examples(data):
+            prompt = row.get("prompt", [])
+            turns = row.get("messages") or [*prompt, *row.get("completion", ())]
+            try:
+                template.apply_chat_template(turns, tokenize=False)
+                if prompt:
+                    template.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            except TemplateError as found:
+                roles = ", ".join(turn["role"] for turn in turns)
+                return DataError(
+                    f"{where}: the chat template of `{job.model.path}` refuses it ({found}); its roles are {roles}",
+                    "change the example to what the template takes, or the template in the model's folder",
+                )
     return DataError(
-        f"the model's chat template fails: {failure}", "correct the template in the model's folder"
+        f"the chat template of `{job.model.path}` fails: {failure}",
+        "correct the template in the model's folder",
     )
 
 
@@ -143,6 +156,17 @@ def _require_batch(rows: Dataset, path: str, job: JobSpec, plan: Plan, num_given
     if not job.data.packing and len(rows) < num_given:
         return (f"{num_given - len(rows)} of {num_given} examples are left out: none {_to_learn(plan)}",)
     return ()
+
+
+def _cut_note(cut: Cut | None, which: str) -> tuple[str, ...]:
+    """How many examples are longer than the length, and what they lose; nothing where none is."""
+    if cut is None or not cut.num_cut:
+        return ()
+    share = 100.0 * cut.num_lost / cut.num_tokens
+    return (
+        f"{cut.num_cut} of {cut.num_examples} {which} are cut to {cut.max_length} tokens: {cut.num_lost} of "
+        f"{cut.num_tokens} tokens ({share:.1f} %) are lost; the longest has {cut.longest}",
+    )
 
 
 def _to_learn(plan: Plan) -> str:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from launcher import workload
 from launcher.data_lengths import DataLengths, LengthOrder
 from launcher.documents import read_document, write_document
 from launcher.errors import LauncherError
 from launcher.run_record import WORKER_MARK
+from launcher.worker.laid_out import blamed_template
 from launcher.worker.longest import num_characters
 from launcher.worker.tasks import examples_of, tokenizer_of
 
@@ -47,11 +49,14 @@ def count(order: LengthOrder, folder: Path) -> DataLengths:
     tokenizer = tokenizer_of(job, order.weights, order.converted)
     rows, _ = examples_of(job, tokenizer)
     sampled = _sample(len(rows))
-    lengths, first = _counted(workload.prepared_rows(rows.select(sampled), job, tokenizer, folder))
-    longest = max(lengths)
-    if len(sampled) < len(rows):
-        probes = rows.select(_longest_texts(rows))
-        longest = max(longest, *_counted(workload.prepared_rows(probes, job, tokenizer, folder))[0])
+    try:
+        lengths, first = _counted(workload.prepared_rows(rows.select(sampled), job, tokenizer, folder))
+        longest = max(lengths)
+        if len(sampled) < len(rows):
+            probes = rows.select(_longest_texts(rows))
+            longest = max(longest, *_counted(workload.prepared_rows(probes, job, tokenizer, folder))[0])
+    except TemplateError as failure:
+        raise blamed_template(tokenizer, job, failure) from failure
     return DataLengths(job.data.path, len(rows), tuple(lengths), tuple(first), longest)
 
 

@@ -1,4 +1,4 @@
-"""The worst batches that the data holds: what a rehearsal trains and evaluates on."""
+"""The worst batches of the examples with the most text: what a rehearsal trains and evaluates on."""
 
 # mypy: disable-error-code="import-untyped"
 # datasets has no type information
@@ -12,7 +12,9 @@ from datasets import Dataset
 from transformers import Trainer
 
 from launcher.job import JobSpec
+from launcher.memory import MemoryMeasurement
 from launcher.plan import Plan
+from launcher.trainers import num_tokens_of
 from launcher.workload import evaluation_batch_size
 
 CANDIDATES = 256
@@ -92,3 +94,23 @@ def keep_longest(trainer: Trainer, job: JobSpec, plan: Plan) -> None:
         held.eval_dataset = worst_batches(
             held.eval_dataset, evaluation_batch_size(job, plan), plan.world_size
         )
+
+
+def beyond_rehearsal(trainer: Trainer, rehearsed: MemoryMeasurement) -> tuple[str, ...]:
+    """What there is to say where a trainer's longest row is longer than any that the rehearsal looked at.
+
+    Args:
+        trainer: A trainer that holds all rows.
+        rehearsed: What the rehearsal's meter saw.
+    """
+    held: Any = trainer
+    if "input_ids" not in held.train_dataset.column_names or not rehearsed.shapes:
+        return ()
+    longest = max(num_tokens_of(held.train_dataset), default=0)
+    highest = max(shape.length for shape in rehearsed.shapes)
+    if longest <= highest:
+        return ()
+    return (
+        f"the longest example has {longest} tokens, the rehearsal's longest had {highest}: it looks at those with the "
+        "most characters only",
+    )

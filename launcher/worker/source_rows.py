@@ -25,6 +25,7 @@ BUILTIN_PREFIX: Final = "builtin:"
 FILE_SUFFIXES: Final = (".json", ".jsonl")
 LEGAL_SUFFIXES: Final = " or ".join(FILE_SUFFIXES)
 FILE_HINT: Final = "the file must hold a JSON array, or one JSON object a line"
+READ_HINT: Final = "give a path that this user may read"
 LONGEST_ROW_BYTES: Final = 64 << 20
 """No example is so long: no model has a context of millions of tokens, and a tokenizer takes minutes for it, and many
 times its size in memory."""
@@ -53,7 +54,7 @@ def read_rows(data: DataSpec) -> Iterator[SourceRow]:
         if local.is_file():
             return _rows_of_file(local)
     except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
-        raise DataError(f"can't read {local}: {error}") from error
+        raise DataError(f"can't read {local}: {error}", hint=READ_HINT) from error
     if HUB_ID.fullmatch(data.path) and local.suffix.lower() not in FILE_SUFFIXES:
         return _rows_of_hub(data.path, data.split)
     raise DataError(
@@ -68,7 +69,10 @@ def _files_of(folder: Path) -> list[Path]:
         file for file in folder.iterdir() if file.suffix.lower() in FILE_SUFFIXES and file.is_file()
     )
     if not files:
-        raise DataError(f"folder {folder} holds no {LEGAL_SUFFIXES} files")
+        raise DataError(
+            f"folder {folder} holds no {LEGAL_SUFFIXES} files",
+            hint="name the folder that they lie in: folders below it are not read",
+        )
     return files
 
 
@@ -84,10 +88,10 @@ def _rows_of_file(file: Path) -> Iterator[SourceRow]:
             for number, (line, value) in enumerate(values, start=1):
                 where = f"{file}, row {number}" + (f" (line {line})" if line else "")
                 if not isinstance(value, dict):
-                    raise DataError(f"{where}: expected an object, found {kind_of(value)}")
+                    raise DataError(f"{where}: expected an object, found {kind_of(value)}", hint=FILE_HINT)
                 yield SourceRow(where, value)
     except OSError as error:
-        raise DataError(f"can't read {file}: {error}") from error
+        raise DataError(f"can't read {file}: {error}", hint=READ_HINT) from error
     if number == 0:
         raise DataError(f"{file} holds no examples", hint=FILE_HINT)
 

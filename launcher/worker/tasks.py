@@ -21,7 +21,7 @@ from transformers import (
 from launcher.errors import DataError
 from launcher.job import DataFormat, DataSpec, JobSpec, ModelSpec, Task
 from launcher.vision import image_shape, require_shape
-from launcher.worker.data import load_examples, require_chat_template, split_examples
+from launcher.worker.data import elsewhere, load_examples, place_of, require_chat_template, split_examples
 from launcher.worker.weights import convert_gguf
 
 FORMATS = {
@@ -81,10 +81,20 @@ def examples_of(
     """
     data = data_of_task(job.data, job.model)
     trained, held_out = split_examples(load_examples(data), data, job.evaluation)
-    checked = fitted(trained, job, data.path)
-    assert checked is not None  # there are training examples
-    require_chat_template(tokenizer, checked)
-    return checked, fitted(held_out, job, job.evaluation.path or data.path)
+    checked = fitted(trained, job, data)
+    require_chat_template(tokenizer, checked, data.path, job.model.path)
+    if held_out is None:
+        return checked, None
+    if job.evaluation.path:
+        return checked, fitted(held_out, job, elsewhere(data, job.evaluation))
+    return checked, fitted(held_out, job, data, len(trained))
+
+
+def sources_of(job: JobSpec) -> tuple[DataSpec, ...]:
+    """Where a job's examples are read from: those trained on first."""
+    data = data_of_task(job.data, job.model)
+    has_own = job.evaluation.enabled and job.evaluation.path
+    return (data, elsewhere(data, job.evaluation)) if has_own else (data,)
 
 
 def data_of_task(data: DataSpec, model: ModelSpec) -> DataSpec:
@@ -92,26 +102,28 @@ def data_of_task(data: DataSpec, model: ModelSpec) -> DataSpec:
     return replace(data, format=FORMATS.get(model.task, data.format))
 
 
-def fitted(rows: Dataset | None, job: JobSpec, path: str) -> Dataset | None:
+def fitted(rows: Dataset, job: JobSpec, data: DataSpec, begins_at: int = 0) -> Dataset:
     """The examples, checked against the model; image files are found, and read when their row is used.
 
     Args:
-        rows: What `load_examples` gave.
+        rows: What `load_examples(data)` gave, from some row on.
         job: The job.
-        path: Where the rows came from; image files are named relative to its folder.
+        data: Where the rows came from; image files are named relative to its folder.
+        begins_at: Rows of `data` before the first of `rows`.
 
     Raises:
         DataError: When an example has a label that the model does not have, or other images than planned.
     """
-    if rows is None or job.model.task is Task.CAUSAL_LM:
+    if job.model.task is Task.CAUSAL_LM:
         return rows
     if job.model.task is Task.IMAGE_TEXT_TO_TEXT:
-        return _with_images(rows, job.data.images_per_example, Path(path).expanduser())
-    highest = max(rows["label"])
+        return _with_images(rows, job.data.images_per_example, data, begins_at)
+    labels = list(rows["label"])
+    highest = max(labels)
     if highest >= job.model.num_labels:
         raise DataError(
-            f"the examples have label {highest}; model.num_labels={job.model.num_labels} has 0 to "
-            f"{job.model.num_labels - 1}",
+            f"{place_of(data, begins_at + labels.index(highest))} has label {highest}; "
+            f"model.num_labels={job.model.num_labels} has 0 to {job.model.num_labels - 1}",
             f"model.num_labels={highest + 1}",
         )
     return rows
@@ -133,19 +145,20 @@ def check_images(trainer: Trainer, job: JobSpec) -> None:
     trainer.data_collator = collate_and_check
 
 
-def _with_images(rows: Dataset, images_per_example: int, path: Path) -> Dataset:
+def _with_images(rows: Dataset, images_per_example: int, data: DataSpec, begins_at: int) -> Dataset:
+    path = Path(data.path).expanduser()
     folder = path if path.is_dir() else path.parent
     files = [[str(folder / name) for name in names] for names in rows["images"]]
-    for number, names in enumerate(files, 1):
+    for index, names in enumerate(files, begins_at):
         if len(names) != images_per_example:
             raise DataError(
-                f"example {number} has {len(names)} images; data.images_per_example={images_per_example}",
+                f"{place_of(data, index)} has {len(names)} images; data.images_per_example={images_per_example}",
                 "give every example as many, and set data.images_per_example to it",
             )
         missing = [name for name in names if not Path(name).is_file()]
         if missing:
             raise DataError(
-                f"example {number}: there is no image file {missing[0]}",
+                f"{place_of(data, index)}: there is no image file {missing[0]}",
                 "`images` lists image files, relative to the folder of the examples",
             )
     return rows.remove_columns("images").add_column("images", files).cast_column("images", List(Image()))

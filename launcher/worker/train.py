@@ -41,9 +41,10 @@ from launcher.errors import DataError, LauncherError
 from launcher.job import JobSpec
 from launcher.memory import Category, HeldMemory, MemoryMeasurement, Phase, StepShape
 from launcher.plan import Plan
-from launcher.redaction import redacted, secrets_of
+from launcher.redaction import redacted
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
+from launcher.stored_secrets import known_secrets
 from launcher.worker.checkpoints import save_aside
 from launcher.worker.engine import connect, leave_together
 from launcher.worker.exhausted import is_out_of_memory
@@ -147,7 +148,7 @@ def _built(
     try:
         return workload.build_trainer(model, job, plan, arguments, *rows, ingredients.tokenizer, callbacks)
     except TemplateError as failure:
-        raise blamed_template(ingredients.tokenizer, ingredients.train_dataset, failure) from failure
+        raise blamed_template(ingredients.tokenizer, job, failure) from failure
 
 
 @contextmanager
@@ -261,7 +262,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         if status is Status.OUT_OF_MEMORY:
             held = held_memory(progress.trainer, before_bytes)
         traceback.print_exc()
-    message = redacted(message, secrets_of(os.environ))
+    message = redacted(message, known_secrets(os.environ))
     try:
         if measurement is not None:
             write_document(paths.measured(rank()), measurement)

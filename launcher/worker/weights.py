@@ -56,7 +56,9 @@ def convert_gguf(folder: Path, target: Path) -> Path:
         _write_model(gguf, partial)
         _publish(partial, target)
     except OSError as error:
-        raise DataError(f"{gguf} could not be converted into {target}: {error}") from error
+        raise DataError(
+            f"{gguf} could not be converted into {target}: {error}", hint="see that its disk has room"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -73,7 +75,10 @@ def _only_gguf(folder: Path) -> Path:
     found = sorted(folder.glob("*.gguf"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise DataError(f"{folder} must hold exactly one .gguf file, found: {names}")
+        raise DataError(
+            f"{folder} must hold exactly one .gguf file, found: {names}",
+            hint="delete it, and it is fetched again",
+        )
     with found[0].open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise DataError(f"{found[0]} is no GGUF file", hint="delete it, and fetch it again")
@@ -100,7 +105,10 @@ def _write_model(gguf: Path, folder: Path) -> None:
         raise DataError(f"{gguf} can't be read: {error}", hint="delete it if it may be damaged") from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
-        raise DataError(f"{gguf} lacks {len(missing)} weights of the model, such as `{missing[0]}`")
+        raise DataError(
+            f"{gguf} lacks {len(missing)} weights of the model, such as `{missing[0]}`",
+            hint="delete it, and it is fetched again",
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = folder / "config.json"
