@@ -348,9 +348,9 @@ def test_the_bill_at_a_failure_has_what_was_measured_beside_what_was_predicted()
     held = HeldMemory(700 * MIB, 950 * MIB, 1000 * MIB, None, {Category.PARAMETERS: 600 * MIB})
     short = WorkerOutcome(Status.OUT_OF_MEMORY, "", 3, None, None, 1.0, None, None, 1, phase=Phase.TRAIN_STEP)
     assert bill_at_failure(predicted, replace(short, held=held)).splitlines() == [
-        "predicted at most in train_step: 900.00 MiB alive: parameters 600.00 MiB, activations 300.00 MiB",
-        "measured after the failure: 700.00 MiB in use: parameters 600.00 MiB, all else 100.00 MiB; "
-        "at most 950.00 MiB in that phase; 1000.00 MiB reserved",
+        "predicted at most in train_step: 900.0 MiB alive: parameters 600.0 MiB, activations 300.0 MiB",
+        "measured after the failure: 700.0 MiB in use: parameters 600.0 MiB, all else 100.0 MiB; "
+        "at most 950.0 MiB in that phase; 1000.0 MiB reserved",
     ]
     assert "only the prediction is known" in bill_at_failure(predicted, short)
     assert from_json(WorkerOutcome, to_json(replace(short, held=held))) == replace(short, held=held)
