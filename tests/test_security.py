@@ -451,7 +451,7 @@ def test_a_ledger_of_another_user_is_left_alone() -> None:
         said = subprocess.run(
             [sys.executable, "-c", program, name], capture_output=True, text=True, check=False
         )
-        assert "is left alone: this user may not read and write it" in said.stdout, said.stderr
+        assert "is left alone: this user may not read it" in said.stdout, said.stderr
         assert [file.name for file in Path(name).iterdir()] == ["ledger.sqlite"]
         assert (Path(name) / "ledger.sqlite").read_bytes() == before
 

@@ -107,7 +107,7 @@ def raise_for_outcome(outcome: WorkerOutcome, paths: RunPaths, world_size: int =
     """Turns an end that is not a good one into the error with its exit code.
 
     Raises:
-        LauncherError: Of the kind that the outcome names; LaunchError when not as many processes took part
+        LauncherError: Of the kind that the outcome names, as DataError; LaunchError when not as many processes took part
             as were planned, because then the steps were not those of the plan.
     """
     hint = f"the whole log is `{paths.log}`"

@@ -77,7 +77,7 @@ def find_records(root: Path) -> Ledger:
             fresh.append(_row_of(paths))
     if fresh:
         rows |= {row.run_dir: row for row in fresh}
-        with suppress(sqlite3.Error, OSError):  # a folder that can't be written is still read
+        with suppress(sqlite3.Error, LeftAlone, OSError):  # what can't be written is still read
             write_rows(root, fresh)
     return _parsed(rows.values(), notes)
 

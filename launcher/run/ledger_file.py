@@ -123,7 +123,8 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> None:
     """Adds rows to a folder's ledger, or replaces them; all or none.
 
     Raises:
-        LeftAlone: When it can't be written by this version, or this user.
+        NewerLedger: When it can't be written by this version.
+        OthersLedger: When it can't be written by this user.
         OSError: When it can't be made.
         sqlite3.Error: When it can't be written at all.
     """
