@@ -396,6 +396,7 @@ def test_a_rehearsal_finds_that_there_is_nothing_to_learn(copy: Path) -> None:
     assert "launch.rehearse=false" in caught.value.hint
 
 
+@pytest.mark.thorough
 def test_an_example_that_the_rehearsal_passed_over_is_said(copy: Path) -> None:
     """Few characters of another script are more tokens than many letters: each has three bytes."""
     rows = [{"text": "a" * 50}] * 300 + [{"text": "漢" * 40}]
@@ -431,7 +432,10 @@ def test_tokens_without_a_row_in_the_embedding_are_refused(copy: Path) -> None:
         trained(copy, [{"text": "abc"}, {"text": "a <new> one"}])
 
 
-@pytest.mark.parametrize("rehearses", [False, True], ids=["run", "rehearsal"])
+@pytest.mark.parametrize(
+    "rehearses",
+    [pytest.param(False, id="run", marks=pytest.mark.thorough), pytest.param(True, id="rehearsal")],
+)
 def test_a_conversation_that_the_template_refuses_is_named(copy: Path, rehearses: bool) -> None:
     """By its line in the file, which a rehearsal takes the longest examples of first."""
     template = (

@@ -101,7 +101,7 @@ class Case:
         )
 
 
-ALIKE = ("full", "dora, 8-bit states")
+ALIKE = ("full", "dora, 8-bit states", "qlora", "full, experts")
 """Cases that others cover nearly as well."""
 CASES = {
     "full": Case(LLAMA, Method.FULL),

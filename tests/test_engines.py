@@ -131,7 +131,7 @@ def listeners_of(paths: RunPaths) -> set[str]:
         (Engine.DDP, 0),
         pytest.param(Engine.DEEPSPEED, 0, marks=pytest.mark.thorough),
         pytest.param(Engine.DEEPSPEED, 1, marks=pytest.mark.thorough),
-        (Engine.DEEPSPEED, 2),
+        pytest.param(Engine.DEEPSPEED, 2, marks=pytest.mark.thorough),
     ],
 )
 def test_two_processes_learn_as_one(

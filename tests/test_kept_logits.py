@@ -95,7 +95,10 @@ def test_a_window_of_one_batch_joins_nothing_on_the_device() -> None:
 @pytest.mark.parametrize(
     "job",
     [
-        accuracy.AccuracyJob("llama", "lora", "full", 2, 64, evaluation=True, keep_logits=5),
+        pytest.param(
+            accuracy.AccuracyJob("llama", "lora", "full", 2, 64, evaluation=True, keep_logits=5),
+            marks=pytest.mark.thorough,
+        ),
         accuracy.AccuracyJob(
             "llama", "full", "none", 2, 64, precision="bf16", loss="plain", evaluation=True, keep_logits=3
         ),

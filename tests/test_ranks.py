@@ -73,7 +73,7 @@ def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
 @pytest.mark.parametrize(
     ("engine", "stage", "method"),
     [
-        (Engine.DDP, 0, Method.FULL),
+        pytest.param(Engine.DDP, 0, Method.FULL, marks=pytest.mark.thorough),
         pytest.param(Engine.DEEPSPEED, 1, Method.FULL, marks=pytest.mark.thorough),
         pytest.param(Engine.DEEPSPEED, 2, Method.LORA, marks=pytest.mark.thorough),
         (Engine.DEEPSPEED, 3, Method.FULL),

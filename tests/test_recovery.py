@@ -250,6 +250,7 @@ def test_findings_name_what_there_was_more_of() -> None:
     assert findings(precise, measured({Phase.SAVE: 702 * MIB}, parameters=parameters)) == ()
 
 
+@pytest.mark.thorough
 def test_a_job_that_shrinks_in_vain_ends_with_the_bill(tiny: Path, cache: Path, tmp_path: Path) -> None:
     """Layers are recomputed at the second try, and the scores of one are still too much: the bound is reached."""
     data = write_texts(tmp_path / "rows.jsonl", [LONG] * 8)
@@ -356,6 +357,7 @@ def test_the_bill_at_a_failure_has_what_was_measured_beside_what_was_predicted()
     assert from_json(WorkerOutcome, to_json(replace(short, held=held))) == replace(short, held=held)
 
 
+@pytest.mark.thorough
 def test_a_job_that_is_killed_while_it_saves_ends_with_the_same_weights(tmp_path: Path) -> None:
     """scripts/endurance.py does this twenty times, in steps and rehearsals too."""
     (found,) = endure_all(tmp_path, [MOMENTS.index("save")], random.Random(1))

@@ -110,6 +110,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: RunPaths, copied: RunP
     assert (copied.checkpoints / "torn-checkpoint-4").is_dir()
 
 
+@pytest.mark.thorough
 def test_another_micro_batch_goes_on_with_the_same_batches(undisturbed: RunPaths, copied: RunPaths) -> None:
     shutil.rmtree(copied.checkpoints / "checkpoint-4")
     result = launch(

