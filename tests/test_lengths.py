@@ -369,6 +369,7 @@ def test_what_an_automatic_length_can_not_do_is_said(words: list[str], said: str
         load_job(["recipe=smollm_lora", "action=plan", *words])
 
 
+@pytest.mark.thorough
 def test_lengths_are_kept_until_data_or_tokenizer_change(tiny: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "four"}\n')
