@@ -24,6 +24,7 @@ from launcher.job import Loss
 from launcher.plan import Plan
 
 ROWS_AT_ONCE = 1000
+"""Rows whose lengths are read at a time."""
 LIGER_PARTS = (
     "rope",
     "rms_norm",
