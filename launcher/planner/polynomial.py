@@ -118,16 +118,14 @@ def monomials(exponents: Sequence[Exponents], batches: ArrayLike, lengths: Array
     Returns:
         Shape (shapes, monomials), or (monomials,) for numbers.
     """
-    batch, length = np.asarray(batches, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
-    columns = [batch**i * length**j * _steps(step, length) for i, j, step in exponents]
-    return np.stack(columns, axis=-1)
-
-
-def _steps(step: int, lengths: NDArray[np.float64]) -> NDArray[np.float64]:
-    if step == 0:
-        return np.ones_like(lengths)
-    missing = -lengths % abs(step)
-    return missing if step > 0 else np.sign(missing)
+    powers = np.array(exponents, dtype=np.float64)
+    batch, length = np.asarray(batches)[..., None], np.asarray(lengths)[..., None]
+    values: NDArray[np.float64] = batch ** powers[:, 0] * length ** powers[:, 1]
+    for column in np.flatnonzero(powers[:, 2]):
+        step = powers[column, 2]
+        missing = -length[..., 0] % abs(step)
+        values[..., column] *= missing if step > 0 else np.sign(missing)
+    return values
 
 
 def factor_dimension(size: int, shape: TracedShape) -> dict[Exponents, int]:
