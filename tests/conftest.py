@@ -40,6 +40,22 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random Llama, a byte-level tokenizer and a JSONL file of texts."""
+    from tests.tiny_job import write_tiny_model  # torch reads the number of threads as it is imported
+
+    folder = tmp_path_factory.mktemp("tiny model")
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace cache that the tests of a file share."""
+    return tmp_path_factory.mktemp("traces")
+
+
 @pytest.fixture
 def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""

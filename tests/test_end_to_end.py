@@ -23,24 +23,9 @@ import pytest
 
 from launcher.checkpoints import last_checkpoint, step_of
 from launcher.run_paths import RunPaths
-from tests.tiny_job import write_tiny_model
 
 TIMEOUT_SECONDS = 900
 CANARY = "canary" + "0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small random Llama, a byte-level tokenizer and a JSONL file of texts."""
-    folder = tmp_path_factory.mktemp("tiny model")
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trace cache that the tests of this file share."""
-    return tmp_path_factory.mktemp("traces")
 
 
 @pytest.fixture

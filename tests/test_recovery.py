@@ -47,19 +47,11 @@ from scripts.endurance import MOMENTS, endure_all
 from scripts.memory_limits import write_texts
 from tests.memory_group import memory_group
 from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, quoted, started, wait_for
-from tests.tiny_job import ARCHITECTURE, tiny_order, write_tiny_model
+from tests.tiny_job import ARCHITECTURE, tiny_order
 
 LONG = 2048
 LIMIT_BYTES = 9 << 27
 """Private memory that a process may hold: 1.125 GiB, half of it the libraries'."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small random Llama and its byte-level tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny model")
-    write_tiny_model(folder)
-    return folder
 
 
 def arguments(tiny: Path, cache: Path, data: Path) -> list[str]:
@@ -75,12 +67,6 @@ def arguments(tiny: Path, cache: Path, data: Path) -> list[str]:
         f"trace_cache={cache}",
         "output=json",
     ]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Traces that the tests share."""
-    return tmp_path_factory.mktemp("traces")
 
 
 def losses(run_dir: str) -> list[float]:

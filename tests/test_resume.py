@@ -41,20 +41,6 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small random Llama, a byte-level tokenizer and a JSONL file of texts."""
-    folder = tmp_path_factory.mktemp("tiny model")
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Traces that the tests share."""
-    return tmp_path_factory.mktemp("traces")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     """A run of four steps with a checkpoint after the second and the fourth."""
     folder = tmp_path_factory.mktemp("undisturbed")
