@@ -6,7 +6,6 @@ sharded. So as training begins every rank looks at what really became of its mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from launcher.errors import LaunchError
 from launcher.hardware import DeviceKind
-from launcher.job import Engine, Method, Precision
+from launcher.job import AdapterDtype, Engine, JobSpec, Method, Precision
 from launcher.memory import Phase
 from launcher.plan import Plan
 
@@ -30,7 +29,7 @@ MASTER_WEIGHTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_fl
 (deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py)."""
 
 
-def engine_arguments(plan: Plan) -> dict[str, Any]:
+def engine_arguments(job: JobSpec, plan: Plan) -> dict[str, Any]:
     """What the trainer's arguments say of the engine; all else is in the files that accelerate reads.
 
     With DeepSpeed `bf16` must be what its own configuration says, or transformers refuses both.
@@ -39,10 +38,14 @@ def engine_arguments(plan: Plan) -> dict[str, Any]:
         return {"bf16": plan.precision in (Precision.BF16, Precision.BF16_MIXED)}
     if plan.engine is not Engine.DDP or plan.buckets is None:
         return {}
-    has_bf16_gradients = plan.precision is Precision.BF16 and plan.method is Method.FULL
-    bucket_bytes = plan.buckets.reduce_bucket_elements * (2 if has_bf16_gradients else 4)
+    # TRL turns the adapters of a quantised model to bf16 (1.16, trainer/sft_trainer.py); PEFT widens all others to fp32
+    keeps_base = plan.method is Method.FULL or job.method.adapter_dtype is AdapterDtype.BASE
+    is_bf16 = plan.method is Method.QLORA or (plan.precision is Precision.BF16 and keeps_base)
+    bucket_bytes = plan.buckets.reduce_bucket_elements * (2 if is_bf16 else 4)
     return {
-        "ddp_bucket_cap_mb": max(1, math.ceil(bucket_bytes / MIB)),
+        # a fraction is as good as a whole number (torch 2.13, nn/parallel/distributed.py), and rounded each bucket
+        # would begin elsewhere in its layer than the one before
+        "ddp_bucket_cap_mb": bucket_bytes / MIB,
         "ddp_find_unused_parameters": False,
     }
 

@@ -29,7 +29,7 @@ class Buckets:
     """
 
     reduce_bucket_elements: int
-    """`reduce_bucket_size`: gradients reduced at a time (DDP: `bucket_cap_mb`, rounded)."""
+    """`reduce_bucket_size`: gradients reduced at a time (DDP: `bucket_cap_mb`)."""
     allgather_bucket_elements: int
     """`allgather_bucket_size`: updated parameters gathered at a time, ZeRO 1 and 2."""
     prefetch_bucket_elements: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,8 +22,8 @@ more time than they take room (DeepSpeed's default is 1e5 elements, about 24 row
 ONE_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's `sub_group_size`."""
 BELOW_A_LAYER = 0.95
-"""A group closes with the parameter that fills it: one a little smaller than a layer closes with each layer's last and
-largest."""
+"""A group closes with the parameter that fills it: one a little smaller than a layer closes with each layer's last large
+one, whatever small ones the config does not tell of."""
 WIDTH, DEPTH = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")
 """How configs spell width and depth."""
 
@@ -62,7 +63,9 @@ class Arrangement:
         }
         return replace(
             arranged,
-            buckets=replace(default_buckets(job.model.architecture, arranged), **sizes),
+            buckets=replace(
+                default_buckets(job.model.architecture, arranged, job.method.target_modules), **sizes
+            ),
             shard_within_node=bool(pin.shard_within_node),
         )
 
@@ -157,17 +160,21 @@ def _has_stage_three(items: list[Arrangement]) -> bool:
     return any(item.zero_stage == 3 for item in items)
 
 
-def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
-    """Bucket sizes of a plan: all that is trained, where that is little; else the largest parameter of a layer.
+def default_buckets(
+    architecture: Mapping[str, Any], plan: Plan, targets: str | Sequence[str] = "all-linear"
+) -> Buckets:
+    """Bucket sizes of a plan: all that is trained, where that is little; else a layer's worth of it.
 
     DeepSpeed's default of 5e8 elements is 1 GB that is there whatever the model's size. Gradients come parameter by
-    parameter, so a bucket as large as the largest one is sent as soon as that one is there, layer after layer alike.
+    parameter, so a bucket as large as the largest one is sent as soon as that one is there, layer after layer alike;
+    one that holds a layer's adapters, to the element, is sent with the first of the next layer.
     ZeRO 3 updates a layer at a time: with DeepSpeed's 1e9 elements a rank would hold 4 GB of gradients in fp32 in its
     optimizer's step.
 
     Args:
         architecture: The model's config.
         plan: The plan; its method and rank count.
+        targets: Which layers have adapters, as PEFT takes it.
 
     Raises:
         UnsupportedByPlanner: When the config tells neither width nor depth under a known name.
@@ -178,14 +185,16 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
     experts = int(text.get("num_local_experts") or text.get("num_experts") or 1)
     expert_inner = int(text.get("moe_intermediate_size") or inner)
     largest = max(hidden * inner, 2 * hidden * expert_inner * experts if experts > 1 else 0)
-    reduced = largest
-    if plan.rank:
-        # all linear layers of a decoder layer have about seven pairs of adapters
-        trained = 7 * plan.rank * (hidden + inner) * num_layers
-        reduced = FUSED_ELEMENTS if trained <= FUSED_ELEMENTS else 7 * plan.rank * (hidden + inner)
-    reduced += reduced % 2  # DeepSpeed wants an even number
     in_layer = _layer_elements(text, hidden, inner)
-    trained_in_layer = 7 * plan.rank * (hidden + inner) if plan.rank else in_layer
+    if plan.rank:
+        trained_in_layer = plan.rank * sum(map(sum, _adapted(text, hidden, inner, targets)))
+        reduced = FUSED_ELEMENTS if trained_in_layer * num_layers <= FUSED_ELEMENTS else trained_in_layer
+        group = trained_in_layer
+    else:
+        trained_in_layer = in_layer
+        reduced = largest
+        group = int(BELOW_A_LAYER * in_layer)
+    reduced += reduced % 2  # DeepSpeed wants an even number
     one_group = trained_in_layer * num_layers <= FUSED_ELEMENTS * plan.world_size
     return Buckets(
         reduce_bucket_elements=reduced,
@@ -193,21 +202,48 @@ def default_buckets(architecture: Mapping[str, Any], plan: Plan) -> Buckets:
         prefetch_bucket_elements=largest,
         persistence_threshold_elements=PERSISTENT_ROWS * hidden,
         max_live_elements=in_layer,  # more would keep layers gathered that the next ones don't use
-        max_reuse_distance_elements=in_layer,
-        sub_group_elements=(
-            ONE_GROUP_ELEMENTS if one_group else int(BELOW_A_LAYER * trained_in_layer / plan.world_size)
+        # of a block of experts DeepSpeed counts none (a leaf; 0.19.8, partitioned_param_coordinator.py,
+        # `__params_to_release`), and with a layer's elements would hold the attention of many layers
+        max_reuse_distance_elements=(
+            sum(map(math.prod, _attention(text, hidden).values())) if experts > 1 else in_layer
         ),
+        sub_group_elements=ONE_GROUP_ELEMENTS if one_group else group // plan.world_size,
     )
 
 
 def _layer_elements(text: Mapping[str, Any], hidden: int, inner: int) -> int:
     """Elements of a decoder layer with a gated feed-forward part, by the config; a rough figure for other layers."""
-    heads = int(text.get("num_attention_heads") or text.get("n_head") or 1)
-    head_size = int(text.get("head_dim") or hidden // heads)
-    attention = 2 * hidden * head_size * (heads + int(text.get("num_key_value_heads") or heads))
     num_experts = int(text.get("num_local_experts") or text.get("num_experts") or 1)
     expert_inner = int(text.get("moe_intermediate_size") or inner) if num_experts > 1 else inner
+    attention = sum(map(math.prod, _attention(text, hidden).values()))
     return attention + 3 * hidden * expert_inner * num_experts
+
+
+def _adapted(
+    text: Mapping[str, Any], hidden: int, inner: int, targets: str | Sequence[str]
+) -> list[tuple[int, int]]:
+    """Inputs and outputs of the layers with adapters in one decoder layer; of all linear ones if no name is known.
+
+    The experts of transformers are no linear layers, but stacks of matrices, which have none.
+    """
+    sides = _attention(text, hidden)
+    if not (text.get("num_local_experts") or text.get("num_experts")):
+        sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (hidden, inner))
+    named = [] if isinstance(targets, str) else [side for name, side in sides.items() if name in targets]
+    return named or list(sides.values())
+
+
+def _attention(text: Mapping[str, Any], hidden: int) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the projections of attention."""
+    heads = int(text.get("num_attention_heads") or text.get("n_head") or 1)
+    head_size = int(text.get("head_dim") or hidden // heads)
+    own, shared = heads * head_size, int(text.get("num_key_value_heads") or heads) * head_size
+    return {
+        "q_proj": (hidden, own),
+        "k_proj": (hidden, shared),
+        "v_proj": (hidden, shared),
+        "o_proj": (own, hidden),
+    }
 
 
 def _fact(text: Mapping[str, Any], *names: str) -> int:

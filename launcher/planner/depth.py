@@ -12,9 +12,10 @@ the halves that are kept.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,19 @@ class DepthPlan:
     """Numbers of layers to trace: two for extension, one for the full depth."""
     steps: float
     """How many times the difference of the two is added to the shallower one."""
+
+    def attempts(self, num_layers: int) -> Iterator[DepthPlan]:
+        """This plan; one period deeper, where two periods are too few to tell what repeats; every layer at last.
+
+        Args:
+            num_layers: Of the whole model.
+        """
+        yield self
+        if len(self.depths) == 2:
+            shallow, deep = self.depths
+            if 2 * deep - shallow < num_layers:
+                yield DepthPlan((deep, 2 * deep - shallow), self.steps - 1)
+            yield DepthPlan((num_layers,), 0.0)
 
 
 LAYER_STEPS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", "expert_layer_period")
@@ -177,13 +191,21 @@ def extended_blocks(low: Sequence[int], high: Sequence[int], steps: float) -> tu
 def _signatures(*traces: Sequence[Instant]) -> list[list[int]]:
     """What happens at each instant, for each of several traces.
 
-    A size that one trace has and another has not grows with depth (what engines gather over all layers), and does not
-    tell instants apart.
+    A size that an operation has in one trace and in another not grows with depth (what engines gather over all layers),
+    and does not tell instants apart.
     """
-    sizes = [{size for instant in instants for size in instant.sizes} for instants in traces]
-    common = frozenset.intersection(*map(frozenset, sizes))
+    known: list[defaultdict[object, set[object]]] = []
+    for instants in traces:
+        known.append(defaultdict(set))
+        for instant in instants:
+            known[-1][instant.signature, instant.phase] |= instant.sizes
+
+    def telling(instant: Instant) -> frozenset[object]:
+        own = instant.signature, instant.phase
+        return instant.sizes.intersection(*(sizes[own] for sizes in known))
+
     return [
-        [hash((instant.signature, instant.phase, instant.sizes & common)) for instant in instants]
+        [hash((instant.signature, instant.phase, telling(instant))) for instant in instants]
         for instants in traces
     ]
 
@@ -308,3 +330,34 @@ def assemble(domain: Domain, profiles: Sequence[Profile], steps: float, accumula
     """
     profile = profiles[0] if len(profiles) == 1 else extend(profiles[0], profiles[1], steps)
     return build_skyline(domain, profile, accumulation)
+
+
+def assemble_first(
+    domain: Domain,
+    attempts: Iterable[DepthPlan],
+    accumulation: int,
+    trace: Callable[[Sequence[int]], Sequence[Profile]],
+) -> tuple[Skyline, dict[int, Profile]]:
+    """The skyline of the first depths that differ by repeated periods, and the profiles that it is made of, by depth.
+
+    Args:
+        domain: Shapes for which the traces hold.
+        attempts: Depths, the cheapest first; the last is a single one.
+        accumulation: Micro batches per optimizer step in the trace.
+        trace: Traces at each of several depths; is asked for each depth once.
+
+    Raises:
+        DepthMismatch: When none of the attempts do.
+    """
+    known: dict[int, Profile] = {}
+    reasons = []
+    for attempt in attempts:
+        missing = [depth for depth in attempt.depths if depth not in known]
+        known |= zip(missing, trace(missing), strict=True)
+        used = {depth: known[depth] for depth in attempt.depths}
+        try:
+            return assemble(domain, list(used.values()), attempt.steps, accumulation), used
+        except DepthMismatch as mismatch:
+            reasons.append(f"{attempt.depths} layers: {mismatch}")
+            logging.getLogger(__name__).info("tracing deeper: %s", reasons[-1])
+    raise DepthMismatch("; ".join(reasons))

@@ -7,7 +7,7 @@ is true for every depth, and at most a bucket too high.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -55,6 +55,8 @@ def answer(*, on_gpu: bool) -> None:
         checkpoint_utils.clone_tensors_for_torch_save.__defaults__ = (OFF_DEVICE,)
         whole = DeepSpeedEngine._zero3_consolidated_16bit_state_dict
         DeepSpeedEngine._zero3_consolidated_16bit_state_dict = _moving_to_host(whole)
+    for module in (partitioned_param_coordinator, parameter_offload):
+        vars(module)["set"] = _InOrder
     for module in (utils, partitioned_param_coordinator, partition_parameters, parameter_offload, stage3):
         _replace(module, "assert_ints_same_as_other_ranks", lambda *values: None)
         _replace(module, "assert_lst_len_same_as_other_ranks", lambda *values: None)
@@ -95,6 +97,29 @@ class _TorchWithoutShapesOnly:
         if options.get("device") == "meta":
             return torch.empty((), dtype=tensor.dtype, device="meta").expand(tensor.shape)
         return torch.zeros_like(tensor, **options)
+
+
+class _InOrder(dict[Any, None]):
+    """A set that is gone through in the order in which its elements came.
+
+    ZeRO 3 fetches and releases the parameters of sets, whose order hangs on where Python's objects lie: another one in
+    each layer, so that no moment between two releases is like one of the next layer.
+    """
+
+    def __init__(self, items: Iterable[Any] = ()) -> None:
+        super().__init__(dict.fromkeys(items))
+
+    def add(self, item: Any) -> None:
+        """As a set's."""
+        self[item] = None
+
+    def discard(self, item: Any) -> None:
+        """As a set's."""
+        self.pop(item, None)
+
+    def update(self, items: Iterable[Any]) -> None:  # type: ignore[override]  # a set's, not a dict's
+        """As a set's."""
+        super().update(dict.fromkeys(items))
 
 
 def _copy_whole_bucket(

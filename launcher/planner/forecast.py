@@ -27,7 +27,7 @@ from launcher.planner.bounds import (
     static_floor_bytes,
 )
 from launcher.planner.communication import with_communication
-from launcher.planner.depth import DepthMismatch, assemble
+from launcher.planner.depth import DepthMismatch, DepthPlan, assemble_first
 from launcher.planner.estimate import read_estimate
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
@@ -55,6 +55,8 @@ class _Question:
     domain: Domain
     shape: TracedShape
     accumulation: int
+    attempts: tuple[DepthPlan, ...]
+    """Depths to trace, and those to trace when they don't tell what repeats."""
     key: str
 
     @property
@@ -91,7 +93,7 @@ class Forecaster:
         self._cache = cache
         self._facts: dict[str, SubjectFacts] = {}
         self._skylines: dict[str, Skyline] = {}
-        self._streams: dict[str, tuple[Stream, ...]] = {}
+        self._streams: dict[str, Mapping[int, Stream]] = {}
         self._pending: dict[str, tuple[Future[Profile], ...]] = {}
 
     def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
@@ -99,7 +101,7 @@ class Forecaster:
         for plan in plans:
             question = self._question(plan, exact)
             if self._kept(question) is None and question.key not in self._pending:
-                self._pending[question.key] = self._start(question, question.facts.depths.depths)
+                self._pending[question.key] = self._start(question, question.attempts[0].depths)
 
     def is_prepared(self, plan: Plan) -> bool:
         """Whether a plan's price needs no new trace."""
@@ -251,21 +253,24 @@ class Forecaster:
         whole = with_waiting_inputs(self._whole_stream(question, skyline, streams), waiting)
         return with_workspaces(whole, self._job.hardware.blas_workspace_bytes)
 
-    def _whole_stream(self, question: _Question, skyline: Skyline, streams: tuple[Stream, ...]) -> Stream:
-        if len(streams) == 1:
-            return streams[0]
-        shallow, deep = streams
-        depths, steps = question.facts.depths.depths, round(question.facts.depths.steps)
-        try:
-            stream = extend_stream(shallow, deep, steps, depths[1] - depths[0])
-            _check_against(skyline, stream, question)
-        except DepthMismatch as mismatch:
-            logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
-            profiles = self._trace_all_layers(question)
-            (stream,) = self._keep_streams(question, profiles)
-            # whichever of the two was wrong: every layer is right for both
-            self._keep_skyline(question, assemble(question.domain, profiles, 0.0, question.accumulation))
-        return stream
+    def _whole_stream(self, question: _Question, skyline: Skyline, streams: Mapping[int, Stream]) -> Stream:
+        """The stream of the full depth; where it contradicts the skyline, both are made again from deeper traces."""
+        num_layers = question.facts.num_layers
+        attempts = list(question.attempts)
+        while attempts[0].depths != tuple(streams):
+            attempts.pop(0)
+        while len(streams) > 1:
+            (shallow, low), (deep, high) = streams.items()
+            try:
+                stream = extend_stream(low, high, (num_layers - shallow) // (deep - shallow), deep - shallow)
+                _check_against(skyline, stream, question)
+                return stream
+            except DepthMismatch as mismatch:
+                logging.getLogger(__name__).info("tracing deeper: %s", mismatch)
+                attempts.pop(0)
+                # whichever of the two was wrong: the deeper traces are asked for both
+                skyline, streams = self._trace(question, attempts)
+        return streams[num_layers]
 
     def _keep_skyline(self, question: _Question, skyline: Skyline) -> None:
         self._skylines[question.key] = skyline
@@ -281,36 +286,30 @@ class Forecaster:
                 self._skylines[question.key] = known
         return known
 
-    def _kept_streams(self, question: _Question) -> tuple[Stream, ...] | None:
+    def _kept_streams(self, question: _Question) -> Mapping[int, Stream] | None:
         return self._streams.get(question.key) or self._cache.streams(question.streams_key)
-
-    def _keep_streams(self, question: _Question, profiles: Sequence[Profile]) -> tuple[Stream, ...]:
-        streams = tuple(profile.stream for profile in profiles if profile.stream is not None)
-        if streams:
-            self._streams[question.key] = streams
-            self._cache.keep_streams(question.streams_key, streams)
-        return streams
 
     def _make(self, question: _Question) -> Skyline:
         """Waits for the traces of a question, or makes them, and keeps what they say."""
-        depths, steps = question.facts.depths.depths, question.facts.depths.steps
-        pending = self._pending.pop(question.key, None) or self._start(question, depths)
-        profiles = [future.result() for future in pending]
-        try:
-            skyline = assemble(question.domain, profiles, steps, question.accumulation)
-        except DepthMismatch as mismatch:
-            logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
-            profiles = self._trace_all_layers(question)
-            skyline = assemble(question.domain, profiles, 0.0, question.accumulation)
+        return self._trace(question, question.attempts)[0]
+
+    def _trace(
+        self, question: _Question, attempts: Iterable[DepthPlan]
+    ) -> tuple[Skyline, Mapping[int, Stream]]:
+        def traced(depths: Sequence[int]) -> list[Profile]:
+            pending = self._pending.pop(question.key, None) or self._start(question, depths)
+            return [future.result() for future in pending]
+
+        skyline, profiles = assemble_first(question.domain, attempts, question.accumulation, traced)
         self._keep_skyline(question, skyline)
-        self._keep_streams(question, profiles)
-        return skyline
+        streams = {depth: profile.stream for depth, profile in profiles.items() if profile.stream is not None}
+        if streams:
+            self._streams[question.key] = streams
+            self._cache.keep_streams(question.streams_key, streams)
+        return skyline, streams
 
     def _start(self, question: _Question, depths: Sequence[int]) -> tuple[Future[Profile], ...]:
         return self._tracer.records(question.subject, question.shape, depths, question.accumulation)
-
-    def _trace_all_layers(self, question: _Question) -> list[Profile]:
-        return [future.result() for future in self._start(question, (question.facts.num_layers,))]
 
     def _question(self, plan: Plan, exact: bool) -> _Question:
         known = self._questions.get((plan, exact))
@@ -334,7 +333,10 @@ class Forecaster:
             domain = Domain(batch, batch, length, length, 1, None)
             shape = TracedShape(batch, length, batch_is_symbol=False, length_is_symbol=False)
         what: Mapping[str, Any] = {"shape": vars(shape), "domain": vars(domain), "accumulation": accumulation}
-        return _Question(subject, facts, domain, shape, accumulation, self._cache.key(subject, what))
+        attempts = tuple(facts.depths.attempts(facts.num_layers))
+        return _Question(
+            subject, facts, domain, shape, accumulation, attempts, self._cache.key(subject, what)
+        )
 
     def _facts_of(self, subject: Subject) -> SubjectFacts:
         # neither checkpointing nor an engine moves a line; one answer serves every mode

@@ -108,7 +108,7 @@ class Rehearsal:
                     "_mixed"
                 ),  # fp16 has the same sizes, and no CPU autocast
                 "fp16": False,
-                **engine_arguments(plan),
+                **engine_arguments(self.job, plan),
             },
         )
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +13,7 @@ from torch import nn
 
 from launcher.planner.stream import LAYER
 
+MIB = 1 << 20
 DEFAULT_BUCKET_MB = 25
 """DDP's own `bucket_cap_mb`."""
 BROADCAST_BYTES = 250 << 20
@@ -57,17 +58,10 @@ class Replica(nn.Module):
         self.device = next(module.parameters()).device
         self._views: dict[int, torch.Tensor] = {}
         _broadcast([*module.named_parameters(), *module.named_buffers()], self.layers)
-        cap_bytes = (options.get("bucket_cap_mb") or DEFAULT_BUCKET_MB) << 20
+        cap_bytes = int((options.get("bucket_cap_mb") or DEFAULT_BUCKET_MB) * MIB)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        bucket: list[torch.Tensor] = []
-        for parameter in reversed(trained):
-            if bucket and (
-                bucket[0].dtype is not parameter.dtype or _nbytes([*bucket, parameter]) > cap_bytes
-            ):
-                self._add_bucket(bucket)
-                bucket = []
-            bucket.append(parameter)
-        self._add_bucket(bucket)
+        for bucket in _buckets(reversed(trained), cap_bytes):
+            self._add_bucket(bucket)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._grad_is_ready)
 
@@ -103,19 +97,27 @@ def _broadcast(tensors: Sequence[tuple[str, torch.Tensor]], layers: Layers | Non
     pairs only the largest is made here, that of the true depth.
     """
     whole = tensors if layers is None else at_full_depth(tensors, layers)
-    full: list[list[torch.Tensor]] = []
-    filling: dict[torch.dtype, list[torch.Tensor]] = {}
-    for _, tensor in whole:
-        bucket = filling.setdefault(tensor.dtype, [])
-        bucket.append(tensor)
-        if _nbytes(bucket) >= BROADCAST_BYTES:
-            full.append(filling.pop(tensor.dtype))
-    sizes = [_nbytes(bucket) for bucket in (*full, *filling.values())]
+    sizes = [_nbytes(bucket) for bucket in _buckets((tensor for _, tensor in whole), BROADCAST_BYTES)]
     pairs = [
         sizes[i : i + BROADCASTS_AT_A_TIME] for i in range(max(1, len(sizes) - BROADCASTS_AT_A_TIME + 1))
     ]
     sent = [torch.empty(size, dtype=torch.uint8) for size in max(pairs, key=sum)]
     del sent
+
+
+def _buckets(tensors: Iterable[torch.Tensor], limit_bytes: int) -> list[list[torch.Tensor]]:
+    """Tensors in buckets of one dtype, each full with the tensor with which it reaches the limit.
+
+    `compute_bucket_assignment_by_size`, torch 2.13, reducer.cpp.
+    """
+    full: list[list[torch.Tensor]] = []
+    filling: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        bucket = filling.setdefault(tensor.dtype, [])
+        bucket.append(tensor)
+        if _nbytes(bucket) >= limit_bytes:
+            full.append(filling.pop(tensor.dtype))
+    return [*full, *filling.values()]
 
 
 def at_full_depth(

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind
 from launcher.job import Checkpointing, JobSpec
@@ -64,7 +65,6 @@ class _Search:
         self._ranking = Ranking(job.planner.objective, forecaster.knows_speed)
         self._rejected: list[Rejection] = []
         self._bounded: list[Plan] = []
-        self._considered = 0
 
     def run(self) -> PlanChoice:
         semantics = list(semantic_plans(self._job))
@@ -81,7 +81,9 @@ class _Search:
             why = dict.fromkeys(item.reason for item in self._rejected)
             raise ConfigError("; ".join(why), OTHER_ENGINE)
         capacity = self._job.hardware.memory_bytes
-        return self._choice(None, None, reasons.none_fits(found, self._considered, capacity, self._headroom))
+        return self._choice(
+            None, None, reasons.none_fits(found, len(self._rejected), capacity, self._headroom)
+        )
 
     def _best_arranged(self, semantic: Plan) -> tuple[Price | None, Price | None]:
         """The best plan over all arrangements of the devices, at its true shape, and the next best one that was priced.
@@ -117,8 +119,14 @@ class _Search:
 
     def _options(self, semantic: Plan, weighed: Sequence[Options]) -> Options:
         """All plans of one arrangement that can be better than the like of those that shard less."""
-        plans = [self._with(semantic, mode, split) for mode in self._modes for split in self._splits]
-        self._considered += len(plans)
+        plans = []
+        for mode in self._modes:
+            of_mode = [self._with(semantic, mode, split) for split in self._splits]
+            limits = engine_limits(self._job, of_mode[0])
+            if limits:  # once, and not for every micro batch
+                self._reject(of_mode[0], "; ".join(limits), 0, 0)
+            else:
+                plans += of_mode
         if self._ranking.by_memory:
             return Options(plans)
         promising = []
@@ -376,7 +384,7 @@ class _Search:
             rejected=tuple(sorted(rejected, key=lambda item: item.short_by_bytes)),
             capacity_bytes=self._job.hardware.memory_bytes,
             headroom_bytes=self._headroom,
-            num_considered=self._considered,
+            num_considered=len(rejected) + (best is not None),
             step=None if best is None else best.step,
             runner_up_step=None if second is None else second.step,
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from launcher.libraries import uses_bitsandbytes
 from launcher.plan import Plan
 from launcher.planner import attention_twin, cuda_twin, kernel_twins, worst_case
 from launcher.planner.attribution import Attribution
-from launcher.planner.depth import DepthMismatch, assemble, layer_period, plan_depths, truncate
+from launcher.planner.depth import assemble_first, layer_period, plan_depths, truncate
 from launcher.planner.fast_fake import FastFakeTensorMode, Memory, Told
 from launcher.planner.generation import generation_lengths
 from launcher.planner.kept_logits import all_batches, window_of
@@ -188,14 +187,12 @@ def trace_full_depth(subject: TraceSubject, batch: int, length: int, accumulatio
 
 def _trace(subject: TraceSubject, shape: TracedShape, domain: Domain, accumulation: int) -> Skyline:
     text = subject.config.get_text_config()
-    depths = plan_depths(text)
-    profiles = [record(subject, shape, depth, accumulation) for depth in depths.depths]
-    try:
-        return assemble(domain, profiles, depths.steps, accumulation)
-    except DepthMismatch as mismatch:
-        logging.getLogger(__name__).info("tracing every layer: %s", mismatch)
-        profile = record(subject, shape, text.num_hidden_layers, accumulation)
-        return assemble(domain, [profile], 0.0, accumulation)
+    attempts = plan_depths(text).attempts(text.num_hidden_layers)
+
+    def traced(depths: Sequence[int]) -> list[Profile]:
+        return [record(subject, shape, depth, accumulation) for depth in depths]
+
+    return assemble_first(domain, attempts, accumulation, traced)[0]
 
 
 def record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation: int) -> Profile:

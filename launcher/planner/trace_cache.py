@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -141,19 +141,19 @@ class TraceCache:
         """Keeps a skyline."""
         self._write(key, _encode(skyline))
 
-    def streams(self, key: str) -> tuple[Stream, ...] | None:
-        """Streams, if they are kept."""
+    def streams(self, key: str) -> dict[int, Stream] | None:
+        """Streams by the number of traced layers, if they are kept."""
         payload = self._read(key)
         if payload is None:
             return None
         try:
-            return tuple(_decode_stream(item) for item in payload)
-        except (KeyError, TypeError, ValueError, zipfile.BadZipFile):
+            return {int(depth): _decode_stream(item) for depth, item in payload.items()}
+        except (AttributeError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
             return None
 
-    def keep_streams(self, key: str, streams: Sequence[Stream]) -> None:
-        """Keeps streams."""
-        self._write(key, [_encode_stream(stream) for stream in streams])
+    def keep_streams(self, key: str, streams: Mapping[int, Stream]) -> None:
+        """Keeps streams, by the number of traced layers."""
+        self._write(key, {str(depth): _encode_stream(stream) for depth, stream in streams.items()})
 
     def _path(self, key: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{key}.json"

@@ -88,7 +88,7 @@ def train(
     The only training in this project; the tracer runs the same workload.
     """
     # the arguments come first: with them accelerate connects the processes, and transformers learns to shard weights
-    changes = {**ingredients.changes, **engine_arguments(plan)}
+    changes = {**ingredients.changes, **engine_arguments(job, plan)}
     arguments = workload.training_arguments(job, plan, ingredients.output_dir, changes)
     connect(plan)
     set_seed(job.training.seed)  # the adapters are the same on every process, and on any number of them
