@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launcher.domain import Domain
 from launcher.errors import ConfigError
@@ -36,7 +39,7 @@ from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import Price, Ranking
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.reasons import taken
-from launcher.planner.replica import Layers, at_full_depth
+from launcher.planner.replica import Layers, at_full_depth, in_buckets
 from launcher.planner.search import search
 from launcher.planner.stream import phase_peaks
 from launcher.planner.stream_depth import extend_stream
@@ -64,6 +67,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_model(folder)
     return folder
+
+
+LAYERWISE = {"reduce_bucket_elements": 73_984, "sub_group_elements": 73_984 // 2}
+"""A layer's adapters: 16 x (2 x (256 + 256) + 2 x (256 + 128) + 3 x (256 + 688)), and a rank's half of them."""
 
 
 def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
@@ -156,13 +163,18 @@ def test_more_ranks_share_the_same_states(forecaster: Forecaster) -> None:
         pytest.param(Engine.DDP, 0, {}, marks=pytest.mark.thorough),
         pytest.param(Engine.DEEPSPEED, 3, {}, marks=pytest.mark.thorough),
         (Engine.DEEPSPEED, 3, {"sub_group_elements": GROUP_ELEMENTS}),
+        (Engine.DEEPSPEED, 3, LAYERWISE),
+        (Engine.DDP, 0, LAYERWISE),
+        pytest.param(Engine.DEEPSPEED, 1, LAYERWISE, marks=pytest.mark.thorough),
+        pytest.param(Engine.DEEPSPEED, 2, LAYERWISE, marks=pytest.mark.thorough),
     ],
 )
 def test_few_layers_tell_of_all_block_by_block(engine: Engine, stage: int, changes: dict[str, int]) -> None:
     """The woven stream and the skyline have the peaks of a trace of every layer, to the byte."""
     from launcher.planner import trace
 
-    plan = full(engine, stage)
+    method = Method.LORA if changes is LAYERWISE else Method.FULL
+    plan = plan_of(engine, stage, method, Checkpointing.NONE, 1, 384, 2)
     assert plan.buckets is not None
     plan = replace(plan, buckets=replace(plan.buckets, **changes))
     subject = trace.open_subject(subject_of(job_of(plan, Path("nowhere")), plan))
@@ -200,6 +212,46 @@ def test_zero_3_updates_a_layer_at_a_time_unless_little_is_trained() -> None:
     traced = traced_world(plan)
     assert traced.buckets is not None and traced.world_size == TRACED_RANKS
     assert traced.buckets.sub_group_elements == plan.buckets.sub_group_elements * 32 // TRACED_RANKS
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_bucket_holds_a_layers_adapters_to_the_element(targets: str | list[str], experts: int) -> None:
+    """As many as PEFT puts into a layer of transformers' model."""
+    wide = {**ARCHITECTURE, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2}
+    if experts:
+        if targets == ["down_proj"]:
+            pytest.skip("experts are no linear layers")
+        wide |= {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**wide))
+        adapted = get_peft_model(model, LoraConfig(r=64, target_modules=targets, task_type="CAUSAL_LM"))
+    trained = [weight.numel() for weight in adapted.parameters() if weight.requires_grad]
+    plan = replace(plan_of(Engine.DEEPSPEED, 3, Method.LORA, Checkpointing.NONE, 1, 384, 2), rank=64)
+    buckets = default_buckets({**wide, "num_hidden_layers": 2000}, plan, targets)
+    assert buckets.reduce_bucket_elements == sum(trained) / 2
+    assert buckets.sub_group_elements == sum(trained) / 2 // plan.world_size
+
+
+def test_zero_3_does_not_hold_the_attention_of_many_layers_of_experts() -> None:
+    """DeepSpeed counts none of a leaf's parameters on the way to the next use of others."""
+    moe = {**ARCHITECTURE, "model_type": "mixtral", "num_local_experts": 8}
+    attention = 2 * 256 * 256 + 2 * 256 * 128
+    assert default_buckets(moe, full(Engine.DEEPSPEED, 3)).max_reuse_distance_elements == attention
+
+
+@pytest.mark.parametrize("cap_bytes", [1, 4_096, 100_000, 1_000_000, 1 << 30])
+def test_buckets_of_ddp_are_those_of_torch(cap_bytes: int) -> None:
+    """Which tensors share a bucket, by torch's own function."""
+    sizes = random.Random(cap_bytes)
+    tensors = [
+        torch.empty(sizes.randrange(1, 30_000), dtype=sizes.choice((torch.float32, torch.bfloat16)))
+        for _ in range(200)
+    ]
+    indices, _ = dist._compute_bucket_assignment_by_size(tensors, [cap_bytes])
+    numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+    found = [[numbers[id(tensor)] for tensor in bucket] for bucket in in_buckets(tensors, cap_bytes)]
+    assert sorted(found) == sorted(indices)
 
 
 def test_a_model_cut_to_few_layers_still_has_the_names_of_all() -> None:
@@ -295,6 +347,27 @@ def test_what_no_engine_can_carry_out_says_why(forecaster: Forecaster) -> None:
     )
     with pytest.raises(ConfigError, match="adapters under ZeRO stage 3 need reentrant"):
         search(job(8, pins), forecaster)
+
+
+def test_what_an_engine_can_not_carry_out_is_no_option_of_a_search(forecaster: Forecaster) -> None:
+    """The 16 MB that the plan without recomputation lacks are no reason to take what TRL refuses."""
+    spec = job(2, PinSpec(engine=Engine.DEEPSPEED, zero_stage=3, micro_batch_size=1))
+    spec = replace(spec, method=replace(spec.method, name=Method.LORA))
+    free = search(spec, forecaster)
+    assert free.estimate is not None
+    tight = free.estimate.peak_device_bytes - (16 << 20)
+    spec = replace(
+        spec,
+        hardware=replace(spec.hardware, memory_bytes=tight),
+        planner=replace(spec.planner, headroom=0.0),
+    )
+    choice = search(spec, forecaster)
+    assert choice.plan is not None and choice.plan.activation_checkpointing is Checkpointing.FULL
+    (refused,) = (
+        item for item in choice.rejected if item.plan.activation_checkpointing is Checkpointing.SELECTIVE
+    )
+    assert "need reentrant" in refused.reason
+    assert choice.num_considered == len(choice.rejected) + 1
 
 
 def test_the_reason_says_what_those_that_shard_less_lack() -> None:

@@ -410,7 +410,7 @@ def test_depths_that_do_not_match_trace_every_layer(tmp_path: Path, monkeypatch:
     tracer = TracerHere()
     assert same(Forecaster(JOB, tracer, TraceCache(tmp_path)).stream(PLAN), stream)
     assert same(Forecaster(JOB, tracer, TraceCache(tmp_path)).stream(PLAN), stream)
-    assert tracer.depths == [2, 3, 6], "and every layer only once"
+    assert tracer.depths == [2, 3, 3, 4, 6], "one period deeper, then every layer, each only once"
 
 
 def test_a_stream_that_contradicts_its_skyline_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +420,7 @@ def test_a_stream_that_contradicts_its_skyline_is_not_believed(monkeypatch: pyte
     monkeypatch.setattr(forecast, "extend_stream", too_low)
     tracer = TracerHere()
     Forecaster(JOB, tracer, TraceCache(None)).stream(PLAN)
-    assert tracer.depths == [2, 3, 6]
+    assert tracer.depths == [2, 3, 3, 4, 6]
 
 
 def test_a_skyline_that_contradicts_its_stream_is_not_believed_either(
@@ -438,4 +438,4 @@ def test_a_skyline_that_contradicts_its_stream_is_not_believed_either(
     for _ in range(2):
         found = Forecaster(JOB, tracer, TraceCache(tmp_path)).estimate(PLAN, exact=True)
         assert found.phases == right.phases and found.resident_bytes == right.resident_bytes
-    assert tracer.depths == [2, 3, 6]
+    assert tracer.depths == [2, 3, 3, 4, 6]

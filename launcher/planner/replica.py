@@ -60,7 +60,7 @@ class Replica(nn.Module):
         _broadcast([*module.named_parameters(), *module.named_buffers()], self.layers)
         cap_bytes = int((options.get("bucket_cap_mb") or DEFAULT_BUCKET_MB) * MIB)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for bucket in _buckets(reversed(trained), cap_bytes):
+        for bucket in in_buckets(reversed(trained), cap_bytes):
             self._add_bucket(bucket)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._grad_is_ready)
@@ -97,7 +97,7 @@ def _broadcast(tensors: Sequence[tuple[str, torch.Tensor]], layers: Layers | Non
     pairs only the largest is made here, that of the true depth.
     """
     whole = tensors if layers is None else at_full_depth(tensors, layers)
-    sizes = [_nbytes(bucket) for bucket in _buckets((tensor for _, tensor in whole), BROADCAST_BYTES)]
+    sizes = [_nbytes(bucket) for bucket in in_buckets((tensor for _, tensor in whole), BROADCAST_BYTES)]
     pairs = [
         sizes[i : i + BROADCASTS_AT_A_TIME] for i in range(max(1, len(sizes) - BROADCASTS_AT_A_TIME + 1))
     ]
@@ -105,7 +105,7 @@ def _broadcast(tensors: Sequence[tuple[str, torch.Tensor]], layers: Layers | Non
     del sent
 
 
-def _buckets(tensors: Iterable[torch.Tensor], limit_bytes: int) -> list[list[torch.Tensor]]:
+def in_buckets(tensors: Iterable[torch.Tensor], limit_bytes: int) -> list[list[torch.Tensor]]:
     """Tensors in buckets of one dtype, each full with the tensor with which it reaches the limit.
 
     `compute_bucket_assignment_by_size`, torch 2.13, reducer.cpp.
