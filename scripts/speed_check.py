@@ -1,7 +1,8 @@
 """Predicted against measured order of plans: twelve plans of SmolLM2-135M with LoRA, on this machine's CPU.
 
-Each plan trains in a process of its own: the same workload, real tensors, random weights. They take turns, a step each,
-in rounds of another order, so that a slow moment of the machine doesn't fall on one plan alone. A plan's step time is the
+Each plan trains in a process of its own: the same workload, real tensors, random weights. One process runs at a time
+(with six that took turns, a step each, the same step took up to half as long again), and all of them run again in another
+order, so that a slow moment of the machine doesn't fall on one plan alone. A plan's step time is the
 shortest of its steps after the first: on a shared machine that is what repeats, and what the calibration takes too.
 Predictions come from traces and from the calibration of this CPU (`launch action=calibrate`), never from a step that was
 timed.
@@ -40,6 +41,7 @@ from launcher.planner.tracer import Tracer
 from launcher.planning import resolve
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
+from launcher.run.render import heap_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = (
@@ -49,8 +51,10 @@ JOB = (
     "training.global_batch_size=8",
     "planner.headroom=0.05",
 )
-ROUNDS = 6
-"""Optimizer steps of each plan that count; one before them, in which memory is claimed and states are made, does not."""
+PASSES = 2
+"""How often every plan gets a process, each time in another order."""
+ROUNDS = 2
+"""Optimizer steps of a process that count; one before them, in which memory is claimed and states are made, does not."""
 MARK = "step seconds: "
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 
@@ -88,6 +92,7 @@ class Runner:
             stderr=self._log,
             text=True,
             cwd=ROOT,
+            env={**os.environ, **heap_environment(os.environ)},
         )
         self._say(json.dumps({"job": to_json(job), "plan": to_json(plan), "steps": steps}))
 
@@ -114,21 +119,19 @@ class Runner:
 
 
 def measure(job: JobSpec, plans: Sequence[Plan], rounds: int) -> list[list[float]]:
-    """Times of the steps of each plan that count, one for each round."""
+    """Times of the steps of each plan that count."""
     order = random.Random(0)
-    runners = [Runner(job, plan, rounds + 1) for plan in plans]
-    try:
-        for runner in runners:
-            runner.step()
-        times: list[list[float]] = [[] for _ in plans]
-        for number in range(rounds):
-            for place in order.sample(range(len(plans)), len(plans)):
-                times[place].append(runners[place].step())
-            print(f"round {number + 1} of {rounds}", file=sys.stderr)
-        return times
-    finally:
-        for runner in runners:
-            runner.end()
+    times: list[list[float]] = [[] for _ in plans]
+    for number in range(PASSES):
+        for place in order.sample(range(len(plans)), len(plans)):
+            runner = Runner(job, plans[place], rounds + 1)
+            try:
+                runner.step()
+                times[place] += [runner.step() for _ in range(rounds)]
+            finally:
+                runner.end()
+        print(f"pass {number + 1} of {PASSES}", file=sys.stderr)
+    return times
 
 
 def train_here(job: JobSpec, plan: Plan, steps: int) -> None:

@@ -179,7 +179,8 @@ def test_few_layers_tell_of_all_block_by_block(engine: Engine, stage: int, chang
     plan = replace(plan, buckets=replace(plan.buckets, **changes))
     subject = trace.open_subject(subject_of(job_of(plan, Path("nowhere")), plan))
     shape = TracedShape(1, 64, batch_is_symbol=False, length_is_symbol=False)
-    depths = plan_depths(subject.config)
+    first, deeper, _ = plan_depths(subject.config).attempts(6)
+    depths = deeper if method is Method.LORA and stage == 3 else first
     low, high, whole = (trace.record(subject, shape, depth, 2) for depth in (*depths.depths, 6))
     assert low.stream is not None and high.stream is not None and whole.stream is not None
     woven = extend_stream(low.stream, high.stream, round(depths.steps), 1)
@@ -214,14 +215,14 @@ def test_zero_3_updates_a_layer_at_a_time_unless_little_is_trained() -> None:
     assert traced.buckets.sub_group_elements == plan.buckets.sub_group_elements * 32 // TRACED_RANKS
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
-@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize(
+    ("targets", "experts"),
+    [("all-linear", 0), (["q_proj", "v_proj"], 0), (["down_proj"], 0), (["q_proj", "o_proj"], 4)],
+)
 def test_a_bucket_holds_a_layers_adapters_to_the_element(targets: str | list[str], experts: int) -> None:
     """As many as PEFT puts into a layer of transformers' model."""
     wide = {**ARCHITECTURE, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2}
     if experts:
-        if targets == ["down_proj"]:
-            pytest.skip("experts are no linear layers")
         wide |= {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": 2}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**wide))

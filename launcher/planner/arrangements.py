@@ -224,7 +224,8 @@ def _adapted(
 ) -> list[tuple[int, int]]:
     """Inputs and outputs of the layers with adapters in one decoder layer; of all linear ones if no name is known.
 
-    The experts of transformers are no linear layers, but stacks of matrices, which have none.
+    Experts are left out: they are stacks of matrices, and PEFT gives those of some architectures adapters of its own
+    making (twice the rank for two fused matrices). A bucket is then less than a layer's worth, and every layer is traced.
     """
     sides = _attention(text, hidden)
     if not (text.get("num_local_experts") or text.get("num_experts")):

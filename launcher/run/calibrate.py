@@ -15,6 +15,7 @@ from launcher.errors import LaunchError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.rates import Calibration, Rates, published_rates
 from launcher.run.detect import DetectedDevice, detect_cuda, num_here
+from launcher.run.render import heap_environment
 from launcher.run_record import WORKER_MARK
 
 WORKER = "launcher.worker.calibrate"
@@ -65,7 +66,10 @@ def calibrate(folder: Path, show: Callable[[str], None]) -> tuple[Path, Calibrat
     show(f"device    {device}")
     command = [sys.executable, "-m", WORKER, str(file), device]
     last = ""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+    environment = {**os.environ, **heap_environment(os.environ)}  # as in a run
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+    ) as child:
         assert child.stderr is not None  # it is a pipe
         for line in child.stderr:
             if line.startswith(WORKER_MARK):

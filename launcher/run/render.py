@@ -146,7 +146,22 @@ def _cpu_environment(engine: Engine, num_devices: int, inherited: Mapping[str, s
         # accelerate would set the physical cores, or 1 if they can't be counted
         "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS") or str(cores),
         **({"DS_ACCELERATOR": "cpu"} if engine is Engine.DEEPSPEED else {"ACCELERATE_USE_CPU": "true"}),
+        **heap_environment(inherited),
     }
+
+
+def heap_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Lets a process on a CPU keep the memory that it has claimed, instead of giving it back after each step.
+
+    glibc returns the heap's top as soon as a backward pass has let go of enough, and the next step claims it anew, page
+    by page: a tenth of the time of SmolLM2-135M's steps. Setting one of the two stops glibc from adapting the other, so
+    blocks are taken from the heap up to the largest size that glibc accepts (32 MiB on 64 bits, where it ends up too).
+
+    Args:
+        inherited: The environment; what it says holds.
+    """
+    settings = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+    return {name: inherited.get(name) or value for name, value in settings.items()}
 
 
 def _allocator(inherited: Mapping[str, str]) -> dict[str, str]:
