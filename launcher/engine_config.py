@@ -132,7 +132,8 @@ def _zero_optimization(job: JobSpec, plan: Plan) -> dict[str, Any]:
     section: dict[str, Any] = {
         "stage": plan.zero_stage,
         "contiguous_gradients": True,
-        "overlap_comm": job.hardware.kind is not DeviceKind.CPU,  # a second stream, and a second bucket
+        # a second stream, and a second bucket
+        "overlap_comm": buckets.overlap_exchange and job.hardware.kind is not DeviceKind.CPU,
         "reduce_scatter": True,
         "reduce_bucket_size": buckets.reduce_bucket_elements,
         "round_robin_gradients": False,

@@ -263,6 +263,8 @@ class PinSpec:
     """A gathered parameter is kept when its next use is fewer elements away (ZeRO 3)."""
     sub_group_elements: Annotated[int, Ge(1)] | None = None
     """Elements of a rank that are updated at a time, each with a gradient in fp32 (ZeRO 3)."""
+    overlap_exchange: bool | None = None
+    """DeepSpeed: whether ranks exchange while they compute; if not, buckets are small but for sizes that are pinned."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ class Buckets:
     """`stage3_max_reuse_distance`: a parameter waits only for a use that is nearer."""
     sub_group_elements: int = 1_000_000_000
     """`sub_group_size`: elements of a rank that ZeRO 3 updates at a time, each with a gradient in fp32."""
+    overlap_exchange: bool = True
+    """`overlap_comm`: whether ranks exchange while they compute. Small buckets don't: what is larger than a bucket would
+    be exchanged from its own memory, by another stream than the one that lets go of it."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,11 @@ class Plan:
         return self.offload_optimizer or self.offload_parameters
 
     @property
+    def has_small_buckets(self) -> bool:
+        """Whether its engine does with small buckets, and exchanges nothing while it computes."""
+        return self.buckets is not None and not self.buckets.overlap_exchange
+
+    @property
     def global_batch_size(self) -> int:
         """Sequences per optimizer step over all devices."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
@@ -127,6 +135,10 @@ class Plan:
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step and device, padding included."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.max_length
+
+
+SMALL_BUCKETS = ", small buckets"
+"""How words of a plan, or of its arrangement, end where its buckets are small."""
 
 
 def offload_words(optimizer: bool, parameters: bool) -> str:

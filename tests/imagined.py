@@ -144,7 +144,7 @@ class FakeForecaster(Forecaster):
         self.prepare([plan], exact=exact)
         return self.law.step(plan)
 
-    def step_floor_seconds(self, plan: Plan) -> float:
+    def step_floor_seconds(self, plan: Plan, like: Plan | None = None) -> float:
         if not self.knows_speed:
             return 0.0
         own = self.law.recompute[MODES.index(plan.activation_checkpointing)]
@@ -154,7 +154,12 @@ class FakeForecaster(Forecaster):
         known = [
             item
             for item in alike
-            if self.is_prepared(item) or self.is_prepared(replace(item, gradient_accumulation_steps=other))
+            if any(
+                self.is_prepared(
+                    replace(item, buckets=(like or plan).buckets, gradient_accumulation_steps=steps)
+                )
+                for steps in (item.gradient_accumulation_steps, other)
+            )
         ]
         return max((self.law.seconds(item) for item in known), default=0.0)
 

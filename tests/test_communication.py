@@ -9,7 +9,7 @@ import pytest
 
 from launcher.hardware import HardwareSpec
 from launcher.job import Attention, Checkpointing, Engine, Loss, Method, Optimizer, Precision
-from launcher.plan import Plan
+from launcher.plan import Buckets, Plan
 from launcher.planner.communication import Traffic, communication_seconds, offload_seconds, traffic
 
 GB = 10**9
@@ -53,6 +53,22 @@ def test_bytes_of_the_rings(stage: int, accumulation: int, hidden: int, exposed:
     assert traffic(plan(stage, accumulation), 16 * GB, 16 * GB) == Traffic(hidden, exposed)
 
 
+@pytest.mark.parametrize(
+    ("stage", "mode", "exposed"),
+    [
+        (1, Checkpointing.NONE, (2 + 1) * 14 * GB),
+        (2, Checkpointing.NONE, (4 * 2 + 1) * 14 * GB),
+        (3, Checkpointing.NONE, 4 * (2 + 1) * 14 * GB),
+        (3, Checkpointing.FULL, 4 * (3 + 1) * 14 * GB),  # the pass that recomputes gathers once more
+    ],
+)
+def test_small_buckets_hide_nothing(stage: int, mode: Checkpointing, exposed: int) -> None:
+    buckets = Buckets(1, 1, overlap_exchange=False)
+    waiting = plan(stage, 4, buckets=buckets)
+    waiting = replace(waiting, activation_checkpointing=mode)
+    assert traffic(waiting, 16 * GB, 16 * GB) == Traffic(0, exposed)
+
+
 def test_what_is_sent_meanwhile_is_hidden_as_far_as_there_is_a_meanwhile() -> None:
     sent = Traffic(28 * GB, 14 * GB)  # 0.14 s and 0.07 s at 200 GB/s
     assert communication_seconds(plan(1), HARDWARE, sent, 3.0) == pytest.approx(0.07)
@@ -76,3 +92,7 @@ def test_offloaded_states_wait_for_the_link_and_for_the_hosts_processor() -> Non
     ), "parameters come twice, and stay there when they are updated"
     assert offload_seconds(sharded, HARDWARE, 16 * GB, 16 * GB, 1.0) == pytest.approx(2.08 + 8 / 20)
     assert offload_seconds(plan(2), HARDWARE, 16 * GB, 16 * GB, 1.0) == 0.0
+    waiting = replace(sharded, buckets=Buckets(1, 1, overlap_exchange=False))
+    assert offload_seconds(waiting, HARDWARE, 16 * GB, 16 * GB, 1.0) == pytest.approx(
+        2.08 + (2 + 2 + 4) / 20 + 4 / 20
+    ), "nothing comes ahead"

@@ -212,6 +212,11 @@ def test_quantised_weights_are_read_by_every_rank() -> None:
     assert config["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] is False
 
 
+def test_small_buckets_do_not_overlap() -> None:
+    waiting = replace(PLANS["zero1"], buckets=replace(BUCKETS, overlap_exchange=False))
+    assert deepspeed_config(JOB, waiting)["zero_optimization"]["overlap_comm"] is False
+
+
 def test_a_plan_for_several_devices_has_buckets() -> None:
     with pytest.raises(ValueError, match="without bucket sizes"):
         deepspeed_config(JOB, replace(PLANS["zero3"], buckets=None))

@@ -20,6 +20,7 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.memory import DiskEstimate
 from launcher.optimisation import TrainingSpec
+from launcher.plan import Buckets
 from launcher.planner.arrangements import arrangements, default_buckets
 from launcher.planner.space import batch_splits
 from launcher.planning import resolve
@@ -32,7 +33,7 @@ from launcher.run_paths import RunPaths
 from launcher.run_record import Replan, WorkerOrder
 from tests.test_end_to_end import document_of, launch
 from tests.test_recovery import losses
-from tests.tiny_job import tiny_order, write_tiny_model
+from tests.tiny_job import BUCKETS, tiny_order, write_tiny_model
 
 SAME_LOSS = 1e-3
 SAME_WEIGHTS = 1e-5
@@ -315,11 +316,22 @@ def test_earlier_pins_give_way_to_what_is_asked_for() -> None:
     assert continued_pins(pin, {"attention": "eager"}, {"engine": Engine.DDP}) == pin
 
 
-@pytest.mark.parametrize(("engine", "stage"), [(Engine.NONE, 0), (Engine.DDP, 0), (Engine.FSDP2, 3)])
-def test_a_plan_with_all_its_knobs_pinned_is_the_only_one(engine: Engine, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "stage", "buckets"),
+    [
+        (Engine.NONE, 0, None),
+        (Engine.DDP, 0, BUCKETS),
+        (Engine.FSDP2, 3, BUCKETS),
+        (Engine.DEEPSPEED, 2, BUCKETS),
+        (Engine.DEEPSPEED, 3, replace(BUCKETS, overlap_exchange=False)),
+    ],
+)
+def test_a_plan_with_all_its_knobs_pinned_is_the_only_one(
+    engine: Engine, stage: int, buckets: Buckets | None
+) -> None:
     """So another evaluation batch leaves the training's plan as it is."""
     num_devices = 1 if engine is Engine.NONE else 2
-    order = tiny_order(Path("/m"), engine, stage, num_devices=num_devices)
+    order = tiny_order(Path("/m"), engine, stage, num_devices=num_devices, buckets=buckets)
     architecture = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = replace(order.job.model, architecture=architecture)
     job: JobSpec = replace(

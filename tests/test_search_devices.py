@@ -1,7 +1,8 @@
 """Proves that on several devices the search finds a plan as fast as the fastest of all that fit, or the smallest one.
 
 As in test_search.py a law written by hand plays the traces. What a stage shards is an n-th of it, later stages exchange
-more, and host memory is slow. Brute force prices every arrangement, checkpointing and micro batch by the law itself.
+more, buckets hold a share of what they can at most, small ones nothing, whose exchange is waited for, and host memory is
+slow. Brute force prices every arrangement, checkpointing and micro batch by the law itself.
 """
 
 from __future__ import annotations
@@ -27,22 +28,31 @@ from launcher.job import (
 )
 from launcher.memory import Category, MemoryEstimate, PhasePeak
 from launcher.plan import Plan
+from launcher.planner.arrangements import Arrangement, arrangement_of, with_ordinary_buckets
+from launcher.planner.bounds import buckets_hold_bytes
 from launcher.planner.objective import SAME
+from launcher.planner.options import repeats
 from launcher.planner.search import search
 from launcher.step_time import StepTime
 from tests.imagined import MODES, FakeForecaster, Law
 
 DEVICES = 4
 ORDER = (
-    (Engine.DDP, 0, False, False),
-    (Engine.DEEPSPEED, 1, False, False),
-    (Engine.DEEPSPEED, 2, False, False),
-    (Engine.DEEPSPEED, 3, False, False),
-    (Engine.DEEPSPEED, 2, True, False),
-    (Engine.DEEPSPEED, 3, True, False),
-    (Engine.DEEPSPEED, 3, True, True),
+    Arrangement(Engine.DDP, 0),
+    Arrangement(Engine.DEEPSPEED, 1),
+    Arrangement(Engine.DEEPSPEED, 2),
+    Arrangement(Engine.DEEPSPEED, 3),
+    Arrangement(Engine.DEEPSPEED, 1, small_buckets=True),
+    Arrangement(Engine.DEEPSPEED, 2, small_buckets=True),
+    Arrangement(Engine.DEEPSPEED, 3, small_buckets=True),
+    Arrangement(Engine.DEEPSPEED, 2, offload_optimizer=True),
+    Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True),
+    Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, offload_parameters=True),
+    Arrangement(Engine.DEEPSPEED, 2, offload_optimizer=True, small_buckets=True),
+    Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, small_buckets=True),
+    Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, offload_parameters=True, small_buckets=True),
 )
-"""Engine, stage, and what is offloaded: optimizer states, parameters."""
+ARCHITECTURE = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 1}
 LARGER_BATCH_SEEDS = (99, 336, 496)
 """Jobs in which a later arrangement is faster, with a micro batch that the first one without recomputation can't hold."""
 
@@ -53,6 +63,8 @@ class ShardedLaw(Law):
 
     exchange_seconds: float = 1e-4
     """Time of one exchange of all gradients."""
+    bucket_share: float = 1.0
+    """What ordinary buckets hold, of what they can hold at most."""
 
     def price(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
         """A rank's."""
@@ -64,24 +76,29 @@ class ShardedLaw(Law):
             if plan.offload_optimizer
             else 1 / DEVICES ** (plan.zero_stage >= 1),
         }
+        held = (
+            0 if plan.has_small_buckets else round(self.bucket_share * buckets_hold_bytes(plan, ARCHITECTURE))
+        )
         phases = []
         for phase in whole.phases:
             sizes = {
                 category: round(size * shares.get(category, 1.0))
                 for category, size in phase.by_category_bytes.items()
             }
+            sizes[Category.TEMPORARIES] += held
             phases.append(PhasePeak(phase.phase, sum(sizes.values()), sizes))
         gradients = round(whole.resident_bytes[Category.GRADIENTS] * shares[Category.GRADIENTS])
         return replace(whole, phases=tuple(phases), resident_bytes={Category.GRADIENTS: gradients})
 
     def step(self, plan: Plan) -> StepTime | None:
-        """Later arrangements exchange more: ZeRO 2 in every micro batch, ZeRO 3 weights as well."""
+        """Later arrangements exchange more: ZeRO 2 in every micro batch, ZeRO 3 weights as well; small buckets wait."""
         alone = super().step(plan)
         if alone is None:
             return None
         exchanges = (1, 1, plan.gradient_accumulation_steps, 2 * plan.gradient_accumulation_steps)
         offloaded = 5 * plan.offload_optimizer + 5 * plan.offload_parameters
-        update = alone.update_seconds + self.exchange_seconds * (exchanges[plan.zero_stage] + offloaded)
+        waited = (2 if plan.has_small_buckets else 1) * exchanges[plan.zero_stage]
+        update = alone.update_seconds + self.exchange_seconds * (waited + offloaded)
         return replace(alone, update_seconds=update)
 
 
@@ -89,14 +106,13 @@ class RankForecaster(FakeForecaster):
     """Traces are an arrangement's own."""
 
     def _regime(self, plan: Plan) -> tuple[object, ...]:
-        arrangement = plan.engine, plan.zero_stage, plan.offload_optimizer, plan.offload_parameters
-        return (*super()._regime(plan), *arrangement)
+        return (*super()._regime(plan), arrangement_of(plan))
 
 
 def job_on_devices(dice: random.Random) -> JobSpec:
     batch = DEVICES * dice.choice([1, 2, 4, 8, 12])
     return JobSpec(
-        model=ModelSpec(architecture={"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}),
+        model=ModelSpec(architecture=ARCHITECTURE),
         method=MethodSpec(name=Method.FULL),
         data=DataSpec(max_length=dice.choice([16, 64, 200])),
         training=TrainingSpec(global_batch_size=batch),
@@ -119,25 +135,22 @@ def law_on_devices(dice: random.Random) -> ShardedLaw:
         batch_seconds=dice.choice([1e-6, 1e-4, 1e-3]),
         recompute=dice.choice([(0.0, 0.2, 0.3, 0.4), (0.0, 0.004, 0.008, 0.3), (0.0, 0.9, 0.3, 0.4)]),
         exchange_seconds=dice.choice([1e-7, 1e-4, 1e-2]),
+        bucket_share=dice.choice([0.0, 0.4, 1.0]),
     )
 
 
 def all_plans(job: JobSpec, like: Plan) -> Iterator[Plan]:
     """Every arrangement, checkpointing and split of the global batch."""
     per_rank = job.training.global_batch_size // DEVICES
-    for engine, stage, states, parameters in ORDER:
+    for arrangement in ORDER:
+        arranged = arrangement.applied_to(like, job)
         for mode in MODES:
             for micro in (size for size in range(1, per_rank + 1) if per_rank % size == 0):
                 yield replace(
-                    like,
-                    engine=engine,
-                    zero_stage=stage,
-                    offload_optimizer=states,
-                    offload_parameters=parameters,
+                    arranged,
                     activation_checkpointing=mode,
                     micro_batch_size=micro,
                     gradient_accumulation_steps=per_rank // micro,
-                    buckets=None,
                 )
 
 
@@ -153,7 +166,13 @@ def test_no_plan_that_fits_is_faster(seed: int) -> None:
     memory = round(dice.uniform(0.9 * min(peaks), dice.choice([0.1, 0.3, 1.1]) * max(peaks)))
     job = replace(job, hardware=replace(job.hardware, memory_bytes=memory))
     fitting = [plan for plan in plans if law.peak(plan) <= memory]
-    choice = search(job, RankForecaster(law))
+    forecaster = RankForecaster(law)
+    choice = search(job, forecaster)
+    for arrangement in traced_small(forecaster) if fitting else ():  # else the nearest plan has a trace
+        mine = (plan for plan in plans if arrangement_of(plan) == arrangement)
+        # of one that accumulates nothing less is known before its trace
+        mine = (plan for plan in mine if plan.gradient_accumulation_steps > 1)
+        assert any(least_bytes(plan, job, law) <= memory for plan in mine), "no trace of what can't help"
     if not fitting:
         assert choice.plan is None
         return
@@ -164,16 +183,47 @@ def test_no_plan_that_fits_is_faster(seed: int) -> None:
         return
     held = [plan for plan in fitting if not plan.offload_optimizer]
     assert taken.offload_optimizer is not bool(held)  # host memory is for what doesn't fit without
+    if taken.activation_checkpointing is Checkpointing.NONE and not taken.has_small_buckets:
+        assert taken.offload_optimizer or not traced_small(forecaster)
     if held:
         # one that recomputes is taken only where its micro batch doesn't fit without, or where recomputing more is faster
-        rivals = [plan for plan in held if not recomputes_for_nothing(plan, held)]
+        rivals = [plan for plan in rivals_of(held, law) if not recomputes_for_nothing(plan, held)]
         assert law.seconds(taken) <= (1 + SAME) * min(map(law.seconds, rivals))
     like = [plan for plan in fitting if shape_of(plan) == shape_of(taken)]
     assert all(ORDER.index(arrangement_of(plan)) >= ORDER.index(arrangement_of(taken)) for plan in like)
 
 
-def arrangement_of(plan: Plan) -> tuple[Engine, int, bool, bool]:
-    return plan.engine, plan.zero_stage, plan.offload_optimizer, plan.offload_parameters
+def traced_small(forecaster: RankForecaster) -> list[Arrangement]:
+    """Arrangements with small buckets of which there is a trace that accumulates."""
+    found = [
+        item for *_, accumulates, item in forecaster.traced if isinstance(item, Arrangement) and accumulates
+    ]
+    return [item for item in found if item.small_buckets]
+
+
+def least_bytes(plan: Plan, job: JobSpec, law: ShardedLaw) -> int:
+    """What a plan with small buckets needs at least, by what it needs with ordinary ones."""
+    ordinary = with_ordinary_buckets(plan, job)
+    assert ordinary is not None
+    return law.peak(ordinary) - buckets_hold_bytes(ordinary, ARCHITECTURE)
+
+
+def rivals_of(fitting: list[Plan], law: ShardedLaw) -> list[Plan]:
+    """Plans that the one taken must be as fast as: small buckets are only for what doesn't fit with ordinary ones.
+
+    And where the fastest of these recomputes nothing, they are not weighed at all.
+    """
+    ordinary = [plan for plan in fitting if not plan.has_small_buckets]
+    if ordinary:
+        limit = (1 + SAME) * min(map(law.seconds, ordinary))
+        fast = [plan for plan in ordinary if law.seconds(plan) <= limit]
+        if any(plan.activation_checkpointing is Checkpointing.NONE for plan in fast):
+            return ordinary
+    return [
+        plan
+        for plan in fitting
+        if not plan.has_small_buckets or not any(repeats(plan, like) for like in ordinary)
+    ]
 
 
 def shape_of(plan: Plan) -> tuple[Checkpointing, int]:

@@ -11,7 +11,7 @@ from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, UnsupportedByPlanner
 from launcher.hardware import DeviceKind
 from launcher.job import Engine, JobSpec, OffloadDevice
-from launcher.plan import Buckets, Plan, offload_words
+from launcher.plan import SMALL_BUCKETS, Buckets, Plan, offload_words
 
 FUSED_ELEMENTS = 50_000_000
 """Trained elements up to which one bucket holds all gradients: 100 MB of bf16."""
@@ -26,6 +26,8 @@ BELOW_A_LAYER = 0.95
 one, whatever small ones the config does not tell of."""
 WIDTH, DEPTH = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")
 """How configs spell width and depth."""
+NO_BUCKET = "sub_group_elements"
+"""The one size that is no bucket's, and that a run which goes on has pinned: checkpoints of ZeRO 3 are saved by it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Arrangement:
     zero_stage: int
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    small_buckets: bool = False
 
     @property
     def offloads(self) -> bool:
@@ -58,13 +61,13 @@ class Arrangement:
         if self.engine is Engine.NONE:
             return arranged
         pin = job.planner.pin
-        sizes = {
-            field.name: value for field in fields(Buckets) if (value := getattr(pin, field.name)) is not None
-        }
+        sized = small_buckets if self.small_buckets else default_buckets
         return replace(
             arranged,
             buckets=replace(
-                default_buckets(job.model.architecture, arranged, job.method.target_modules), **sizes
+                sized(job.model.architecture, arranged, job.method.target_modules),
+                **_pinned_sizes(job),
+                overlap_exchange=not self.small_buckets,
             ),
             shard_within_node=bool(pin.shard_within_node),
         )
@@ -72,28 +75,50 @@ class Arrangement:
     def words(self) -> str:
         """What people call it."""
         if self.engine is Engine.DEEPSPEED:
-            return f"ZeRO stage {self.zero_stage}{offload_words(self.offload_optimizer, self.offload_parameters)}"
+            offloaded = offload_words(self.offload_optimizer, self.offload_parameters)
+            return f"ZeRO stage {self.zero_stage}{offloaded}{SMALL_BUCKETS if self.small_buckets else ''}"
         return {Engine.NONE: "one device", Engine.DDP: "DDP", Engine.FSDP2: "FSDP2"}[self.engine]
+
+
+def arrangement_of(plan: Plan) -> Arrangement:
+    """The arrangement of a plan."""
+    offloaded = plan.offload_optimizer, plan.offload_parameters
+    return Arrangement(plan.engine, plan.zero_stage, *offloaded, plan.has_small_buckets)
 
 
 def arrangement_words(plan: Plan) -> str:
     """What people call the arrangement of a plan."""
-    return Arrangement(plan.engine, plan.zero_stage, plan.offload_optimizer, plan.offload_parameters).words()
+    return arrangement_of(plan).words()
+
+
+def with_ordinary_buckets(plan: Plan, job: JobSpec) -> Plan | None:
+    """The same plan with buckets of ordinary size; None where it has them."""
+    if not plan.has_small_buckets:
+        return None
+    return replace(arrangement_of(plan), small_buckets=False).applied_to(plan, job)
 
 
 ALONE = Arrangement(Engine.NONE, 0)
-TOGETHER = (
-    Arrangement(Engine.DDP, 0),
+ON_DEVICE = (
     Arrangement(Engine.DEEPSPEED, 1),
     Arrangement(Engine.DEEPSPEED, 2),
     Arrangement(Engine.DEEPSPEED, 3),
-    Arrangement(Engine.FSDP2, 3),
+)
+ON_HOST = (
     Arrangement(Engine.DEEPSPEED, 2, offload_optimizer=True),
     Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True),
     Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, offload_parameters=True),
 )
-"""From nothing sharded to everything, and then into host memory: each holds less than those before it (FSDP2 as much
-as ZeRO 3), and exchanges no less."""
+TOGETHER = (
+    Arrangement(Engine.DDP, 0),
+    *ON_DEVICE,
+    Arrangement(Engine.FSDP2, 3),
+    *(replace(item, small_buckets=True) for item in ON_DEVICE),
+    *ON_HOST,
+    *(replace(item, small_buckets=True) for item in ON_HOST),
+)
+"""From nothing sharded to everything, then with small buckets, and then the same in host memory. With the same buckets
+and as much offloaded each holds less than those before it (FSDP2 as much as ZeRO 3), and exchanges no less."""
 
 
 def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...], dict[Arrangement, str]]:
@@ -124,6 +149,7 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
         and pin.zero_stage in (None, item.zero_stage)
         and wanted[0] in (None, item.offload_optimizer)
         and wanted[1] in (None, item.offload_parameters)
+        and _buckets_match(item, job)
     ]
     if pin.shard_within_node:
         matching = [item for item in matching if item.engine is Engine.FSDP2]
@@ -132,10 +158,11 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
             f"{item.engine.value} with zero_stage {item.zero_stage}"
             f"{offload_words(item.offload_optimizer, item.offload_parameters)}"
             for item in candidates
+            if not item.small_buckets
         )
         asked = "".join(
             f", planner.pin.{name}={str(value).lower()}"
-            for name in ("offload_optimizer", "offload_parameters")
+            for name in ("offload_optimizer", "offload_parameters", "overlap_exchange")
             if (value := getattr(pin, name)) is not None
         )
         raise ConfigError(
@@ -143,17 +170,33 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
             f"{'any' if pin.zero_stage is None else pin.zero_stage}"
             f"{asked}{' and planner.pin.shard_within_node=true' if pin.shard_within_node else ''} is nothing that "
             f"{job.hardware.world_size} devices can do",
-            f"legal are {legal}; only fsdp2 shards within a node",
+            f"legal are {legal}; only fsdp2 shards within a node, and only deepspeed does without overlap_exchange",
         )
     refused: dict[Arrangement, str] = {}
     possible: list[Arrangement] = []
     for item in matching:
         limits = engine_limits(job, item.applied_to(semantic, job))
         if limits:
-            refused[item] = "; ".join(limits)
+            if replace(item, small_buckets=False) not in refused:  # what an engine can do hangs on no bucket
+                refused[item] = "; ".join(limits)
         elif item.engine is not Engine.FSDP2 or pin.engine is Engine.FSDP2 or not _has_stage_three(possible):
             possible.append(item)
     return tuple(possible), refused
+
+
+def _buckets_match(item: Arrangement, job: JobSpec) -> bool:
+    """Whether pins leave an arrangement its buckets: where a size is pinned, no small ones are weighed."""
+    overlaps = job.planner.pin.overlap_exchange
+    if overlaps is not None:
+        return overlaps is not item.small_buckets
+    return not item.small_buckets or _pinned_sizes(job).keys() <= {NO_BUCKET}
+
+
+def _pinned_sizes(job: JobSpec) -> dict[str, int]:
+    """Pinned sizes by name, in elements."""
+    pin = job.planner.pin
+    names = [field.name for field in fields(Buckets) if field.name != "overlap_exchange"]
+    return {name: value for name in names if (value := getattr(pin, name)) is not None}
 
 
 def _has_stage_three(items: list[Arrangement]) -> bool:
@@ -208,6 +251,47 @@ def default_buckets(
             sum(map(math.prod, _attention(text, hidden).values())) if experts > 1 else in_layer
         ),
         sub_group_elements=ONE_GROUP_ELEMENTS if one_group else group // plan.world_size,
+    )
+
+
+def small_buckets(
+    architecture: Mapping[str, Any], plan: Plan, targets: str | Sequence[str] = "all-linear"
+) -> Buckets:
+    """Bucket sizes of a plan for which ordinary ones leave no room: nothing waits in them, neither to be sent nor used.
+
+    With all weights trained a bucket holds norms and biases; each matrix is larger, and sent by itself as soon as its
+    gradient is there, without a copy in a bucket (deepspeed 0.19.8: `extra_large_param_to_reduce` of stage_1_and_2.py,
+    `__add_grad_to_ipg_bucket` of stage3.py). With adapters it holds those of a layer. Either way a layer is sent like
+    the one before it, so that few layers tell of all. ZeRO 3 gathers a module's weights when it comes to them, and lets
+    go of them when it is done: no prefetch, and no wait for the next use (partitioned_param_coordinator.py).
+
+    Nothing is exchanged while a rank computes. A gradient that is sent from its own memory by a second stream would go
+    back to torch's allocator only when that stream is done with it (`record_stream` in stage_1_and_2.py,
+    `allreduce_and_copy_with_multiple_ranks`), and no trace tells when that is. Groups of ZeRO 3's update stay what they
+    are: its checkpoints are saved by them.
+
+    Args:
+        architecture: The model's config.
+        plan: The plan; its method and rank count.
+        targets: Which layers have adapters, as PEFT takes it.
+
+    Raises:
+        UnsupportedByPlanner: When the config tells neither width nor depth under a known name.
+    """
+    ordinary = default_buckets(architecture, plan, targets)
+    text = architecture.get("text_config") or architecture
+    hidden = _fact(text, *WIDTH)
+    reduced = PERSISTENT_ROWS * hidden
+    if plan.rank:
+        inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
+        reduced = plan.rank * sum(map(sum, _adapted(text, hidden, inner, targets)))
+    reduced = min(ordinary.reduce_bucket_elements, reduced + reduced % 2)
+    return replace(
+        ordinary,
+        reduce_bucket_elements=reduced,
+        prefetch_bucket_elements=0,
+        max_reuse_distance_elements=0,
+        overlap_exchange=False,
     )
 
 

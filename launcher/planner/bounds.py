@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from launcher.job import AdapterDtype, Engine, JobSpec, Method, Precision
 from launcher.memory import Category
@@ -43,6 +45,33 @@ def static_floor_bytes(plan: Plan, facts: SubjectFacts) -> int:
     gradients = gradient_bytes(plan, facts) // (ranks if plan.zero_stage >= 2 else 1)
     copies = 2 if plan.engine is Engine.DDP and plan.gradient_accumulation_steps > 1 else 1
     return weights + copies * gradients
+
+
+def buckets_hold_bytes(plan: Plan, architecture: Mapping[str, Any]) -> int:
+    """What the buckets of a plan under DeepSpeed hold at most at once, bytes: more than that small ones can't save.
+
+    Read off deepspeed 0.19.8, runtime/zero. Of gradients stages 1 and 2 have two buckets (`setup_buckets`), and the copy
+    of one that is reduced (`allreduce_bucket`). Stage 3 has one bucket, its copy (`reduce_scatter_coalesced`), and what
+    that leaves to a rank. Weights are fetched ahead only while fewer than `max_live_parameters` are gathered, so one
+    weight beyond it at most, and they wait for another use within `max_reuse_distance`, and the module that reaches
+    beyond it (partitioned_param_coordinator.py).
+
+    Args:
+        plan: The plan, with its buckets.
+        architecture: The model's config.
+    """
+    buckets = plan.buckets
+    if buckets is None or plan.engine is not Engine.DEEPSPEED:
+        return 0
+    width = 4 if plan.precision is Precision.FP32 else 2
+    if plan.zero_stage < 3:
+        return 3 * width * buckets.reduce_bucket_elements
+    text = architecture.get("text_config") or architecture
+    embedding = int(text.get("vocab_size") or 0) * int(text.get("hidden_size") or text.get("n_embd") or 0)
+    # the experts of a layer are one module: a layer has no larger one
+    beyond = 2 * max(embedding, buckets.max_live_elements)
+    gathered = buckets.max_live_elements + buckets.max_reuse_distance_elements + beyond
+    return width * (3 * buckets.reduce_bucket_elements + gathered)
 
 
 def gradient_bytes(plan: Plan, facts: SubjectFacts) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launcher.hardware import HardwareSpec
-from launcher.job import Engine, Precision
+from launcher.job import Checkpointing, Engine, Precision
 from launcher.plan import Plan
 from launcher.step_time import StepTime
 
@@ -55,12 +55,23 @@ def traffic(plan: Plan, trained_bytes: int, weight_bytes: int) -> Traffic:
         # stages 1 and 2 all-reduce whole buckets (`use_multi_rank_bucket_allreduce`, deepspeed 0.19.8), stage 2 in
         # every micro batch; then the updated weights are gathered
         reductions = passes if plan.zero_stage == 2 else 1
-        return Traffic(round(2 * ring * trained_bytes * reductions), round(ring * trained_bytes))
-    gathers, scatters = 2 * passes, passes  # weights come for the forward and for the backward pass
-    sent = ring * (gathers * weight_bytes + scatters * trained_bytes)
+        reduced, gathered = round(2 * ring * trained_bytes * reductions), round(ring * trained_bytes)
+        return Traffic(0, reduced + gathered) if plan.has_small_buckets else Traffic(reduced, gathered)
+    sent = ring * passes * (gathers(plan) * weight_bytes + trained_bytes)
+    if plan.has_small_buckets:
+        return Traffic(0, round(sent))
     if plan.shard_within_node and plan.num_nodes > 1:
         sent += 2 * trained_bytes / devices * (plan.num_nodes - 1) / plan.num_nodes
     return Traffic(round(sent), 0)
+
+
+def gathers(plan: Plan) -> int:
+    """How often a micro batch needs each sharded weight: for the forward and for the backward pass.
+
+    With small buckets none waits from the pass that recomputes for the one that follows.
+    """
+    recomputes = plan.activation_checkpointing is not Checkpointing.NONE
+    return 3 if recomputes and plan.has_small_buckets else 2
 
 
 def communication_seconds(
@@ -92,7 +103,8 @@ def offload_seconds(
     Gradients of a rank's part are kept on the host in every micro batch, fetched to be added to, and sent once more in
     fp32; updated weights come back (deepspeed 0.19.8, `async_accumulate_grad_in_cpu_via_gpu` and
     `async_inplace_copy_grad_to_fp32_buffer_from_gpu` of stage 2, `partition_grads` of stage 3). Offloaded parameters
-    come for the forward and for the backward pass, ahead of their use, and are hidden as far as the device computes.
+    come for the forward and for the backward pass, ahead of their use, and are hidden as far as the device computes; with
+    small buckets nothing comes ahead.
 
     Args:
         plan: The plan.
@@ -109,10 +121,11 @@ def offload_seconds(
     kept = passes if plan.zero_stage == 3 or passes > 1 else 0
     returned = 0.0 if plan.offload_parameters else part
     moved = part * (kept + fetches) + 4 * elements + returned
-    fetched = 2 * passes * weight_bytes / plan.world_size if plan.offload_parameters else 0.0
+    fetched = gathers(plan) * passes * weight_bytes / plan.world_size if plan.offload_parameters else 0.0
     update = HOST_ADAM_SECONDS * elements * plan.num_devices  # the ranks of a node share its processors
     rate = LINK_EFFICIENCY * hardware.host_link_bytes_per_second
-    return update + (moved / rate + max(0.0, fetched / rate - computing_seconds) if rate else 0.0)
+    window = 0.0 if plan.has_small_buckets else computing_seconds
+    return update + (moved / rate + max(0.0, fetched / rate - window) if rate else 0.0)
 
 
 def link_bytes_per_second(hardware: HardwareSpec, *, across_nodes: bool) -> float:

@@ -29,11 +29,12 @@ from launcher.planner.replaced import replaced
 from launcher.planner.tape import OFF_DEVICE
 
 
-def answer(*, on_gpu: bool) -> None:
+def answer(*, on_gpu: bool, layer_elements: int) -> None:
     """No overflow, a valid norm, and the same answer from every rank (deepspeed 0.19.8, runtime/zero).
 
     Args:
         on_gpu: Whether the job runs on a GPU; then what is saved goes to host memory first, which is another one.
+        layer_elements: A bucket of ordinary size, which holds the largest parameter of a layer.
     """
     # takes the process group that is there
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -46,7 +47,7 @@ def answer(*, on_gpu: bool) -> None:
         _replace(module, "is_invalid_grad_norm", lambda norm: False)
     flat = stage_1_and_2.DeepSpeedZeroOptimizer
     flat.allreduce_and_scatter = _copy_whole_bucket
-    flat.reduce_ipg_grads = _with_room_for_its_part(flat.reduce_ipg_grads)
+    flat.reduce_ipg_grads = _with_room_for_its_part(flat.reduce_ipg_grads, layer_elements)
     flat.copy_grads_in_partition = lambda self, param, group_idx=None: _point_into_part(self, param)
     stage_1_and_2.torch = _TorchWithoutShapesOnly()
     flat.get_grad_norm_direct = _norm_of_one_gradient
@@ -134,12 +135,12 @@ def _copy_whole_bucket(
     gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
 
 
-def _with_room_for_its_part(reduce: Callable[..., Any]) -> Callable[..., Any]:
+def _with_room_for_its_part(reduce: Callable[..., Any], layer_elements: int) -> Callable[..., Any]:
     """The gradients of a rank's part (`grads_in_partition`) are there from the first bucket on.
 
     DeepSpeed makes room when the first of its own parameters comes, which one rank does sooner than another. The room
-    is for whole parameters, also where only an end of one belongs to the part: a bucket, which holds the largest
-    parameter of a layer, is the most that this can add.
+    is for whole parameters, also where only an end of one belongs to the part: a bucket of ordinary size, which holds
+    the largest parameter of a layer, is the most that this can add.
     """
 
     @wraps(reduce)
@@ -147,7 +148,7 @@ def _with_room_for_its_part(reduce: Callable[..., Any]) -> Callable[..., Any]:
         if optimizer.grads_in_partition is None and not optimizer.cpu_offload:
             elements = sum(int(size) for size in optimizer.partition_size)
             largest = max(weight.numel() for group in optimizer.bit16_groups for weight in group)
-            elements = max(elements + min(optimizer.reduce_bucket_size, largest), largest)
+            elements = max(elements + min(layer_elements, largest), largest)
             optimizer.grads_in_partition = torch.empty(elements, dtype=optimizer.dtype)
         return reduce(optimizer, *args, **kwargs)
 

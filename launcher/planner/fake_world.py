@@ -40,6 +40,7 @@ from launcher.engine_config import accelerate_settings, deepspeed_config
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.plan import Plan
+from launcher.planner.arrangements import default_buckets
 from launcher.planner.gloo_twin import allocate_as_gloo
 from launcher.planner.materialize import forget_weights
 from launcher.planner.replica import Layers, Replica
@@ -72,7 +73,8 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: 
         allocate_as_gloo()
     if plan.engine is Engine.DEEPSPEED:
         on_gpu = job.hardware.kind is not DeviceKind.CPU
-        importlib.import_module("launcher.planner.fake_deepspeed").answer(on_gpu=on_gpu)
+        fake_deepspeed = importlib.import_module("launcher.planner.fake_deepspeed")
+        fake_deepspeed.answer(on_gpu=on_gpu, layer_elements=_bucket_elements(job, plan))
         if plan.uses_offload:
             importlib.import_module("launcher.planner.fake_offload").offload(tape, on_gpu=on_gpu)
     elif plan.engine is Engine.FSDP2:
@@ -92,6 +94,14 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: 
     elif plan.engine is Engine.DDP:
         Replica.layers = layers
         nn.parallel.DistributedDataParallel = Replica  # type: ignore[misc, assignment]  # in this process only
+
+
+def _bucket_elements(job: JobSpec, plan: Plan) -> int:
+    """Elements of a bucket of gradients of ordinary size."""
+    if plan.has_small_buckets:
+        targets = job.method.target_modules
+        return default_buckets(job.model.architecture, plan, targets).reduce_bucket_elements
+    return 0 if plan.buckets is None else plan.buckets.reduce_bucket_elements
 
 
 def _environment(job: JobSpec, plan: Plan, folder: Path) -> dict[str, str]:

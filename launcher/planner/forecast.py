@@ -205,17 +205,25 @@ class Forecaster:
         question = self._question(plan, exact)
         return self._step_time(question, self._kept(question) or self._make(question), plan)
 
-    def step_floor_seconds(self, plan: Plan) -> float:
+    def step_floor_seconds(self, plan: Plan, like: Plan | None = None) -> float:
         """A time that the plan's step can't go below, from traces that exist; 0 when none says anything.
 
         A plan that recomputes less runs a part of the same operations. And the first micro batch of a step, and its
         update, are the same whether others follow or not.
+
+        Args:
+            plan: The plan.
+            like: Another plan, whose traces are read, and which computes the same; None: the plan itself.
         """
         floor = 0.0
         modes = list(Checkpointing)
         for mode in modes[: modes.index(plan.activation_checkpointing) + 1]:
             for accumulation in {min(plan.gradient_accumulation_steps, 2), 2}:
-                alike = replace(plan, activation_checkpointing=mode, gradient_accumulation_steps=accumulation)
+                changes: dict[str, Any] = {
+                    "activation_checkpointing": mode,
+                    "gradient_accumulation_steps": accumulation,
+                }
+                alike = replace(like or plan, **changes)
                 question = self._question(alike, exact=False)
                 skyline = None if question.key in self._pending else self._kept(question)
                 step = None if skyline is None else self._step_time(question, skyline, plan)

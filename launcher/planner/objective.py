@@ -83,11 +83,19 @@ class Ranking:
     def best(self, prices: Collection[Price]) -> Price:
         """The best of some plans: of those that are as good as the best one, the one that needs least memory.
 
-        Among equals it is the simpler one: the one that recomputes and accumulates less.
+        But ordinary buckets come before small ones, whose exchange in more pieces has no time of its own. Among equals it
+        is the simpler one: the one that recomputes and accumulates less.
         """
         limit = self.within(min(self.value(price) for price in prices))
         same = [price for price in prices if self.value(price) <= limit]
-        return min(same, key=lambda price: (price.estimate.peak_device_bytes, rule(price.plan)))
+        return min(
+            same,
+            key=lambda price: (
+                price.plan.has_small_buckets,
+                price.estimate.peak_device_bytes,
+                rule(price.plan),
+            ),
+        )
 
 
 def rule(plan: Plan) -> float:

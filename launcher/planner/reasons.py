@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from launcher.job import Checkpointing, JobSpec
 from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, Rejection
-from launcher.planner.arrangements import Arrangement, arrangement_words
+from launcher.planner.arrangements import Arrangement, arrangement_of, arrangement_words
 from launcher.planner.objective import SAME, Price, Ranking
 from launcher.units import format_bytes, format_step
 
@@ -72,15 +73,20 @@ def exchanges_more(arrangement: Arrangement) -> str:
     """An arrangement that shards more than one for which a plan that recomputes nothing fits."""
     if arrangement.offloads:
         return f"{arrangement.words()} waits for the host, and a plan without offload fits{NOT_PRICED}"
+    if arrangement.small_buckets:
+        return f"{arrangement.words()} waits for each exchange, and a plan that recomputes nothing fits{NOT_PRICED}"
     return f"{arrangement.words()} exchanges no less than what fits with nothing recomputed{NOT_PRICED}"
 
 
-def shards_in_vain(fitting: Plan) -> str:
-    """A plan whose like fits with less sharded."""
-    return (
-        f"exchanges no less than the same micro batch with {arrangement_words(fitting)}, which fits with checkpointing "
-        f"{fitting.activation_checkpointing.value}{NOT_PRICED}"
-    )
+def shards_in_vain(plan: Plan, fitting: Plan) -> str:
+    """A plan whose like fits with less sharded, or with ordinary buckets."""
+    words, mode = arrangement_words(fitting), fitting.activation_checkpointing.value
+    if plan.has_small_buckets and not fitting.has_small_buckets:
+        return (
+            f"small buckets are for what does not fit with ordinary ones; the same micro batch fits with {words} and "
+            f"checkpointing {mode}{NOT_PRICED}"
+        )
+    return f"exchanges no less than the same micro batch with {words}, which fits with checkpointing {mode}{NOT_PRICED}"
 
 
 def unpriced(plan: Plan, floor: float, best: Price, ranking: Ranking, is_dominated: bool) -> str:
@@ -120,6 +126,8 @@ def _seconds(price: Price, best: Price) -> str:
 
 
 def _rule(plan: Plan, best: Plan) -> str:
+    if plan.has_small_buckets and not best.has_small_buckets:
+        return "waits for each exchange"
     if (plan.engine, plan.zero_stage) != (best.engine, best.zero_stage):
         return "exchanges more" if plan.zero_stage > best.zero_stage else "recomputes more"
     if plan.activation_checkpointing is not best.activation_checkpointing:
@@ -175,8 +183,10 @@ def taken(
 
 
 def _shortfalls(plan: Plan, rejected: Sequence[Rejection]) -> list[str]:
-    """By how much arrangements that shard less are short at least, with the same recomputation."""
+    """By how much arrangements that shard less are short at least, with the same recomputation; and ordinary buckets."""
     short: dict[str, int] = {}
+    words = []
+    ordinary = replace(arrangement_of(plan), small_buckets=False)
     for item in rejected:
         is_alike = item.plan.activation_checkpointing is plan.activation_checkpointing
         is_same_job = (item.plan.method, item.plan.max_length, item.plan.rank) == (
@@ -184,15 +194,26 @@ def _shortfalls(plan: Plan, rejected: Sequence[Rejection]) -> list[str]:
             plan.max_length,
             plan.rank,
         )
-        if item.short_by_bytes > 0 and is_alike and is_same_job and _shards_less(item.plan, plan):
+        if not (item.short_by_bytes > 0 and is_alike and is_same_job and _shards_less(item.plan, plan)):
+            continue
+        if arrangement_of(item.plan) != ordinary:
             name = arrangement_words(item.plan)
             short[name] = min(short.get(name, item.short_by_bytes), item.short_by_bytes)
-    return [f"{name} is short by {format_bytes(num_bytes)} or more" for name, num_bytes in short.items()]
+        elif item.plan.micro_batch_size == plan.micro_batch_size:
+            words.append(
+                "buckets are small, and nothing is exchanged while the device computes, because with ordinary ones the "
+                f"same plan is short by {format_bytes(item.short_by_bytes)} or more"
+            )
+    return words + [f"{name} is short by {format_bytes(size)} or more" for name, size in short.items()]
 
 
 def _shards_less(other: Plan, plan: Plan) -> bool:
-    mine = plan.uses_offload, plan.zero_stage, plan.offload_parameters
-    return (other.uses_offload, other.zero_stage, other.offload_parameters) < mine
+    """Whether an arrangement comes before that of a plan: less is sharded, or buckets are ordinary ones."""
+    return _order(arrangement_of(other)) < _order(arrangement_of(plan))
+
+
+def _order(item: Arrangement) -> tuple[bool, bool, int, bool]:
+    return item.offloads, item.small_buckets, item.zero_stage, item.offload_parameters
 
 
 def none_fits(nearest: Rejection, considered: int, capacity_bytes: int, headroom_bytes: int) -> str:

@@ -24,7 +24,12 @@ from launcher.job import Checkpointing, JobSpec
 from launcher.memory import MemoryEstimate
 from launcher.plan import Plan, PlanChoice, Rejection, nearest
 from launcher.planner import reasons
-from launcher.planner.arrangements import Arrangement, arrangements
+from launcher.planner.arrangements import (
+    Arrangement,
+    arrangements,
+    with_ordinary_buckets,
+)
+from launcher.planner.bounds import buckets_hold_bytes
 from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.options import Options, repeats
@@ -65,6 +70,7 @@ class _Search:
         self._ranking = Ranking(job.planner.objective, forecaster.knows_speed)
         self._rejected: list[Rejection] = []
         self._bounded: list[Plan] = []
+        self._peaks: dict[Plan, int] = {}
 
     def run(self) -> PlanChoice:
         semantics = list(semantic_plans(self._job))
@@ -90,7 +96,8 @@ class _Search:
 
         What is sharded less exchanges less, so the arrangements after one that recomputes nothing are left out where no
         larger micro batch can make up for that, and those that offload after any that fits (unless memory counts: each
-        needs less than those before it).
+        needs less than those before it). Small buckets are for what does not fit with ordinary ones, and are left out
+        where these let a plan recompute nothing.
         """
         possible, refused = arrangements(self._job, semantic)
         for item, reason in refused.items():
@@ -135,7 +142,7 @@ class _Search:
                 price.plan for options in weighed for price in options.fitting if repeats(plan, price.plan)
             ]
             if like:
-                self._reject(plan, reasons.shards_in_vain(like[0]), 0, 0)
+                self._reject(plan, reasons.shards_in_vain(plan, like[0]), 0, 0)
             else:
                 promising.append(plan)
         return Options(promising)
@@ -153,9 +160,11 @@ class _Search:
         if following.offloads:
             return True
         best = self._best(weighed)
-        return best.plan.activation_checkpointing is self._modes[0] and not self._may_be_faster(
-            following.applied_to(semantic, self._job), best
-        )
+        if best.plan.activation_checkpointing is not self._modes[0]:
+            return False
+        if following.small_buckets and not best.plan.has_small_buckets:
+            return True
+        return not self._may_be_faster(following.applied_to(semantic, self._job), best)
 
     def _may_be_faster(self, semantic: Plan, best: Price) -> bool:
         """Whether an arrangement that shards more may fit a larger micro batch, which may be faster than the best plan.
@@ -169,7 +178,7 @@ class _Search:
                 larger = self._with(semantic, self._modes[0], split)
                 if (
                     self._ranking.within(floor) < self._ranking.value(best)
-                    and self._forecaster.lower_bound_bytes(larger) <= self._budget
+                    and self._lower_bound(larger) <= self._budget
                 ):
                     return True
         return False
@@ -209,6 +218,7 @@ class _Search:
             options.unpriced.append(plan)
             self._reject_mode(plan, options, failure)
             return
+        self._peaks[plan] = price.estimate.peak_device_bytes
         if self._fits(price):
             options.fitting.append(price)
         elif plan.gradient_accumulation_steps > 1 and price.estimate.peak_device_bytes > self._budget:
@@ -286,8 +296,12 @@ class _Search:
     def _floor(self, plan: Plan, options: Options) -> float:
         """A value that an unpriced plan does not go below."""
         if not self._ranking.by_memory:
-            return self._ranking.floor(plan, self._forecaster.step_floor_seconds(plan), 0)
-        bound = self._forecaster.lower_bound_bytes(plan)
+            seconds = self._forecaster.step_floor_seconds(plan)
+            ordinary = with_ordinary_buckets(plan, self._job)
+            if ordinary is not None:  # the same but for copies into buckets, which the exchange outweighs
+                seconds = max(seconds, self._forecaster.step_floor_seconds(plan, ordinary))
+            return self._ranking.floor(plan, seconds, 0)
+        bound = self._lower_bound(plan)
         if plan.gradient_accumulation_steps > 1:
             smaller = [
                 price.estimate.peak_device_bytes
@@ -333,11 +347,20 @@ class _Search:
 
         Without accumulation it is at least that of the smaller micro batch that failed, were that not accumulated either.
         """
-        bound = self._forecaster.lower_bound_bytes(plan)
+        bound = self._lower_bound(plan)
         if failed is not None and plan.gradient_accumulation_steps == 1:
             smaller = replace(plan, micro_batch_size=failed.micro_batch_size)
-            bound = max(bound, self._forecaster.lower_bound_bytes(smaller))
+            bound = max(bound, self._lower_bound(smaller))
         return bound
+
+    def _lower_bound(self, plan: Plan) -> int:
+        """A peak that the plan reaches at least, by what is known of it, and of the same plan with ordinary buckets."""
+        bound = self._forecaster.lower_bound_bytes(plan)
+        ordinary = with_ordinary_buckets(plan, self._job)
+        if ordinary is None:
+            return bound
+        known = max(self._peaks.get(ordinary, 0), self._forecaster.lower_bound_bytes(ordinary))
+        return max(bound, known - buckets_hold_bytes(ordinary, self._job.model.architecture))
 
     def _settle_nearest(self) -> None:
         """Prices the plan nearest to fitting for as long as only a lower bound of it is known."""
@@ -357,6 +380,7 @@ class _Search:
         return max(0, estimate.host.peak_bytes - hardware.host_memory_bytes)
 
     def _reject(self, plan: Plan, reason: str, short_by_bytes: int, peak_bytes: int) -> None:
+        self._peaks[plan] = max(peak_bytes, self._peaks.get(plan, 0))
         self._rejected.append(Rejection(plan, reason, short_by_bytes, peak_bytes))
 
     def _reject_worse(self, price: Price, best: Price) -> None:

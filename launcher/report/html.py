@@ -121,7 +121,8 @@ def pins(plan: Plan) -> list[str]:
     names = ["method", "activation_checkpointing", "attention", "loss"]
     names += ["rank"] if plan.rank else []
     names += ["engine", "zero_stage"] if plan.engine is not Engine.NONE else []
-    return [f"planner.pin.{name}={plan_fields(plan)[name]}" for name in names]
+    words = [f"planner.pin.{name}={plan_fields(plan)[name]}" for name in names]
+    return words + (["planner.pin.overlap_exchange=false"] if plan.has_small_buckets else [])
 
 
 def _regime(regime: Regime) -> dict[str, Any]:

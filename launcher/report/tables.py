@@ -8,7 +8,7 @@ from launcher.cluster import SubmittedJob
 from launcher.hardware import HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.memory import RESIDENT, Category, Interval, MemoryEstimate, MemoryMeasurement, Phase
-from launcher.plan import Grade, Plan, PlanChoice, Squeeze, offload_words
+from launcher.plan import SMALL_BUCKETS, Grade, Plan, PlanChoice, Squeeze, offload_words
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord
 from launcher.step_time import StepTime, dollars_per_million_tokens
@@ -86,7 +86,8 @@ def engine_words(plan: Plan) -> str:
     name = f"ZeRO stage {plan.zero_stage}" if plan.engine is Engine.DEEPSPEED else plan.engine.value.upper()
     nodes = f"{plan.num_nodes} x " if plan.num_nodes > 1 else ""
     offloaded = offload_words(plan.offload_optimizer, plan.offload_parameters)
-    return f"{name} on {nodes}{plan.num_devices} devices{offloaded}"
+    buckets = SMALL_BUCKETS if plan.has_small_buckets else ""
+    return f"{name} on {nodes}{plan.num_devices} devices{offloaded}{buckets}"
 
 
 def _speed_lines(step: StepTime | None, hardware: HardwareSpec) -> list[str]:
