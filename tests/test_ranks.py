@@ -110,8 +110,10 @@ def test_each_rank_takes_what_was_predicted(engine: Engine, stage: int, method: 
 def test_each_rank_takes_what_was_predicted_with_small_buckets(
     stage: int, method: Method, model: Path
 ) -> None:
-    """Of a CPU's jobs neither overlaps, so that the sizes alone differ."""
-    check_ranks(small(plan_of(Engine.DEEPSPEED, stage, method, Checkpointing.NONE, 1, 384, 2)), model)
+    """Of a CPU's jobs neither overlaps, so that the sizes alone differ; and buckets come after loading."""
+    check_ranks(
+        small(plan_of(Engine.DEEPSPEED, stage, method, Checkpointing.NONE, 1, 384, 2)), model, loads=False
+    )
 
 
 def small(plan: Plan) -> Plan:
@@ -119,8 +121,8 @@ def small(plan: Plan) -> Plan:
     return replace(plan, buckets=small_buckets(ARCHITECTURE, plan))
 
 
-def check_ranks(plan: Plan, model: Path) -> None:
-    """Compares what each rank takes with what was predicted."""
+def check_ranks(plan: Plan, model: Path, *, loads: bool = True) -> None:
+    """Compares what each rank takes with what was predicted; while loading too, unless that is of no interest."""
     result = compare(RankJob("job", plan), model)
     assert len(result["errors"]) == 2
     for phase in ("train_step", "optimizer_step"):
@@ -131,7 +133,7 @@ def check_ranks(plan: Plan, model: Path) -> None:
     loading = result["phases"]["load"]
     # what DDP broadcasts first is a copy of all weights, which gloo's threads may release last: unseen by the profiler
     copy_bytes = 4 * num_parameters() if plan.engine is Engine.DDP else 0
-    for measured_bytes in loading["measured_bytes"]:
+    for measured_bytes in loading["measured_bytes"] if loads else ():
         wanted = [loading["predicted_bytes"], loading["predicted_bytes"] + copy_bytes]
         assert any(measured_bytes == pytest.approx(size, rel=WITHIN) for size in wanted), result
 

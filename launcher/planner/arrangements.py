@@ -177,8 +177,7 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
     for item in matching:
         limits = engine_limits(job, item.applied_to(semantic, job))
         if limits:
-            if replace(item, small_buckets=False) not in refused:  # what an engine can do hangs on no bucket
-                refused[item] = "; ".join(limits)
+            refused.setdefault(replace(item, small_buckets=False), "; ".join(limits))
         elif item.engine is not Engine.FSDP2 or pin.engine is Engine.FSDP2 or not _has_stage_three(possible):
             possible.append(item)
     return tuple(possible), refused

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from launcher.hardware import DeviceKind
+from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import JobSpec, StoredDtype, TrainingSpec
-from launcher.memory import PINNED, Category, DiskEstimate, HostEstimate, Phase, PhasePeak
+from launcher.memory import PINNED, Category, DiskEstimate, HostEstimate, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.skyline import Skyline
 
@@ -97,3 +97,10 @@ def checkpoints_at_once(training: TrainingSpec) -> int | None:
         return limit
     saved = -(-training.max_steps // training.save_steps)
     return saved if limit is None else min(saved, limit)
+
+
+def short_on_host(estimate: MemoryEstimate, hardware: HardwareSpec) -> int:
+    """Bytes by which a plan exceeds the host memory; 0 where that is not known, or is the device's own."""
+    if estimate.host is None or not hardware.host_memory_bytes or hardware.kind is DeviceKind.CPU:
+        return 0
+    return max(0, estimate.host.peak_bytes - hardware.host_memory_bytes)

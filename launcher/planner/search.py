@@ -19,18 +19,14 @@ from dataclasses import replace
 
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, UnsupportedByPlanner
-from launcher.hardware import DeviceKind
 from launcher.job import Checkpointing, JobSpec
 from launcher.memory import MemoryEstimate
 from launcher.plan import Plan, PlanChoice, Rejection, nearest
 from launcher.planner import reasons
-from launcher.planner.arrangements import (
-    Arrangement,
-    arrangements,
-    with_ordinary_buckets,
-)
+from launcher.planner.arrangements import Arrangement, arrangements, with_ordinary_buckets
 from launcher.planner.bounds import buckets_hold_bytes
 from launcher.planner.forecast import Forecaster
+from launcher.planner.host import short_on_host
 from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.options import Options, repeats
 from launcher.planner.pins import OTHER_ENGINE
@@ -96,8 +92,7 @@ class _Search:
 
         What is sharded less exchanges less, so the arrangements after one that recomputes nothing are left out where no
         larger micro batch can make up for that, and those that offload after any that fits (unless memory counts: each
-        needs less than those before it). Small buckets are for what does not fit with ordinary ones, and are left out
-        where these let a plan recompute nothing.
+        needs less than those before it). Small buckets are for what makes ordinary ones recompute, or doesn't fit them.
         """
         possible, refused = arrangements(self._job, semantic)
         for item, reason in refused.items():
@@ -162,9 +157,8 @@ class _Search:
         best = self._best(weighed)
         if best.plan.activation_checkpointing is not self._modes[0]:
             return False
-        if following.small_buckets and not best.plan.has_small_buckets:
-            return True
-        return not self._may_be_faster(following.applied_to(semantic, self._job), best)
+        is_needless = following.small_buckets and not best.plan.has_small_buckets
+        return is_needless or not self._may_be_faster(following.applied_to(semantic, self._job), best)
 
     def _may_be_faster(self, semantic: Plan, best: Price) -> bool:
         """Whether an arrangement that shards more may fit a larger micro batch, which may be faster than the best plan.
@@ -247,7 +241,7 @@ class _Search:
         if estimate.peak_device_bytes > self._budget:
             self._reject_too_large(price.plan, estimate)
             return False
-        short = self._short_on_host(estimate)
+        short = short_on_host(estimate, self._job.hardware)
         if short > 0:
             text = reasons.too_large_on_host(estimate, short)
             self._reject(price.plan, text, short, estimate.peak_device_bytes)
@@ -296,10 +290,9 @@ class _Search:
     def _floor(self, plan: Plan, options: Options) -> float:
         """A value that an unpriced plan does not go below."""
         if not self._ranking.by_memory:
-            seconds = self._forecaster.step_floor_seconds(plan)
-            ordinary = with_ordinary_buckets(plan, self._job)
-            if ordinary is not None:  # the same but for copies into buckets, which the exchange outweighs
-                seconds = max(seconds, self._forecaster.step_floor_seconds(plan, ordinary))
+            # with ordinary buckets the same but for copies into them, which the exchange outweighs
+            likes = {None, with_ordinary_buckets(plan, self._job)}
+            seconds = max(self._forecaster.step_floor_seconds(plan, like) for like in likes)
             return self._ranking.floor(plan, seconds, 0)
         bound = self._lower_bound(plan)
         if plan.gradient_accumulation_steps > 1:
@@ -371,13 +364,6 @@ class _Search:
             self._bounded.remove(found.plan)
             self._rejected.remove(found)
             self._reject_too_large(found.plan, self._forecaster.estimate(found.plan))
-
-    def _short_on_host(self, estimate: MemoryEstimate) -> int:
-        """Bytes by which a plan exceeds the host memory; 0 where that is not known, or is the device's own."""
-        hardware = self._job.hardware
-        if estimate.host is None or not hardware.host_memory_bytes or hardware.kind is DeviceKind.CPU:
-            return 0
-        return max(0, estimate.host.peak_bytes - hardware.host_memory_bytes)
 
     def _reject(self, plan: Plan, reason: str, short_by_bytes: int, peak_bytes: int) -> None:
         self._peaks[plan] = max(peak_bytes, self._peaks.get(plan, 0))
