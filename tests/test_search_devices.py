@@ -42,7 +42,6 @@ ORDER = (
     Arrangement(Engine.DEEPSPEED, 1),
     Arrangement(Engine.DEEPSPEED, 2),
     Arrangement(Engine.DEEPSPEED, 3),
-    Arrangement(Engine.DEEPSPEED, 1, small_buckets=True),
     Arrangement(Engine.DEEPSPEED, 2, small_buckets=True),
     Arrangement(Engine.DEEPSPEED, 3, small_buckets=True),
     Arrangement(Engine.DEEPSPEED, 2, offload_optimizer=True),

@@ -113,12 +113,13 @@ TOGETHER = (
     Arrangement(Engine.DDP, 0),
     *ON_DEVICE,
     Arrangement(Engine.FSDP2, 3),
-    *(replace(item, small_buckets=True) for item in ON_DEVICE),
+    *(replace(item, small_buckets=True) for item in ON_DEVICE if item.zero_stage > 1),
     *ON_HOST,
     *(replace(item, small_buckets=True) for item in ON_HOST),
 )
 """From nothing sharded to everything, then with small buckets, and then the same in host memory. With the same buckets
-and as much offloaded each holds less than those before it (FSDP2 as much as ZeRO 3), and exchanges no less."""
+and as much offloaded each holds less than those before it (FSDP2 as much as ZeRO 3), and exchanges no less. ZeRO 1 has no
+small buckets: it reduces all gradients at the end then, and few layers do not tell of all."""
 
 
 def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...], dict[Arrangement, str]]:
