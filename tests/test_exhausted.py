@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.worker.exhausted import is_out_of_memory
+import pytest
+
+from launcher.worker.exhausted import is_out_of_memory, worded
 
 PROGRAM = """
 import json, resource, sys
@@ -55,3 +57,49 @@ def test_all_that_a_full_process_runs_into_is_want_of_memory(tmp_path: Path) -> 
 def test_other_failures_are_not() -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(FileNotFoundError(2, "No such file or directory"))
+
+
+def test_a_failure_that_says_nothing_says_where_it_was() -> None:
+    with pytest.raises(MemoryError) as caught:
+        raise MemoryError
+    where = f"in {test_a_failure_that_says_nothing_says_where_it_was.__name__}, test_exhausted.py:"
+    assert worded(caught.value).startswith(f"MemoryError: {where}")
+    assert worded(MemoryError()) == "MemoryError: " and worded(ValueError("so")) == "ValueError: so"
+
+
+FULL = """
+import resource, sys
+from launcher.worker.exhausted import RESERVE_BYTES
+from launcher.worker.leaks import allocated_now_bytes
+
+reserve = [bytearray(RESERVE_BYTES)]
+allocated_now_bytes()
+with open("/proc/self/status") as stream:
+    (taken,) = (int(line.split()[1]) << 10 for line in stream if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (taken, taken))
+held, size = [], 1 << 20
+while size:  # to the last byte
+    try:
+        held.append(bytes(size))
+    except MemoryError:
+        size //= 2
+is_full = False
+try:
+    bytes(1 << 20)
+except MemoryError:
+    is_full = True
+reserve.clear()
+bytes(RESERVE_BYTES // 2)
+print(is_full, allocated_now_bytes() > 0)
+"""
+
+
+def test_what_a_worker_keeps_is_room_enough_to_say_what_it_had() -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", FULL],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert child.stdout.split() == ["True", "True"], child.stderr

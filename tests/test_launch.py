@@ -23,7 +23,7 @@ from launcher.cluster import LaunchSpec
 from launcher.documents import read_document, to_json
 from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Precision
+from launcher.job import Attention, Checkpointing, Engine, JobSpec, Loss, Method, Optimizer, Precision
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.run import endings, launch, node, supervise
@@ -362,6 +362,54 @@ def test_a_kill_below_accelerate_is_named_too(stage: Stage) -> None:
         stage.play(program)
     assert "signal SIGKILL" in caught.value.message
     assert "out-of-memory killer" in caught.value.hint
+
+
+THROWS = """
+import ctypes
+ctypes.CDLL("libstdc++.so.6")._Znwm(ctypes.c_size_t(1 << 62))  # operator new; nobody catches what it throws
+"""
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_process_that_aborts_for_want_of_memory_is_out_of_memory(below: bool, stage: Stage) -> None:
+    """Python never learns of it. Below accelerate its launcher's own traceback follows."""
+    program = THROWS
+    if below:
+        program = f"""
+        command = [sys.executable, "-c", {program!r}]
+        raise subprocess.CalledProcessError(subprocess.run(command).returncode, command)
+        """
+    with pytest.raises(WorkerOutOfMemory) as caught:
+        stage.play(program)
+    assert "signal SIGABRT" in caught.value.message and caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "exit_code"),
+    [
+        ("terminate called after throwing an instance of 'std::bad_alloc'", 4),
+        ("memory allocation of 4096 bytes failed", 4),
+        ("terminate called after throwing an instance of 'std::logic_error'", 6),
+    ],
+)
+def test_of_several_ranks_the_one_that_aborted_says_why(said: str, exit_code: int, tmp_path: Path) -> None:
+    """torchrun's report, as torch 2.13 words it, of a rank that a thread of gloo's ended."""
+    paths, plan = RunPaths(tmp_path), replace(ORDER.plan, engine=Engine.DDP, num_devices=2)
+    paths.log.write_text(
+        f"[rank 0] {said}\n"
+        "[rank 1] RuntimeError: Connection closed by peer\n"
+        "Root Cause (first observed failure):\n[0]:\n  time      : 2026-11-27_05:00:00\n"
+        "  host      : here\n  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 12)\n"
+    )
+    with pytest.raises(LauncherError, match=r"rank 0 on host here ended with signal SIGABRT") as caught:
+        endings.read_outcome(paths, plan, supervise.Ending(1, False, 0))
+    assert caught.value.exit_code == exit_code and said in caught.value.message
+
+
+def test_a_process_that_aborts_for_another_reason_is_not(stage: Stage) -> None:
+    with pytest.raises(LaunchError, match="signal SIGABRT") as caught:
+        stage.play("os.abort()")
+    assert caught.value.exit_code == 6
 
 
 def test_a_segmentation_fault_is_named(stage: Stage) -> None:

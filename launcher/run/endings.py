@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,9 @@ LONGEST_LINE: Final = 400
 """Characters shown of a line of the log."""
 KILLED_BELOW: Final = re.compile(r"died with <Signals\.(\w+): \d+>")
 """How Python words it in the log when a signal ends accelerate's child; accelerate itself exits with 1."""
+ABORTED: Final = re.compile(r"std::bad_alloc|memory allocation of \d+ bytes failed")
+"""What C++ (libstdc++, where no one catches the exception, as in a thread of gloo's) and Rust (alloc's
+`handle_alloc_error`, in safetensors and tokenizers) say when an allocation failed, before they abort the process."""
 ERRORS: Final[Mapping[Status, type[LauncherError]]] = {
     Status.INTERRUPTED: Interrupted,
     Status.TERMINATED: Terminated,
@@ -41,7 +44,7 @@ def read_outcome(paths: RunPaths, plan: Plan, ending: Ending) -> WorkerOutcome:
     Raises:
         Interrupted: When they were stopped before they could say how they ended.
         LaunchError: When they ended without saying how.
-        WorkerOutOfMemory: When the kernel ended one of them for want of memory.
+        WorkerOutOfMemory: When the kernel ended one of them for want of memory, or it aborted.
     """
     outcome = _read_outcome(paths, plan, ending)
     if outcome.status is Status.INTERRUPTED and ending.terminated:
@@ -78,6 +81,8 @@ def _read_outcome(paths: RunPaths, plan: Plan, ending: Ending) -> WorkerOutcome:
     message = f"the worker ended with {how} and left no outcome\n{_quoted(tail)}".rstrip()
     if killed_by == "SIGKILL":
         _raise_for_kill(message, hint, ending)
+    if killed_by == "SIGABRT" and _says_aborted(_lines_of(paths.log, ending.log_begins_at)):
+        raise WorkerOutOfMemory(message, hint)
     if shutil.disk_usage(paths.root).free < FULL_BYTES:
         hint = f"the file system of `{paths.root}` is full: make room, then `launch resume={paths.root}`"
     raise LaunchError(message, hint)
@@ -91,6 +96,8 @@ def _raise_killed(killed: KilledRank, tail: tuple[str, ...], paths: RunPaths, en
     hint = f"the whole log is `{paths.log}`"
     if killed.signal_name == "SIGKILL":
         _raise_for_kill(message, hint, ending)
+    if killed.signal_name == "SIGABRT" and _says_aborted(tail):
+        raise WorkerOutOfMemory(message, hint)
     raise LaunchError(message, hint)
 
 
@@ -142,13 +149,23 @@ def log_tail(log: Path, begins_at: int = 0) -> tuple[str, ...]:
         log: The log; one that does not exist has no lines.
         begins_at: Offset in bytes before which lines are of an earlier run.
     """
+    return _lines_of(log, begins_at)[-LOG_TAIL_LINES:]
+
+
+def _lines_of(log: Path, begins_at: int) -> tuple[str, ...]:
+    """The lines of a log's last `LOG_TAIL_BYTES`."""
     if not log.exists():
         return ()
     with log.open("rb") as stream:
         stream.seek(max(begins_at, log.stat().st_size - LOG_TAIL_BYTES))
         text = stream.read().decode("utf-8", errors="replace")
     lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip().split("\n"))
-    return tuple(line for line in lines if line.strip())[-LOG_TAIL_LINES:]
+    return tuple(line for line in lines if line.strip())
+
+
+def _says_aborted(lines: Iterable[str]) -> bool:
+    """Whether a process said that it aborts for want of memory; accelerate's own traceback may come after that."""
+    return any(ABORTED.search(line) for line in lines)
 
 
 def _quoted(lines: tuple[str, ...]) -> str:

@@ -47,7 +47,7 @@ from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 from launcher.stored_secrets import known_secrets
 from launcher.worker.checkpoints import save_aside
 from launcher.worker.engine import connect, leave_together
-from launcher.worker.exhausted import is_out_of_memory
+from launcher.worker.exhausted import RESERVE_BYTES, is_out_of_memory, worded
 from launcher.worker.held import held_memory
 from launcher.worker.ingredients import Ingredients, prepare
 from launcher.worker.laid_out import blamed_template
@@ -233,6 +233,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     )
     status, message, seconds = Status.DONE, "", 0.0
     held: HeldMemory | None = None
+    reserve = [bytearray(RESERVE_BYTES)]
     before_bytes = allocated_now_bytes()
     measurement: MemoryMeasurement | None = None
     try:
@@ -258,9 +259,10 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         status, message = Status.INTERRUPTED, "stopped before the first step; there is nothing to save"
     except Exception as failure:  # the process boundary: whatever it was, the parent must learn of it
         status = Status.OUT_OF_MEMORY if is_out_of_memory(failure) else Status.FAILED
-        message = f"{type(failure).__name__}: {failure}"
         if status is Status.OUT_OF_MEMORY:
+            reserve.clear()
             held = held_memory(progress.trainer, before_bytes)
+        message = worded(failure)
         traceback.print_exc()
     message = redacted(message, known_secrets(os.environ))
     try:
