@@ -143,15 +143,15 @@ TRIALS = (
         Phase.GENERATION,
         (
             "generation=samples",
-            "generation.prompt_length=768",
+            "generation.prompt_length=384",
             "generation.max_new_tokens=8",
             "generation.num_prompts=32",
             "generation.batch_size=32",
             "evaluation=held_out",
-            "evaluation.steps=2",
+            f"evaluation.steps={STEPS}",
             "evaluation.batch_size=1",
         ),
-        held_out=(900,) * 32,
+        held_out=(450,) * 32,
         smaller=("generation.batch_size=4",),
     ),
     # as the second save begins the meter ends, whose own account may be what there is no room for
