@@ -93,7 +93,7 @@ def test_the_second_gpu() -> None:
 
 def test_ranks() -> None:
     count, percent, exception = said(
-        "in # jobs every rank within # %, one job with offload # %. They take one to four minutes"
+        "in # jobs every rank within # %, one job with offload # %. They take half a minute to a minute and a half"
     )
     jobs = {job["name"]: [100 * error for error in job["errors"]] for job in data_of("ranks")["jobs"]}
     beyond = {name: errors for name, errors in jobs.items() if within(errors, percent) < len(errors)}
