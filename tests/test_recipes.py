@@ -149,7 +149,9 @@ def check_against_job(document: dict[str, Any], arguments: list[str]) -> None:
     """The planner kept what changes the result."""
     job, plan = load_job(arguments), document["plan"]
     batch = plan["micro_batch_size"] * plan["gradient_accumulation_steps"]
-    assert batch == job.training.global_batch_size
+    devices = plan["num_devices"] * plan["num_nodes"]
+    assert devices == job.hardware.num_devices * job.hardware.num_nodes
+    assert batch * devices == job.training.global_batch_size
     assert plan["method"] == job.method.name.value
     assert plan["precision"] == job.training.precision.value
     assert plan["max_length"] in (job.planner.choices.max_length or (job.data.max_length,))
