@@ -94,7 +94,7 @@ def full(engine: Engine, stage: int, num_devices: int = 2) -> Plan:
         pytest.param(Engine.DEEPSPEED, 2, Method.LORA, marks=pytest.mark.thorough),
         (Engine.DEEPSPEED, 3, Method.FULL),
         pytest.param(Engine.DEEPSPEED, 3, Method.LORA, marks=pytest.mark.thorough),
-        (Engine.FSDP2, 3, Method.FULL),
+        pytest.param(Engine.FSDP2, 3, Method.FULL, marks=pytest.mark.thorough),
     ],
 )
 def test_each_rank_takes_what_was_predicted(engine: Engine, stage: int, method: Method, model: Path) -> None:
@@ -237,7 +237,8 @@ def check_depths(plan: Plan) -> None:
     assert {peak.phase: peak.allocated_bytes for peak in skyline.peaks(1, 64, 2)} == expected
 
 
-@pytest.mark.parametrize("micro", [1, pytest.param(4, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("micro", [1, 4])
 def test_few_layers_of_adapters_under_zero_3_have_the_peaks_of_all(micro: int) -> None:
     """Parameters are fetched and released in the order of sets, which must not be another one in each layer."""
     from launcher.planner import trace
@@ -421,7 +422,10 @@ def test_pinned_sizes_are_not_weighed_small() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "method", "kind"),
-    [(2, Method.LORA, DeviceKind.CUDA), (3, Method.FULL, DeviceKind.CPU)],
+    [
+        pytest.param(2, Method.LORA, DeviceKind.CUDA, marks=pytest.mark.thorough),
+        (3, Method.FULL, DeviceKind.CPU),
+    ],
     ids=["adapters", "full"],
 )
 def test_small_buckets_are_for_what_ordinary_ones_leave_no_room(
