@@ -28,35 +28,27 @@ from launcher.run.model_facts import resolve_model
 from launcher.run.weight_files import check_model_folder
 from launcher.run_paths import RunPaths
 from launcher.worker.ingredients import Ingredients, prepare
-from tests.tiny_job import tiny_order, write_tiny_model
+from tests.tiny_job import tiny_order
 
 Damage = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that nothing is wrong with; its weights in one file."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sharded(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, its weights in several files."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("sharded")
-    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    shutil.copytree(tiny, folder, dirs_exist_ok=True)
     (folder / "model.safetensors").unlink()
-    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(folder, max_shard_size="2MB")
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder, max_shard_size="2MB")
     return folder
 
 
 @pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
+def copy(tiny: Path, tmp_path: Path) -> Path:
     """A model to be damaged."""
-    return shutil.copytree(whole, tmp_path / "a model")
+    return shutil.copytree(tiny, tmp_path / "a model")
 
 
 # ------------------------------------------------------------------------------------- config.json

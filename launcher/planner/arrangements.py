@@ -222,34 +222,24 @@ def default_buckets(
     Raises:
         UnsupportedByPlanner: When the config tells neither width nor depth under a known name.
     """
-    text = architecture.get("text_config") or architecture
-    hidden, num_layers = (_fact(text, *names) for names in (WIDTH, DEPTH))
-    inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
-    experts = int(text.get("num_local_experts") or text.get("num_experts") or 1)
-    expert_inner = int(text.get("moe_intermediate_size") or inner)
-    largest = max(hidden * inner, 2 * hidden * expert_inner * experts if experts > 1 else 0)
-    in_layer = _layer_elements(text, hidden, inner)
+    layer = _layer_of(architecture)
     if plan.rank:
-        trained_in_layer = plan.rank * sum(map(sum, _adapted(text, hidden, inner, targets)))
-        reduced = FUSED_ELEMENTS if trained_in_layer * num_layers <= FUSED_ELEMENTS else trained_in_layer
-        group = trained_in_layer
+        trained = group = layer.adapted_elements(plan.rank, targets)
+        reduced = FUSED_ELEMENTS if trained * layer.count <= FUSED_ELEMENTS else trained
     else:
-        trained_in_layer = in_layer
-        reduced = largest
-        group = int(BELOW_A_LAYER * in_layer)
+        trained, group = layer.elements, int(BELOW_A_LAYER * layer.elements)
+        reduced = layer.largest_elements
     reduced += reduced % 2  # DeepSpeed wants an even number
-    one_group = trained_in_layer * num_layers <= FUSED_ELEMENTS * plan.world_size
+    one_group = trained * layer.count <= FUSED_ELEMENTS * plan.world_size
     return Buckets(
         reduce_bucket_elements=reduced,
         allgather_bucket_elements=reduced,
-        prefetch_bucket_elements=largest,
-        persistence_threshold_elements=PERSISTENT_ROWS * hidden,
-        max_live_elements=in_layer,  # more would keep layers gathered that the next ones don't use
+        prefetch_bucket_elements=layer.largest_elements,
+        persistence_threshold_elements=PERSISTENT_ROWS * layer.hidden,
+        max_live_elements=layer.elements,  # more would keep layers gathered that the next ones don't use
         # of a block of experts DeepSpeed counts none (a leaf; 0.19.8, partitioned_param_coordinator.py,
         # `__params_to_release`), and with a layer's elements would hold the attention of many layers
-        max_reuse_distance_elements=(
-            sum(map(math.prod, _attention(text, hidden).values())) if experts > 1 else in_layer
-        ),
+        max_reuse_distance_elements=layer.attention_elements if layer.num_experts > 1 else layer.elements,
         sub_group_elements=ONE_GROUP_ELEMENTS if one_group else group // plan.world_size,
     )
 
@@ -278,13 +268,9 @@ def small_buckets(
     Raises:
         UnsupportedByPlanner: When the config tells neither width nor depth under a known name.
     """
-    ordinary = default_buckets(architecture, plan, targets)
-    text = architecture.get("text_config") or architecture
-    hidden = _fact(text, *WIDTH)
-    reduced = PERSISTENT_ROWS * hidden
-    if plan.rank:
-        inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
-        reduced = plan.rank * sum(map(sum, _adapted(text, hidden, inner, targets)))
+    ordinary, layer = default_buckets(architecture, plan, targets), _layer_of(architecture)
+    small = PERSISTENT_ROWS * layer.hidden
+    reduced = layer.adapted_elements(plan.rank, targets) if plan.rank else small
     reduced = min(ordinary.reduce_bucket_elements, reduced + reduced % 2)
     return replace(
         ordinary,
@@ -295,40 +281,93 @@ def small_buckets(
     )
 
 
-def _layer_elements(text: Mapping[str, Any], hidden: int, inner: int) -> int:
-    """Elements of a decoder layer with a gated feed-forward part, by the config; a rough figure for other layers."""
-    num_experts = int(text.get("num_local_experts") or text.get("num_experts") or 1)
-    expert_inner = int(text.get("moe_intermediate_size") or inner) if num_experts > 1 else inner
-    attention = sum(map(math.prod, _attention(text, hidden).values()))
-    return attention + 3 * hidden * expert_inner * num_experts
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder layer by the config, with a gated feed-forward part; of other layers a rough figure."""
+
+    text: Mapping[str, Any]
+    """The config of the language model."""
+
+    @property
+    def hidden(self) -> int:
+        """The width.
+
+        Raises:
+            UnsupportedByPlanner: When the config has it under no known name.
+        """
+        return _fact(self.text, *WIDTH)
+
+    @property
+    def count(self) -> int:
+        """How many there are.
+
+        Raises:
+            UnsupportedByPlanner: When the config has it under no known name.
+        """
+        return _fact(self.text, *DEPTH)
+
+    @property
+    def inner(self) -> int:
+        """The width inside the feed-forward part."""
+        return int(self.text.get("intermediate_size") or self.text.get("n_inner") or 4 * self.hidden)
+
+    @property
+    def num_experts(self) -> int:
+        """1 where there are none."""
+        return int(self.text.get("num_local_experts") or self.text.get("num_experts") or 1)
+
+    @property
+    def expert_inner(self) -> int:
+        """The width inside an expert, or inside the only feed-forward part."""
+        wanted = self.text.get("moe_intermediate_size") if self.num_experts > 1 else None
+        return int(wanted or self.inner)
+
+    @property
+    def attention(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the projections of attention."""
+        heads = int(self.text.get("num_attention_heads") or self.text.get("n_head") or 1)
+        head_size = int(self.text.get("head_dim") or self.hidden // heads)
+        own = heads * head_size
+        shared = int(self.text.get("num_key_value_heads") or heads) * head_size
+        return {
+            "q_proj": (self.hidden, own),
+            "k_proj": (self.hidden, shared),
+            "v_proj": (self.hidden, shared),
+            "o_proj": (own, self.hidden),
+        }
+
+    @property
+    def attention_elements(self) -> int:
+        """Elements of attention."""
+        return sum(map(math.prod, self.attention.values()))
+
+    @property
+    def elements(self) -> int:
+        """Elements of the matrices."""
+        return self.attention_elements + 3 * self.hidden * self.expert_inner * self.num_experts
+
+    @property
+    def largest_elements(self) -> int:
+        """Elements of the largest parameter; of experts two matrices are one."""
+        fused = 2 * self.hidden * self.expert_inner * self.num_experts if self.num_experts > 1 else 0
+        return max(self.hidden * self.inner, fused)
+
+    def adapted_elements(self, rank: int, targets: str | Sequence[str]) -> int:
+        """Elements of the adapters; those of all linear layers if no name is known.
+
+        Experts are left out: they are stacks of matrices, and PEFT gives those of some architectures adapters of its own
+        making (twice the rank for two fused matrices). A bucket is then less than a layer's worth, and every layer is
+        traced.
+        """
+        sides = self.attention
+        if self.num_experts == 1:
+            sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (self.hidden, self.inner))
+        named = [] if isinstance(targets, str) else [side for name, side in sides.items() if name in targets]
+        return rank * sum(map(sum, named or sides.values()))
 
 
-def _adapted(
-    text: Mapping[str, Any], hidden: int, inner: int, targets: str | Sequence[str]
-) -> list[tuple[int, int]]:
-    """Inputs and outputs of the layers with adapters in one decoder layer; of all linear ones if no name is known.
-
-    Experts are left out: they are stacks of matrices, and PEFT gives those of some architectures adapters of its own
-    making (twice the rank for two fused matrices). A bucket is then less than a layer's worth, and every layer is traced.
-    """
-    sides = _attention(text, hidden)
-    if not (text.get("num_local_experts") or text.get("num_experts")):
-        sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (hidden, inner))
-    named = [] if isinstance(targets, str) else [side for name, side in sides.items() if name in targets]
-    return named or list(sides.values())
-
-
-def _attention(text: Mapping[str, Any], hidden: int) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the projections of attention."""
-    heads = int(text.get("num_attention_heads") or text.get("n_head") or 1)
-    head_size = int(text.get("head_dim") or hidden // heads)
-    own, shared = heads * head_size, int(text.get("num_key_value_heads") or heads) * head_size
-    return {
-        "q_proj": (hidden, own),
-        "k_proj": (hidden, shared),
-        "v_proj": (hidden, shared),
-        "o_proj": (own, hidden),
-    }
+def _layer_of(architecture: Mapping[str, Any]) -> _Layer:
+    return _Layer(architecture.get("text_config") or architecture)
 
 
 def _fact(text: Mapping[str, Any], *names: str) -> int:
