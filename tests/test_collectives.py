@@ -35,6 +35,7 @@ def changes(work):
 
 RELEASES = """
 from launcher.worker.collectives import settled_collectives
+from launcher.worker.engine import leave_together
 
 
 def reduce_many():
@@ -51,7 +52,7 @@ with settled_collectives():
 distributed.all_reduce(torch.ones(1))  # its own wait is back
 if rank == 0:
     print(json.dumps({"left": left, "largest": SIZE * 4}))
-distributed.destroy_process_group()
+leave_together()
 """
 
 ALLOCATIONS = """
