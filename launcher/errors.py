@@ -59,9 +59,20 @@ class NoPlanFits(LauncherError):
 
 
 class WorkerOutOfMemory(LauncherError):
-    """The training process ran out of memory."""
+    """The training process ran out of memory.
+
+    Args:
+        message: See `LauncherError`.
+        hint: See `LauncherError`.
+        rank: The rank that did.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, hint: str = "", rank: int = 0) -> None:
+        super().__init__(message, hint)
+        self.args = (message, hint, rank)
+        self.rank = rank
 
 
 class DataError(LauncherError):

@@ -187,6 +187,7 @@ def _outcome(
             train_seconds=0.0,
             tokens_per_second=None,
             step_seconds=None,
+            rank=failure.rank,
             world_size=order.plan.world_size,
         )
     act = paths.rehearsal if _is_in_rehearsal(paths) else paths

@@ -34,8 +34,8 @@ def changes(work):
 """
 
 RELEASES = """
+from launcher.worker.__main__ import leave
 from launcher.worker.collectives import settled_collectives
-from launcher.worker.engine import leave_together
 
 
 def reduce_many():
@@ -52,7 +52,8 @@ with settled_collectives():
 distributed.all_reduce(torch.ones(1))  # its own wait is back
 if rank == 0:
     print(json.dumps({"left": left, "largest": SIZE * 4}))
-leave_together()
+distributed.destroy_process_group()
+leave(0)
 """
 
 ALLOCATIONS = """

@@ -6,6 +6,7 @@ The training process is played by small Python programs; each gets the run direc
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -396,14 +397,16 @@ def test_of_several_ranks_the_one_that_aborted_says_why(said: str, exit_code: in
     """torchrun's report, as torch 2.13 words it, of a rank that a thread of gloo's ended."""
     paths, plan = RunPaths(tmp_path), replace(ORDER.plan, engine=Engine.DDP, num_devices=2)
     paths.log.write_text(
-        f"[rank 0] {said}\n"
-        "[rank 1] RuntimeError: Connection closed by peer\n"
+        f"[rank 1] {said}\n"
+        "[rank 0] RuntimeError: Connection closed by peer\n"
         "Root Cause (first observed failure):\n[0]:\n  time      : 2026-11-27_05:00:00\n"
-        "  host      : here\n  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 12)\n"
+        "  host      : here\n  rank      : 1 (local_rank: 1)\n  exitcode  : -6 (pid: 12)\n"
     )
-    with pytest.raises(LauncherError, match=r"rank 0 on host here ended with signal SIGABRT") as caught:
+    with pytest.raises(LauncherError, match=r"rank 1 on host here ended with signal SIGABRT") as caught:
         endings.read_outcome(paths, plan, supervise.Ending(1, False, 0))
     assert caught.value.exit_code == exit_code and said in caught.value.message
+    if isinstance(caught.value, WorkerOutOfMemory):
+        assert pickle.loads(pickle.dumps(caught.value)).rank == 1
 
 
 def test_a_process_that_aborts_for_another_reason_is_not(stage: Stage) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 from threading import Thread
 
@@ -21,12 +23,11 @@ from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
     CudaMeter,
-    MappedFile,
-    mapped_files,
     process_device_bytes,
     process_memory_bytes,
 )
 from launcher.worker.residents import live_tensor_bytes, weigh_gradients, weigh_residents
+from launcher.worker.unseen import MappedFile, mapped_files
 
 MIB = 1 << 20
 SLACK_BYTES = 4096
@@ -95,6 +96,39 @@ def test_a_late_first_evaluation_is_still_measured() -> None:
     del evaluated
     meter.enter(Phase.TRAIN_STEP, METERED_STEPS + 2)
     assert peaks_of(meter)[Phase.EVALUATION] - base == pytest.approx(7 * MIB, abs=SLACK_BYTES)
+
+
+SHORT = """
+import resource
+import torch
+from launcher.memory import Phase
+from launcher.worker.meter import CpuMeter, process_memory_bytes
+
+meter = CpuMeter()
+with meter.measure_load():
+    weights = torch.ones(1 << 20)
+meter.enter(Phase.TRAIN_STEP, 0)
+small = torch.ones(1)
+for _ in range(30_000):
+    small = small + small
+with open("/proc/self/statm") as statm:
+    size = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 20), resource.RLIM_INFINITY))
+meter.enter(Phase.EVALUATION, 2)
+print("went on:", [peak.phase.value for peak in meter.finish()])
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="the limit is put just above what Linux counts"
+)
+def test_an_account_that_has_no_room_is_lost_and_ends_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no memory to read the meter" in done.stderr
+    assert done.stdout.startswith("went on: ['load'") and "train_step" not in done.stdout
 
 
 def test_arrays_of_numpy_count_from_their_batch_until_they_are_dropped() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from launcher import recovery
 from launcher.checkpoints import last_checkpoint
 from launcher.documents import from_json, to_json
 from launcher.errors import WorkerOutOfMemory
@@ -325,6 +326,23 @@ def test_a_kill_for_want_of_memory_leads_to_the_next_plan_and_the_bound_to_an_en
         raise_for_outcome(outcome, paths)
     assert caught.value.exit_code == 4
     assert "only the prediction is known" in bill_at_failure(last.predicted, outcome)
+
+
+def test_the_phase_of_a_failure_is_that_of_the_rank_that_failed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, paths = tiny_order(tiny, Engine.DDP, num_devices=2), RunPaths(tmp_path / "run")
+    order = replace(order, job=replace(order.job, launch=replace(order.job.launch, max_replans=0)))
+    prepare_run(paths, order, {})
+
+    def aborts(*_: object, **__: object) -> WorkerOutcome:
+        for rank, phase in enumerate((Phase.TRAIN_STEP, Phase.SAVE)):
+            paths.phase(rank).write_text(phase.value)
+        raise WorkerOutOfMemory("rank 1 aborted", rank=1)
+
+    monkeypatch.setattr(recovery, "launch_worker", aborts)
+    _, outcome = run_to_the_end(order, paths, lambda line: None, lambda order: None, lambda order: {})
+    assert (outcome.rank, outcome.phase) == (1, Phase.SAVE)
 
 
 def test_the_bill_at_a_failure_has_what_was_measured_beside_what_was_predicted() -> None:

@@ -95,18 +95,17 @@ def _raise_killed(killed: KilledRank, tail: tuple[str, ...], paths: RunPaths, en
     ).rstrip()
     hint = f"the whole log is `{paths.log}`"
     if killed.signal_name == "SIGKILL":
-        _raise_for_kill(message, hint, ending)
+        _raise_for_kill(message, hint, ending, killed.rank)
     if killed.signal_name == "SIGABRT" and _says_aborted(tail):
-        raise WorkerOutOfMemory(message, hint)
+        raise WorkerOutOfMemory(message, hint, killed.rank)
     raise LaunchError(message, hint)
 
 
-def _raise_for_kill(message: str, hint: str, ending: Ending) -> NoReturn:
+def _raise_for_kill(message: str, hint: str, ending: Ending, rank: int = 0) -> NoReturn:
     """A kill is for want of memory when the kernel counted one on this machine meanwhile."""
     if ending.memory_kills:
-        raise WorkerOutOfMemory(
-            message, f"the kernel ended {ending.memory_kills} processes for want of memory meanwhile; {hint}"
-        )
+        why = f"the kernel ended {ending.memory_kills} processes for want of memory meanwhile"
+        raise WorkerOutOfMemory(message, f"{why}; {hint}", rank)
     raise LaunchError(message, f"the kernel's out-of-memory killer ends processes so; {hint}")
 
 

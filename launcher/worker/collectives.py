@@ -45,22 +45,16 @@ def _settling(call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)
     def wait(*arguments: Any, **named: Any) -> Any:
         done = call(*arguments, **named)
-        settle()
+        end = time.monotonic() + LONGEST_SECONDS
+        seen_asleep = 0
+        while (
+            seen_asleep < 2 and time.monotonic() < end
+        ):  # asleep may be waiting for Python's lock: once is not enough
+            time.sleep(PAUSE_SECONDS)
+            seen_asleep = seen_asleep + 1 if gloo_sleeps() else 0
         return done
 
     return wait
-
-
-def settle(longest_seconds: float = LONGEST_SECONDS) -> None:
-    """Returns when gloo's threads sleep, or have not for so long."""
-    if not THREADS.exists():
-        return
-    end = time.monotonic() + longest_seconds
-    seen_asleep = 0
-    # asleep may be waiting for Python's lock: once is not enough
-    while seen_asleep < 2 and time.monotonic() < end:
-        time.sleep(PAUSE_SECONDS)
-        seen_asleep = seen_asleep + 1 if gloo_sleeps() else 0
 
 
 def gloo_sleeps() -> bool:

@@ -9,7 +9,6 @@ from torch import distributed
 from launcher.errors import LaunchError
 from launcher.job import Engine
 from launcher.plan import Plan
-from launcher.worker.collectives import settle
 from launcher.worker.ranks import rank, world_size
 
 
@@ -64,13 +63,8 @@ def all_stop_now(plan: Plan, steps: int, is_asked: bool) -> bool:
 
 
 def leave_together() -> None:
-    """Waits for the other ranks, so that torchrun ends none that has not said how it ended.
-
-    gloo's threads live on after their group is destroyed (torch 2.13 keeps it in its defaults), and one that releases a
-    tensor while the interpreter ends aborts the process: they are let go to sleep first.
-    """
+    """Waits for the other ranks, so that torchrun ends none that has not said how it ended."""
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         with suppress(RuntimeError):  # a rank that is gone already has failed, and will be named
             distributed.barrier()
             distributed.destroy_process_group()
-        settle(longest_seconds=1.0)

@@ -11,8 +11,9 @@ from transformers import Trainer
 
 from launcher.memory import Category, HeldMemory
 from launcher.worker.leaks import allocated_now_bytes
-from launcher.worker.meter import mapped_files, resident_peak_bytes
+from launcher.worker.meter import resident_peak_bytes
 from launcher.worker.residents import distinct_storages, weigh_gradients, weigh_residents
+from launcher.worker.unseen import mapped_files
 
 
 def held_memory(trainer: Trainer | None, before_bytes: int | None) -> HeldMemory | None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import gc
 import os
-import weakref
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,17 +19,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.memory import MeasuredPhase, Phase, Timeline, last_step
+from launcher.run_record import WORKER_MARK
 from launcher.worker.collectives import settled_collectives
-from launcher.worker.residents import all_live_tensors, distinct_storages, live_tensor_bytes
+from launcher.worker.residents import all_live_tensors, live_tensor_bytes
+from launcher.worker.unseen import DROP_MARK, RECEIVE_MARK, RELEASE_MARK, EarlierTensors, ForeignTensors
 
 METERED_STEPS = 2
 """Optimizer steps under the CPU meter: the profiler is too dear for a whole run."""
 PHASE_MARK = "launcher.phase:"
-RELEASE_MARK = "launcher.release:"
-RECEIVE_MARK = "launcher.receive:"
-DROP_MARK = "launcher.drop:"
 MARKS = (PHASE_MARK, RECEIVE_MARK, RELEASE_MARK, DROP_MARK)
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Meter(Protocol):
@@ -56,91 +52,6 @@ class Meter(Protocol):
 
     def abandon(self) -> None:
         """Stops measuring; a process that ends while torch's profiler runs may crash on its way out (torch 2.13)."""
-
-
-@dataclass(frozen=True)
-class MappedFile:
-    """A file that is part of the address space: weights are read so."""
-
-    begin: int
-    """First address."""
-    end: int
-    """Address after the last one; whole pages."""
-
-
-def mapped_files(maps: str) -> tuple[MappedFile, ...]:
-    """The weight files among a process's mappings, as /proc/self/maps words them."""
-    files = []
-    for line in maps.splitlines():
-        words = line.split(maxsplit=5)
-        if len(words) == 6 and words[5].removesuffix(" (deleted)").endswith(".safetensors"):
-            begin, end = (int(word, 16) for word in words[0].split("-"))
-            files.append(MappedFile(begin, end))
-    return tuple(files)
-
-
-class EarlierTensors:
-    """Tells when tensors that were there before the profiler are dropped, of which it may know nothing.
-
-    It knows a mapped file as one block, which ends with its last tensor. What a run needs of it are the tensors that
-    are alive, so each of them counts until it is dropped, and the end of the file doesn't. And it reports the release
-    of a block only if it saw it born (c10/core/CPUAllocator.cpp, `ProfiledCPUMemoryReporter`, torch 2.13): not of one
-    that a thread made which is not profiled, as loading does. So drops are marked; a report follows at once, or never.
-
-    Args:
-        tensors: Everything alive when the profiler starts.
-    """
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        maps = Path("/proc/self/maps")
-        self._files = mapped_files(maps.read_text()) if maps.exists() else ()
-        self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._opened = 0
-        for storage in distinct_storages(tensors):
-            address, num_bytes = storage.data_ptr(), storage.nbytes()
-            if storage.device.type != "cpu" or not num_bytes:
-                continue
-            is_mapped = any(file.begin <= address < file.end for file in self._files)
-            mark = RELEASE_MARK if is_mapped else DROP_MARK
-            self._watchers[address] = weakref.ref(storage, partial(_mark, mark, num_bytes))
-
-    def ends_file(self, change_bytes: int) -> bool:
-        """Whether a change of the allocator's bytes is the end of one of the files; asked for every change in order.
-
-        A file of the same size that was opened meanwhile (a checkpoint of the same weights) ends first.
-        """
-        pages = -(-abs(change_bytes) // PAGE_BYTES) * PAGE_BYTES
-        if not any(file.end - file.begin == pages for file in self._files):
-            return False
-        self._opened += 1 if change_bytes > 0 else -1
-        return self._opened < 0
-
-
-class ForeignTensors:
-    """Tells when tensors whose memory is not of torch's allocator come and go: images are NumPy's arrays.
-
-    torch doesn't resize such storages (`torch.from_numpy`, shared memory), and by that they are known.
-    """
-
-    def __init__(self) -> None:
-        self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def receive(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Marks the bytes of those among tensors that are foreign, now and when they are dropped."""
-        self._watchers = {key: watcher for key, watcher in self._watchers.items() if watcher() is not None}
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.resizable() or id(storage) in self._watchers or tensor.device.type != "cpu":
-                continue
-            num_bytes = storage.nbytes()
-            self._watchers[id(storage)] = weakref.ref(storage, partial(_mark, RELEASE_MARK, num_bytes))
-            with record_function(f"{RECEIVE_MARK}{num_bytes}"):
-                pass
-
-
-def _mark(mark: str, num_bytes: int, reference: object) -> None:
-    with record_function(f"{mark}{num_bytes}"):
-        pass
 
 
 class CpuMeter:
@@ -190,7 +101,7 @@ class CpuMeter:
         if self._profiler is not None and (begins or not wanted):
             # when training begins the account begins anew: what gloo's threads released of DDP's first broadcast, the
             # profiler, which reports no memory of other threads, has not seen
-            self._fold(self._stop())
+            self._fold_account()
         if self._profiler is None and wanted:
             alive = all_live_tensors()
             self._base_bytes = live_tensor_bytes(alive) + self._native_bytes()
@@ -207,7 +118,7 @@ class CpuMeter:
     def finish(self) -> tuple[MeasuredPhase, ...]:
         """See `Meter`."""
         if self._profiler is not None:
-            self._fold(self._stop())
+            self._fold_account()
         self._note_process()
         return tuple(
             MeasuredPhase(phase, self._peaks[phase], None, self._process_bytes.get(phase))
@@ -239,8 +150,8 @@ class CpuMeter:
         """Running sum after every memory event, with the phase it fell into."""
         self._while_profiled.close()
         self._profiler.stop()
-        events = self._profiler.profiler.kineto_results.events()
-        self._profiler = None
+        profiler, self._profiler = self._profiler, None
+        events = profiler.profiler.kineto_results.events()
         timeline = sorted(
             (
                 (event.start_ns(), event.name(), event.nbytes())
@@ -268,6 +179,19 @@ class CpuMeter:
                 phase = Phase(name.removeprefix(PHASE_MARK))
                 sums.append((phase, total))
         return sums
+
+    def _fold_account(self) -> None:
+        """Adds what was seen to the peaks, or says that there is no room to read it.
+
+        The account of a step is megabytes of Python's objects, of which the training needs none: a run that has come
+        this far is not ended for them.
+        """
+        try:
+            self._fold(self._stop())
+        except MemoryError:
+            sys.stderr.write(
+                f"{WORKER_MARK}no memory to read the meter: these phases have no measured peak\n"
+            )
 
     def _fold(self, sums: Sequence[tuple[Phase, int]]) -> None:
         for phase, total in sums:

@@ -36,7 +36,7 @@ def distinct_storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStor
 
 
 def all_live_tensors() -> list[torch.Tensor]:
-    """Every tensor that Python holds."""
+    """Every tensor that Python holds, but for those that libraries made as they were imported (gc.freeze)."""
     gc.collect()
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
