@@ -54,17 +54,8 @@ DOCUMENT_KEYS = {
     "planning_seconds",
 }
 
-SEVERAL_DEVICES = [recipe for recipe in RECIPES if "num_devices" in recipe.read_text(encoding="utf-8")]
-"""Recipes whose plans trace engines, which takes up to a minute."""
 DEFAULT = "smollm_lora"
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-quick_or_thorough = pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param(recipe, marks=pytest.mark.thorough if recipe in SEVERAL_DEVICES else [], id=recipe.stem)
-        for recipe in RECIPES
-    ],
-)
 
 
 def header(recipe: Path) -> dict[str, str]:
@@ -100,7 +91,7 @@ def test_recipe_says_what_it_is(recipe: Path) -> None:
     assert job.method.name.value == recipe.stem.rsplit("_", 1)[1]
 
 
-@quick_or_thorough
+@every_recipe
 def test_recipe_plans_on_the_device_of_its_command(recipe: Path, tmp_cwd: Path) -> None:
     done = subprocess.run(
         [LAUNCH, *command(recipe), "action=plan", "output=json"],
