@@ -116,6 +116,40 @@ def test_the_fastest_of_several_rounds_counts() -> None:
     )
 
 
+def test_a_measure_writes_where_no_cache_holds_anything() -> None:
+    """As many results are kept as are more than caches hold, so that no later one takes the place of a recent one."""
+    import torch
+
+    from launcher.worker.calibrate import COLD_BYTES, Bench
+
+    places: list[int] = []
+
+    def call() -> torch.Tensor:
+        result = torch.empty(1 << 20)
+        places.append(result.data_ptr())
+        return result
+
+    Bench(torch.device("cpu")).seconds(call)
+    apart = COLD_BYTES // (4 << 20)
+    assert len(places) > 2 * apart
+    for begin in range(len(places) - apart):
+        assert len(set(places[begin : begin + apart])) == apart
+
+
+def test_a_call_that_works_in_place_is_measured_too() -> None:
+    import torch
+
+    from launcher.worker.calibrate import Bench
+
+    numbers = torch.zeros(1 << 10)
+
+    def call() -> None:
+        numbers.add_(1.0)
+
+    assert Bench(torch.device("cpu")).seconds(call) > 0.0
+    assert numbers[0] > 100
+
+
 def test_a_real_measurement_comes_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -91,7 +91,7 @@ def test_the_second_gpu() -> None:
 
 def test_ranks() -> None:
     count, percent, exception = said(
-        "in # jobs every rank within # %, one job with offload # %. They take half a minute to a minute and a half"
+        "in # jobs every rank within # %, one job with offload # %. They take half a minute the first time"
     )
     jobs = {job["name"]: [100 * error for error in job["errors"]] for job in data_of("ranks")["jobs"]}
     beyond = {name: errors for name, errors in jobs.items() if within(errors, percent) < len(errors)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -41,10 +42,10 @@ CHECKPOINTING = ("none", "full", "selective")
 SIDES = (512, 2048)
 THIN = 16
 COLD_BYTES = 1 << 27
-"""Second operands are taken in turn from so many bytes, more than caches hold: a pass over the layers uses each weight
-once, and finds it in memory, not in a cache."""
+"""Second operands are taken in turn from so many bytes, more than caches hold, and so many bytes of results are kept: a
+pass over the layers uses each weight once, and finds it in memory, not in a cache."""
 MOST_COPIES = 64
-TOKENS_ON_CPU = (64, 512)
+TOKENS_ON_CPU = (64, 256, 512)
 TOKENS_ON_GPU = (256, 2048, 8192)
 PASS_BYTES_ON_CPU = (1 << 16, 1 << 20, 1 << 23, 1 << 25, 1 << 27)
 PASS_BYTES_ON_GPU = (1 << 20, 1 << 24, 1 << 28)
@@ -54,6 +55,29 @@ FREE = ("empty", "new_empty", "detach", "lift_fresh", "alias", "_unsafe_view", "
 """Operations that the planner does not count either, besides views."""
 Report = Callable[[str], None]
 Measure = TypeVar("Measure", MatrixRate, AttentionRate, PassRate, HostRate)
+
+
+class Results:
+    """The last results of a call, `COLD_BYTES` of them: in a training step an operation writes where nothing was of late,
+    and where caches hold nothing."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[Any, int]] = deque()
+        self._num_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next result takes the place of an old one; of calls that give nothing, at once."""
+        return self._num_bytes >= COLD_BYTES or not self._num_bytes
+
+    def add(self, result: Any) -> None:
+        """Keeps a result, a tensor or several."""
+        tensors = result if isinstance(result, tuple) else (result,)
+        num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        self._kept.append((result, num_bytes))
+        self._num_bytes += num_bytes
+        while self._num_bytes > COLD_BYTES and len(self._kept) > 1:
+            self._num_bytes -= self._kept.popleft()[1]
 
 
 class Bench:
@@ -69,18 +93,23 @@ class Bench:
         self._pools: dict[torch.dtype, torch.Tensor] = {}
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """The shortest time of a call; on a CPU less what a call on next to nothing takes."""
-        call()
+        """The shortest time of a call whose results are kept; on a CPU less what a call on next to nothing takes."""
+        kept = Results()
+        kept.add(call())
+        self.wait()
+        ends = time.perf_counter() + SECONDS_PER_MEASURE / 2
+        while not kept.is_full and time.perf_counter() < ends:
+            kept.add(call())
         self.wait()
         began = time.perf_counter()
-        call()
+        kept.add(call())
         self.wait()
         repeats = max(1, min(200, int(2e-3 / max(time.perf_counter() - began, 1e-7))))
         shortest, ends = float("inf"), time.perf_counter() + SECONDS_PER_MEASURE
         while shortest == float("inf") or time.perf_counter() < ends:
             began = time.perf_counter()
             for _ in range(repeats):
-                call()
+                kept.add(call())
             self.wait()
             shortest = min(shortest, (time.perf_counter() - began) / repeats)
         return max(shortest - self._call_seconds, 0.1 * shortest)
