@@ -11,7 +11,7 @@ from launcher.cluster_limits import cluster_limits
 from launcher.config import catalogue_entry, hardware_entries
 from launcher.errors import ConfigError, DataError
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Action, JobSpec, ModelSpec
+from launcher.job import Action, JobSpec, ModelSpec, ReportFormat
 from launcher.knob_limits import knob_limits, model_limits, offload_is_refused
 from launcher.planner.pins import pin_limits
 from launcher.reading import Reading
@@ -24,6 +24,7 @@ from launcher.run.detect import (
 )
 from launcher.run.fetch import PACKAGED_PREFIX
 from launcher.run.model_facts import resolve_model
+from launcher.run_paths import run_of
 
 Problem = tuple[str, str]
 """What is wrong, and a hint."""
@@ -46,7 +47,22 @@ def contradictions(job: JobSpec, hardware: HardwareSpec, model: ModelSpec | None
         *knob_limits(job, hardware, is_installed),
         *(() if model is None else model_limits(resolved)),
         *pin_limits(replace(resolved, planner=replace(planner, pin=pin))),
+        *_report_limits(job),
     )
+
+
+def _report_limits(job: JobSpec) -> tuple[Problem, ...]:
+    """The page of a plan shows the measured step of a past run, if one is named."""
+    if (
+        job.action in (Action.PLAN, Action.EXPLAIN)
+        and job.report.format is not ReportFormat.NONE
+        and job.run_dir
+    ):
+        try:
+            run_of("run_dir", Path(job.run_dir).resolve())
+        except ConfigError as failure:
+            return ((failure.message, failure.hint),)
+    return ()
 
 
 def refusal(problems: Sequence[Problem]) -> ConfigError:

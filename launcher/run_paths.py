@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -168,3 +170,19 @@ class RunPaths:
     def host(self, rank: int) -> Path:
         """Name of the machine that one rank runs on."""
         return self.root / f"worker.rank{rank}.host"
+
+
+def run_of(key: str, root: Path) -> RunPaths:
+    """The run directory that a key of the configuration names.
+
+    Args:
+        key: The key.
+        root: The folder.
+
+    Raises:
+        ConfigError: When it is none.
+    """
+    paths = RunPaths(root)
+    if not paths.worker.is_file():
+        raise ConfigError(f"`{key}={root}` is not a run directory", "it must hold worker.json")
+    return paths

@@ -59,6 +59,10 @@ from launcher.planning import resolve, with_headroom
         ),
         (["hardware=auto", "launch.cluster=slurm"], "hardware=auto is this machine"),
         (
+            ["hardware=t4_16g", "action=plan", "report=html", "run_dir=nowhere"],
+            "nowhere` is not a run directory",
+        ),
+        (
             ["hardware=cpu", "launch.partition=gpu"],
             "launch.partition=gpu says nothing to launch.cluster=local",
         ),

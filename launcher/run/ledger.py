@@ -15,7 +15,7 @@ from launcher.checkpoints import last_checkpoint
 from launcher.documents import from_json, read_document, write_document
 from launcher.errors import ConfigError, LaunchError
 from launcher.run.ledger_file import NAME, LeftAlone, Row, is_damage, read_rows, set_aside, write_rows
-from launcher.run_paths import RunPaths
+from launcher.run_paths import RunPaths, run_of
 from launcher.run_record import Replan, RunRecord, Status, WorkerOrder
 
 
@@ -123,9 +123,7 @@ def previous_run(root: Path) -> WorkerOrder:
         ConfigError: When the folder is no run directory, its order can't be read, or the run is done and left nothing
             to continue from.
     """
-    paths = RunPaths(root)
-    if not paths.worker.is_file():
-        raise ConfigError(f"`resume={root}` is not a run directory", "it must hold worker.json")
+    paths = run_of("resume", root)
     order = read_order(paths)
     if _is_done(paths) and last_checkpoint(paths.checkpoints) is None:
         raise ConfigError(

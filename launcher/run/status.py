@@ -12,12 +12,12 @@ from typing import Any, Final
 from launcher.checkpoints import last_checkpoint
 from launcher.cluster import SubmittedJob
 from launcher.documents import read_document
-from launcher.errors import ConfigError, Interrupted, Terminated
+from launcher.errors import Interrupted, Terminated
 from launcher.run.ledger import read_order
 from launcher.run.lock import works_on
 from launcher.run.ranks import deciding_outcome, read_outcomes
 from launcher.run.slurm import slurm_state
-from launcher.run_paths import RunPaths
+from launcher.run_paths import RunPaths, run_of
 from launcher.run_record import Status, WorkerOrder, WorkerOutcome
 from launcher.run_status import NodeFailure, RankProcess, RunState, RunStatus
 
@@ -48,9 +48,7 @@ def ordered_run(root: Path) -> tuple[RunPaths, WorkerOrder]:
     Raises:
         ConfigError: When the folder is no run directory, or its order can't be read.
     """
-    paths = RunPaths(root)
-    if not paths.worker.is_file():
-        raise ConfigError(f"`run_dir={root}` is not a run directory", "it must hold worker.json")
+    paths = run_of("run_dir", root)
     return paths, read_order(paths)
 
 
