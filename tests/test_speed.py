@@ -19,6 +19,7 @@ from launcher.planner.speed import SpeedModel
 from launcher.planner.work import Stage, Terms, Work, WorkKind, WorkTable, build_table
 from launcher.rates import HOST_SHARES, AttentionRate, HostRate, MatrixRate, PassRate, Rates, published_rates
 from launcher.step_time import StepTime, dollars_per_million_tokens
+from scripts.speed_check import joined
 from tests.test_work import plan_of, subject_of
 
 A100 = HardwareSpec(
@@ -245,3 +246,22 @@ def test_without_rates_two_rules_decide() -> None:
     assert ranking.best(prices) is prices[1]
     values = np.array([ranking.value(price) for price in prices])
     assert values.argsort().tolist() == [1, 2, 0]
+
+
+def test_what_was_measured_of_the_same_job_before_counts_too() -> None:
+    """The speed check's own joining: the shortest step of all, and today's prediction; of another job nothing."""
+
+    def findings(predicted: float, times: list[float], job: str = "a") -> dict[str, Any]:
+        plan = {"checkpointing": "none", "micro_batch_size": 1, "processes": 2}
+        result = plan | {
+            "predicted_seconds": predicted,
+            "steps_seconds": times,
+            "measured_seconds": min(times),
+        }
+        return {"date": "d", "job": job, "threads": "", "versions": {}, "results": [result]}
+
+    earlier, today = findings(1.0, [4.0, 3.0]), findings(2.0, [5.0])
+    (result,) = joined(today, earlier)["results"]
+    assert (result["predicted_seconds"], result["measured_seconds"], result["processes"]) == (2.0, 3.0, 4)
+    assert result["steps_seconds"] == [4.0, 3.0, 5.0]
+    assert joined(today, findings(1.0, [3.0], job="b")) == today
