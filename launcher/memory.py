@@ -37,6 +37,27 @@ class Category(StrEnum):
     WORKSPACES = "workspaces"
 
 
+class Region(StrEnum):
+    """Where in a training step memory is taken."""
+
+    OUTSIDE = "outside"
+    BACKBONE = "backbone"
+    HEAD = "head"
+    BACKWARD = "backward"
+    RECOMPUTE = "recompute"
+
+
+KEPT_FOR_BACKWARD = (Region.BACKBONE, Region.RECOMPUTE)
+"""Regions whose survivors, once they end, are activations."""
+
+
+def category_of(marked: Category | None, born_in: Region) -> Category:
+    """What a block is for: what was said of it, else by where it was born."""
+    if marked is not None:
+        return marked
+    return Category.LOGITS_AND_LOSS if born_in is Region.HEAD else Category.TEMPORARIES
+
+
 RESIDENT = (Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 """Categories that outlive a forward and backward pass, and can be weighed on the live objects of a run."""
 
@@ -280,6 +301,8 @@ class MeasuredPhase:
     """Peak bytes held by the caching allocator; None where there is none (CPU)."""
     device_bytes: int | None
     """Peak bytes used on the device by this process (on CPU: of its memory, since it began); None where unknown."""
+    by_category_bytes: Mapping[Category, int] | None = None
+    """What they were for; sums to `allocated_bytes`. None where the meter can't tell (CUDA), and in old records."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from dataclasses import replace
 from datetime import datetime
 
 from launcher.documents import read_document, write_document
-from launcher.memory import RESIDENT, MemoryEstimate, MemoryMeasurement, Phase, StepShape
+from launcher.memory import (
+    RESIDENT,
+    Category,
+    MeasuredPhase,
+    MemoryEstimate,
+    MemoryMeasurement,
+    Phase,
+    PhasePeak,
+    StepShape,
+)
 from launcher.plan import Plan
 from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import CONVENTION, EVIDENCE, read_residuals, with_interval
@@ -137,12 +146,7 @@ def findings(predicted: MemoryEstimate, measured: MemoryMeasurement) -> tuple[Fi
         expected = peak.allocated_bytes + max(slack, SEGMENT_BYTES)
         if phase.allocated_bytes <= expected:
             continue
-        excess = {
-            category.value: measured.resident_bytes.get(category, 0)
-            - predicted.resident_bytes.get(category, 0)
-            for category in RESIDENT
-        }
-        excess["working_set"] = phase.allocated_bytes - peak.allocated_bytes - sum(excess.values())
+        excess = _excess(predicted, peak, measured, phase)
         category = max(excess, key=lambda name: excess[name])
         found.append(
             Finding(
@@ -155,3 +159,19 @@ def findings(predicted: MemoryEstimate, measured: MemoryMeasurement) -> tuple[Fi
             )
         )
     return tuple(found)
+
+
+def _excess(
+    predicted: MemoryEstimate, peak: PhasePeak, measured: MemoryMeasurement, seen: MeasuredPhase
+) -> dict[str, int]:
+    """How much more than predicted a phase had of each category, bytes; sums to that of its peak."""
+    if seen.by_category_bytes is not None:
+        return {
+            category.value: seen.by_category_bytes.get(category, 0) - peak.by_category_bytes.get(category, 0)
+            for category in Category
+        }
+    excess = {
+        category.value: measured.resident_bytes.get(category, 0) - predicted.resident_bytes.get(category, 0)
+        for category in RESIDENT
+    }
+    return {**excess, "working_set": seen.allocated_bytes - peak.allocated_bytes - sum(excess.values())}

@@ -96,7 +96,7 @@ class Finding:
     expected_bytes: int
     """The upper end of what was to be expected."""
     category: str
-    """What there was more of than predicted: a resident category, or `working_set` for all that comes and goes."""
+    """What there was more of than predicted; `working_set` is all that comes and goes, where no meter tells it apart."""
     category_excess_bytes: int
     """How much more of that."""
 

@@ -106,6 +106,7 @@ DOORS: dict[str, set[str]] = {
         "merge",
         "trainers",
         "optimizers",
+        "regions",
         "vision",
         "planner.tape",
         "planner.trace",
@@ -146,6 +147,7 @@ WORKLOAD = {
     "loading",
     "merge",
     "optimizers",
+    "regions",
     "trainers",
     "vision",
 }

@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from launcher.memory import Category, Phase
+from launcher.worker.held import MappedFile, mapped_files
 from launcher.worker.meter import (
     METERED_STEPS,
     CpuMeter,
@@ -26,8 +28,12 @@ from launcher.worker.meter import (
     process_device_bytes,
     process_memory_bytes,
 )
-from launcher.worker.residents import live_tensor_bytes, weigh_gradients, weigh_residents
-from launcher.worker.unseen import MappedFile, mapped_files
+from launcher.worker.residents import (
+    live_tensor_bytes,
+    resident_tensors,
+    weigh_gradients,
+    weigh_residents,
+)
 
 MIB = 1 << 20
 SLACK_BYTES = 4096
@@ -73,6 +79,51 @@ def test_temporaries_inside_a_kernel_are_seen() -> None:
     peaks = peaks_of(meter)
     assert total.item() == 2 * 1024 * 1024
     assert peaks[Phase.TRAIN_STEP] - base == pytest.approx(4 * MIB, abs=SLACK_BYTES)
+
+
+class Backbone(nn.Module):
+    """Keeps a mebibyte for the backward pass, and takes another meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(MIB // 4))
+        self.base_model = self  # as transformers' models have it: this one is its own backbone
+
+    def forward(self, scale: torch.Tensor) -> BaseModelOutput:
+        passing = torch.ones(MIB // 4) * 2
+        hidden = self.weight * scale
+        del passing
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+def test_what_memory_is_for_is_told_apart() -> None:
+    """A weight of 1 MiB; kept for the backward pass 1 MiB; scores of 2 MiB; a gradient; two states of AdamW."""
+    model = Backbone()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    meter = CpuMeter(residents=lambda: resident_tensors(model, optimizer))
+    meter.watch(model)
+    for step in range(2):
+        meter.enter(Phase.TRAIN_STEP, step)
+        batch = [torch.ones(MIB // 4)]
+        meter.receive(batch)
+        hidden = model(batch[0]).last_hidden_state
+        scores = torch.cat([hidden, hidden])
+        scores.square().sum().backward()
+        del hidden, scores
+        meter.enter(Phase.OPTIMIZER_STEP, step)
+        optimizer.step()
+        meter.enter(Phase.TRAIN_STEP, step + 1)
+        optimizer.zero_grad()
+        batch.clear()
+    train, update = (phase.by_category_bytes for phase in meter.finish())
+    assert train is not None and update is not None
+    for category, lasting in ((Category.PARAMETERS, 1), (Category.OPTIMIZER_STATE, 2), (Category.INPUTS, 1)):
+        assert train[category] == update[category] == pytest.approx(lasting * MIB, abs=64)
+    assert update[Category.GRADIENTS] == MIB
+    # backward: the scores, their square's gradient, and what the sum spreads, before the backbone is reached
+    assert train[Category.ACTIVATIONS] == MIB
+    assert train[Category.LOGITS_AND_LOSS] >= 2 * MIB
+    assert Category.ACTIVATIONS not in update
 
 
 def test_only_the_first_steps_are_profiled() -> None:

@@ -233,6 +233,10 @@ def test_findings_name_what_there_was_more_of() -> None:
     assert (found.phase, found.expected_bytes, found.category) == (Phase.SAVE, 710 * MIB, "working_set")
     (found,) = findings(predicted, measured({**seen, Phase.TRAIN_STEP: 1200 * MIB}, parameters=790 * MIB))
     assert (found.category, found.category_excess_bytes) == ("parameters", 190 * MIB)
+    told_apart = {Category.PARAMETERS: 600 * MIB, Category.LOGITS_AND_LOSS: 600 * MIB}
+    step = MeasuredPhase(Phase.TRAIN_STEP, 1200 * MIB, None, None, told_apart)
+    (found,) = findings(predicted, replace(measured({}, parameters=parameters), phases=(step,)))
+    assert (found.category, found.category_excess_bytes) == ("logits_and_loss", 600 * MIB)
     precise = replace(predicted, interval=replace(high, high_bytes=1000 * MIB))
     assert findings(precise, measured({Phase.SAVE: 702 * MIB}, parameters=parameters)) == ()
 

@@ -207,6 +207,30 @@ def test_run_has_signed_errors() -> None:
     assert "speed     12,346 tokens/s, 0.75 s per step" in lines
 
 
+def test_run_shows_what_memory_was_for_at_the_peak_of_each_phase() -> None:
+    """Categories too small to be printed are left out; one that the meter saw and nobody predicted is not."""
+    seen = {Category.PARAMETERS: 400 * MIB, Category.ACTIVATIONS: 450 * MIB, Category.TEMPORARIES: 9 * MIB}
+    phases = (
+        MeasuredPhase(Phase.LOAD, 400 * MIB, None, None, {Category.PARAMETERS: 400 * MIB}),
+        MeasuredPhase(Phase.TRAIN_STEP, 859 * MIB + 5, None, None, {**seen, Category.BUFFERS: 5}),
+    )
+    lines = reconciliation(ESTIMATE, replace(MEASURED, phases=phases))
+    assert [line.split()[0] for line in lines] == [
+        *("peak", "load", "parameters"),
+        *("train_step", "parameters", "activations", "logits_and_loss", "temporaries"),
+        "highest",
+    ]
+    assert row(lines, "activations") == ["activations", "500.00", "450.00", "+11.111 %"]
+    assert row(lines, "logits_and_loss") == ["logits_and_loss", "100.00", "0.00", "-"]
+    assert row(lines, "temporaries") == ["temporaries", "0.00", "9.00", "-100.000 %"]
+    assert not any("working set" in line for line in lines)
+    document = run_fields(replace(RECORD, measured=replace(MEASURED, phases=phases)))["measured"]
+    assert document["by_category_bytes"] == {
+        name.value: size for name, size in {**seen, Category.BUFFERS: 5}.items()
+    }
+    assert document["by_phase_and_category_bytes"]["load"] == {"parameters": 400 * MIB}
+
+
 def test_run_is_compared_with_the_prediction_for_what_ran() -> None:
     smaller = MemoryEstimate(
         (peak(Phase.TRAIN_STEP, parameters=1250 * MIB),), {Category.PARAMETERS: 400 * MIB}, 0

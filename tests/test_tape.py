@@ -11,9 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from launcher.memory import Category, Phase
+from launcher.memory import Category, Phase, Region
 from launcher.planner import worst_case
-from launcher.planner.blocks import Region
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.profile import build_profile
@@ -120,8 +119,7 @@ def test_categories_sum_to_the_whole_at_every_instant() -> None:
         tape.phase = Phase.TRAIN_STEP
         tape.region = Region.BACKBONE
         hidden = torch.nn.functional.linear(torch.empty(BATCH, LENGTH, 8), weight)
-        tape.settle(Region.BACKBONE, Category.ACTIVATIONS)
-        tape.region = Region.HEAD
+        tape.enter_region(Region.HEAD)
         loss = hidden.square().mean()
         tape.region = Region.BACKWARD
         loss.backward()

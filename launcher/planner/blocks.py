@@ -7,20 +7,9 @@ cost it seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from launcher.domain import Exponents
-from launcher.memory import Category, Phase
-
-
-class Region(StrEnum):
-    """Where in the training step an allocation happened."""
-
-    OUTSIDE = "outside"
-    BACKBONE = "backbone"
-    HEAD = "head"
-    BACKWARD = "backward"
-    RECOMPUTE = "recompute"
+from launcher.memory import Category, Phase, Region
 
 
 @dataclass(slots=True)

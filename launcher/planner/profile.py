@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from launcher.domain import Exponents
-from launcher.memory import PINNED, Category
-from launcher.planner.blocks import Block, Event, Region
+from launcher.memory import PINNED, Category, category_of
+from launcher.planner.blocks import Block, Event
 from launcher.planner.polynomial import CONSTANT
 from launcher.planner.skyline import Instant, Profile
 from launcher.planner.stream import CATEGORIES, PHASES, Stream, in_order_of_births
@@ -52,7 +52,7 @@ def build_profile(
     births: list[Event] = []
     for event, following in zip(events, [*events[1:], None], strict=True):
         block = event.block
-        row = row_of[_category(block)]
+        row = row_of[category_of(block.category, block.region)]
         for key, coefficient in block.size.items():
             live[row, column[key]] += coefficient if event.birth else -coefficient
         if event.birth:
@@ -76,7 +76,7 @@ def build_host_profile(events: Sequence[Event], *, exact: bool) -> Profile | Non
         return None
     for event in events:
         block = event.block
-        if exact and event.birth and block.num_bytes and _category(block) in PINNED:
+        if exact and event.birth and block.num_bytes and category_of(block.category, block.region) in PINNED:
             block.size = {CONSTANT: 1 << (block.num_bytes - 1).bit_length()}
     pinned = [event.block for event in events if event.birth and event.block.is_pinned and event.block.alive]
     # only whole tensors, and what an engine keeps for all layers together: its size is no mark of a moment
@@ -103,7 +103,9 @@ def build_stream(events: Sequence[Event]) -> Stream:
     ordered, phases = in_order_of_births(signed, phases)
     return Stream(
         sizes_bytes=np.array([block.num_bytes for block in blocks], dtype=np.int64),
-        categories=np.array([CATEGORIES.index(_category(block)) for block in blocks], dtype=np.int8),
+        categories=np.array(
+            [CATEGORIES.index(category_of(block.category, block.region)) for block in blocks], dtype=np.int8
+        ),
         modules=np.array([module_names[block.module] for block in blocks], dtype=np.int32),
         module_names=tuple(module_names),
         operations=np.array([operation_names[block.operation] for block in blocks], dtype=np.int32),
@@ -111,12 +113,6 @@ def build_stream(events: Sequence[Event]) -> Stream:
         events=ordered,
         phases=phases,
     )
-
-
-def _category(block: Block) -> Category:
-    if block.category is not None:
-        return block.category
-    return Category.LOGITS_AND_LOSS if block.region is Region.HEAD else Category.TEMPORARIES
 
 
 def _instant(births: Sequence[Event], small_bytes: int) -> Instant:

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from launcher import workload
 from launcher.callbacks import PhaseCallback
@@ -29,12 +28,12 @@ from launcher.engines import (
     prepare_trainer,
 )
 from launcher.job import AdapterDtype, Engine, JobSpec, Method, Task
-from launcher.memory import Category, Phase
+from launcher.memory import Category, Phase, Region
 from launcher.merge import drop_optimizer
 from launcher.optimizers import optimizer_tensors
 from launcher.plan import Plan
 from launcher.planner.attribution import Attribution
-from launcher.planner.blocks import Block, Region
+from launcher.planner.blocks import Block
 from launcher.planner.checkpoint import (
     FakeFiles,
     checkpoint_folder,
@@ -50,6 +49,7 @@ from launcher.planner.profile import build_host_profile, build_profile, build_st
 from launcher.planner.skyline import Profile
 from launcher.planner.tape import OFF_DEVICE, ON_DEVICE, Tape
 from launcher.planner.work import Stage
+from launcher.regions import RegionWatch
 from launcher.vision import BlankImages, image_shape
 
 STEPS = 2
@@ -78,6 +78,7 @@ class Rehearsal:
 
     def __post_init__(self) -> None:
         self._gradient_blocks: list[Block] = []
+        self._regions = RegionWatch(self._enter_region)
 
     def inputs(self, folder: Path) -> dict[str, Any]:
         """Everything of the trainer that holds no tensors of the model; built outside the fake mode."""
@@ -232,7 +233,7 @@ class Rehearsal:
             self._assign_modules()
         self._note_step(phase)
         self.tape.phase = phase
-        self.tape.region = Region.OUTSIDE
+        self._regions.region = self.tape.region = Region.OUTSIDE
         # a phase that allocates nothing has a highest moment too: when it begins
         self._instant = torch.empty(1)
         if self.on_gpu:
@@ -288,16 +289,7 @@ class Rehearsal:
         return [*with_scales([tensor]), *gradient, *_state_tensors(self._trainer, tensor)]
 
     def _listen(self, trainer: Trainer) -> None:
-        base: Any = self.model
-        if hasattr(base, "get_base_model"):
-            base = base.get_base_model()
-        backbone = base.base_model
-        backbone.register_forward_pre_hook(self._backbone_begins)
-        backbone.register_forward_hook(self._backbone_ends)
-        for module in backbone.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.register_forward_pre_hook(self._layer_begins)
-                module.register_forward_hook(self._layer_ends, always_call=True)
+        self._regions.listen(self.model)
         collate = trainer.data_collator
 
         def collate_and_mark(examples: list[Any]) -> Any:
@@ -337,30 +329,12 @@ class Rehearsal:
 
         trainer.training_step = step_or_skip  # type: ignore[method-assign]
 
-    def _backbone_begins(self, module: nn.Module, args: Any) -> None:
-        self.tape.region = Region.BACKBONE
-        if self.tape.recorder is not None:
-            self.tape.recorder.stage = Stage.LATER_FORWARD if self.batches_begun else Stage.FIRST_FORWARD
-        self.batches_begun += 1
-
-    def _backbone_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.tape.settle(Region.BACKBONE, Category.ACTIVATIONS)
-        self.tape.region = Region.HEAD
-        hidden = output.last_hidden_state
-        if hidden.requires_grad:
-            hidden.register_hook(self._backward_reaches_backbone)
-
-    def _backward_reaches_backbone(self, gradient: torch.Tensor) -> None:
-        self.tape.region = Region.BACKWARD
-
-    def _layer_begins(self, module: nn.Module, args: Any) -> None:
-        if self.tape.region is Region.BACKWARD:
-            self.tape.region = Region.RECOMPUTE
-
-    def _layer_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.tape.region is Region.RECOMPUTE:
-            self.tape.settle(Region.RECOMPUTE, Category.ACTIVATIONS)
-            self.tape.region = Region.BACKWARD
+    def _enter_region(self, region: Region) -> None:
+        self.tape.enter_region(region)
+        if region is Region.BACKBONE:
+            if self.tape.recorder is not None:
+                self.tape.recorder.stage = Stage.LATER_FORWARD if self.batches_begun else Stage.FIRST_FORWARD
+            self.batches_begun += 1
 
 
 def _parts_of(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -27,8 +27,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from launcher.domain import Exponents
 from launcher.engines import local_tensors
-from launcher.memory import Category, Phase
-from launcher.planner.blocks import Block, Event, Region
+from launcher.memory import KEPT_FOR_BACKWARD, Category, Phase, Region
+from launcher.planner.blocks import Block, Event
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import CONSTANT, TracedShape, factor_shape
 from launcher.planner.recorder import WorkRecorder
@@ -326,11 +326,13 @@ class Tape(TorchDispatchMode):
         keys = {tensor.untyped_storage()._cdata for tensor in local_tensors(tensors)}
         return [self._live[key] for key in keys if key in self._live and not self._live[key].on_host]
 
-    def settle(self, born_in: Region, category: Category) -> None:
-        """Gives a category to every live, unmarked block that was born in a region."""
-        for block in self._live.values():
-            if block.category is None and block.region is born_in:
-                block.category = category
+    def enter_region(self, region: Region) -> None:
+        """A region begins, and another ends: what the backbone leaves behind, or a recomputed layer, are activations."""
+        if self.region in KEPT_FOR_BACKWARD:
+            for block in self._live.values():
+                if block.category is None and block.region is self.region:
+                    block.category = Category.ACTIVATIONS
+        self.region = region
 
 
 def _is_summed_up(old: Any, new: Any) -> bool:

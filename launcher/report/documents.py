@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.cluster import SubmittedJob
-from launcher.memory import HeldMemory, MemoryEstimate, MemoryMeasurement
+from launcher.memory import Category, HeldMemory, MemoryEstimate, MemoryMeasurement
 from launcher.plan import Plan, PlanChoice, Squeeze
 from launcher.run_record import Rehearsal, Replan, RunRecord, WorkerOrder
 from launcher.step_time import StepTime
@@ -134,6 +134,9 @@ def predicted_fields(estimate: MemoryEstimate, step: StepTime | None) -> dict[st
         "peak_phase": estimate.peak.phase.value,
         "by_category_bytes": {name.value: size for name, size in estimate.peak.by_category_bytes.items()},
         "by_phase_bytes": {peak.phase.value: peak.allocated_bytes for peak in estimate.phases},
+        "by_phase_and_category_bytes": {
+            peak.phase.value: _named(peak.by_category_bytes) for peak in estimate.phases
+        },
         "reserved_by_phase_bytes": {peak.phase.value: peak.reserved_bytes for peak in estimate.phases},
         "resident_bytes": {name.value: size for name, size in estimate.resident_bytes.items()},
         "interval": None if estimate.interval is None else asdict(estimate.interval),
@@ -151,22 +154,27 @@ def predicted_fields(estimate: MemoryEstimate, step: StepTime | None) -> dict[st
 def measured_fields(measured: MemoryMeasurement, record: RunRecord) -> dict[str, Any]:
     """A measurement as plain values, with the keys of a prediction.
 
-    `by_category_bytes` holds what can be weighed on live objects (parameters, buffers, gradients, optimizer
-    state) and the rest of the peak as `working_set`.
+    Where the meter can't tell what memory was for, `by_category_bytes` holds what can be weighed on live objects
+    (parameters, buffers, gradients, optimizer state) and the rest of the peak as `working_set`, and a phase has null in
+    `by_phase_and_category_bytes`.
     """
     reserved = [phase.reserved_bytes for phase in measured.phases if phase.reserved_bytes is not None]
     device = [phase.device_bytes for phase in measured.phases if phase.device_bytes is not None]
     highest = max(measured.phases, key=lambda phase: phase.allocated_bytes)
+    weighed = {
+        **{name.value: size for name, size in measured.resident_bytes.items()},
+        "working_set": measured.peak_allocated_bytes - sum(measured.resident_bytes.values()),
+    }
     return {
         "peak_allocated_bytes": measured.peak_allocated_bytes,
         "peak_reserved_bytes": max(reserved, default=None),
         "peak_device_bytes": max(device, default=None),
         "peak_phase": highest.phase.value,
-        "by_category_bytes": {
-            **{name.value: size for name, size in measured.resident_bytes.items()},
-            "working_set": measured.peak_allocated_bytes - sum(measured.resident_bytes.values()),
-        },
+        "by_category_bytes": _named(highest.by_category_bytes) or weighed,
         "by_phase_bytes": {phase.phase.value: phase.allocated_bytes for phase in measured.phases},
+        "by_phase_and_category_bytes": {
+            phase.phase.value: _named(phase.by_category_bytes) for phase in measured.phases
+        },
         "resident_bytes": {name.value: size for name, size in measured.resident_bytes.items()},
         "host_peak_bytes": measured.host_peak_bytes,
         "disk_bytes": {f"{name}_bytes": size for name, size in measured.disk_bytes.items()},
@@ -175,6 +183,12 @@ def measured_fields(measured: MemoryMeasurement, record: RunRecord) -> dict[str,
         "meter": measured.meter,
         "shapes": [[shape.micro_batch_size, shape.length] for shape in measured.shapes],
     }
+
+
+def _named(by_category_bytes: Mapping[Category, int] | None) -> dict[str, int] | None:
+    if by_category_bytes is None:
+        return None
+    return {name.value: size for name, size in by_category_bytes.items()}
 
 
 def held_fields(held: HeldMemory | None) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launcher.cluster import SubmittedJob
 from launcher.hardware import HardwareSpec
@@ -15,6 +15,8 @@ from launcher.step_time import StepTime, dollars_per_million_tokens
 from launcher.units import MIB, format_bytes, format_seconds, format_step, signed_percent
 
 WIDTH = 80
+PRINTED_BYTES = MIB // 200
+"""What shows in MiB with two digits."""
 REJECTED_SHOWN = 8
 
 
@@ -244,33 +246,49 @@ def run_text(record: RunRecord) -> str:
 
 
 def reconciliation(predicted: MemoryEstimate, measured: MemoryMeasurement) -> list[str]:
-    """Predicted against measured, in MiB, with the signed error."""
-    phases = [["peak of phase, MiB", "predicted", "measured", "error"]]
+    """Predicted against measured, in MiB, with the signed error: phases, and what memory was for at their peaks.
+
+    Where the meter does not tell that (CUDA's counters), the lasting categories as they were weighed, and the rest.
+    """
+    rows = [["peak of phase, MiB", "predicted", "measured", "error"]]
     highest_predicted = highest_measured = 0
     for phase in Phase:
         ours, seen = predicted.phase(phase), measured.phase(phase)
         if ours is None or seen is None:
             continue
-        phases.append(_comparison(phase.value, ours.allocated_bytes, seen.allocated_bytes))
+        rows.append(_comparison(phase.value, ours.allocated_bytes, seen.allocated_bytes))
+        if seen.by_category_bytes is not None:
+            rows += _categories(ours.by_category_bytes, seen.by_category_bytes)
         if phase is not Phase.LOAD:
             highest_predicted = max(highest_predicted, ours.allocated_bytes)
             highest_measured = max(highest_measured, seen.allocated_bytes)
-    phases.append(_comparison("highest after loading", highest_predicted, highest_measured))
-    categories = [["size of category, MiB", "predicted", "measured", "error"]]
+    rows.append(_comparison("highest after loading", highest_predicted, highest_measured))
+    if all(seen.by_category_bytes is not None for seen in measured.phases):
+        return aligned(rows)
+    weighed = [["size of category, MiB", "predicted", "measured", "error"]]
     for category in RESIDENT:
         ours_bytes = predicted.resident_bytes.get(category, 0)
         seen_bytes = measured.resident_bytes.get(category, 0)
         if ours_bytes or seen_bytes:
-            categories.append(_comparison(category.value, ours_bytes, seen_bytes))
-    categories.append(
+            weighed.append(_comparison(category.value, ours_bytes, seen_bytes))
+    weighed.append(
         _comparison(
             "working set at the peak",
             highest_predicted - sum(predicted.resident_bytes.values()),
             highest_measured - sum(measured.resident_bytes.values()),
         )
     )
-    lines = aligned([*phases, *categories])
-    return [*lines[: len(phases)], "", *lines[len(phases) :]]
+    lines = aligned([*rows, *weighed])
+    return [*lines[: len(rows)], "", *lines[len(rows) :]]
+
+
+def _categories(predicted: Mapping[Category, int], measured: Mapping[Category, int]) -> list[list[str]]:
+    """One row for each category that has as much as can be printed."""
+    return [
+        _comparison(f"  {category.value}", ours, seen)
+        for category in Category
+        if max(ours := predicted.get(category, 0), seen := measured.get(category, 0)) >= PRINTED_BYTES
+    ]
 
 
 def ranks_reconciliation(predicted: MemoryEstimate, ranks: Sequence[MemoryMeasurement]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,16 @@ from launcher.memory import Category, HeldMemory
 from launcher.worker.leaks import allocated_now_bytes
 from launcher.worker.meter import resident_peak_bytes
 from launcher.worker.residents import distinct_storages, weigh_gradients, weigh_residents
-from launcher.worker.unseen import mapped_files
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A file that is part of the address space: weights are read so."""
+
+    begin: int
+    """First address."""
+    end: int
+    """Address after the last one; whole pages."""
 
 
 def held_memory(trainer: Trainer | None, before_bytes: int | None) -> HeldMemory | None:
@@ -52,3 +62,14 @@ def _mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
         for storage in distinct_storages(tensors)
         if any(file.begin <= storage.data_ptr() < file.end for file in files)
     )
+
+
+def mapped_files(maps: str) -> tuple[MappedFile, ...]:
+    """The weight files among a process's mappings, as /proc/self/maps words them."""
+    files = []
+    for line in maps.splitlines():
+        words = line.split(maxsplit=5)
+        if len(words) == 6 and words[5].removesuffix(" (deleted)").endswith(".safetensors"):
+            begin, end = (int(word, 16) for word in words[0].split("-"))
+            files.append(MappedFile(begin, end))
+    return tuple(files)

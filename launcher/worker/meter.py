@@ -2,7 +2,8 @@
 
 On CUDA torch's allocator counters, and NVML for the device. On CPU the allocator has no counters: torch's
 profiler reports every allocation and release of the CPU allocator, also those inside kernels, and their
-running sum on top of what was alive before is the measurement.
+running sum on top of what was alive before is the measurement. What each block is for follows from where in the
+step it was taken, and from the live objects that lie in it.
 """
 
 from __future__ import annotations
@@ -12,22 +13,26 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from launcher.memory import MeasuredPhase, Phase, Timeline, last_step
+from launcher.memory import Category, MeasuredPhase, Phase, Region, Timeline, last_step
+from launcher.regions import RegionWatch
 from launcher.run_record import WORKER_MARK
+from launcher.worker.account import Account, AccountedPeak
 from launcher.worker.collectives import settled_collectives
-from launcher.worker.residents import all_live_tensors, live_tensor_bytes
-from launcher.worker.unseen import DROP_MARK, RECEIVE_MARK, RELEASE_MARK, EarlierTensors, ForeignTensors
+from launcher.worker.residents import all_live_tensors, distinct_storages, live_tensor_bytes
+from launcher.worker.unseen import NOTE_MARK, Notes, WatchedTensors
 
 METERED_STEPS = 2
 """Optimizer steps under the CPU meter: the profiler is too dear for a whole run."""
-PHASE_MARK = "launcher.phase:"
-MARKS = (PHASE_MARK, RECEIVE_MARK, RELEASE_MARK, DROP_MARK)
+MEMORY_EVENT = "[memory]"
+"""What torch's profiler calls a change of the allocator's bytes."""
 
 
 class Meter(Protocol):
@@ -40,6 +45,9 @@ class Meter(Protocol):
 
     def measure_load(self) -> AbstractContextManager[None]:
         """Measures what happens inside: loading weights and attaching adapters."""
+
+    def watch(self, model: nn.Module) -> None:
+        """Follows the forward and backward passes of the model, if the meter can tell what memory is for."""
 
     def enter(self, phase: Phase, steps: int) -> None:
         """The training loop enters a phase after so many finished optimizer steps."""
@@ -58,20 +66,26 @@ class CpuMeter:
     """Allocator-level peaks on CPU, from the profiler's memory events.
 
     Args:
-        native_bytes: Bytes of tensors that Python doesn't see, asked whenever the meter begins to count anew.
+        native_bytes: Bytes of gradients that Python doesn't see, asked whenever the meter begins to count anew.
+        residents: What the run's lasting tensors are for, asked at the borders of phases.
     """
 
     name = "torch.profiler memory events"
 
-    def __init__(self, native_bytes: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        native_bytes: Callable[[], int] = lambda: 0,
+        residents: Callable[[], Mapping[Category, Sequence[torch.Tensor]]] = dict,
+    ) -> None:
         self._native_bytes = native_bytes
-        self._peaks: dict[Phase, int] = {}
+        self._residents = residents
+        self._peaks: dict[Phase, AccountedPeak] = {}
         self._profiler: Any = None
         self._while_profiled = ExitStack()
-        self._earlier = EarlierTensors(())
-        self._foreign = ForeignTensors()
-        self._base_bytes = 0
-        self._first_phase = Phase.LOAD
+        self._account = Account(Phase.LOAD)
+        self._notes = Notes()
+        self._watched = WatchedTensors(self._notes)
+        self._regions = RegionWatch(self._enter_region)
         self._seen: set[Phase] = set()
         self.step: Timeline | None = None
         self._phase = Phase.LOAD
@@ -84,12 +98,16 @@ class CpuMeter:
         self._start(Phase.LOAD, ())
         yield
         gc.collect()  # what only cycles hold is not part of the model
-        cumulative = self._stop()
+        totals = self._stop().totals
         after = live_tensor_bytes(all_live_tensors()) - before
-        highest = max((total for _, total in cumulative), default=0)
-        final = cumulative[-1][1] if cumulative else 0
         # weights mapped from files never pass the allocator; they count as what is alive afterwards
-        self._peaks[Phase.LOAD] = before + after + max(0, highest - final)
+        transient = max(0, max(totals, default=0) - (totals[-1] if totals else 0))
+        parts = {Category.PARAMETERS: after, Category.TEMPORARIES: before + transient}
+        self._peaks[Phase.LOAD] = AccountedPeak(sum(parts.values()), parts)
+
+    def watch(self, model: nn.Module) -> None:
+        """See `Meter`."""
+        self._regions.listen(model)
 
     def enter(self, phase: Phase, steps: int) -> None:
         """See `Meter`."""
@@ -98,32 +116,38 @@ class CpuMeter:
         wanted = steps < METERED_STEPS or phase not in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)
         wanted = wanted and (steps < METERED_STEPS or phase not in self._seen)
         begins = phase is Phase.TRAIN_STEP and phase not in self._seen
+        self._mark_residents()
         if self._profiler is not None and (begins or not wanted):
             # when training begins the account begins anew: what gloo's threads released of DDP's first broadcast, the
             # profiler, which reports no memory of other threads, has not seen
             self._fold_account()
         if self._profiler is None and wanted:
-            alive = all_live_tensors()
-            self._base_bytes = live_tensor_bytes(alive) + self._native_bytes()
-            self._start(phase, alive)
+            self._start(phase, all_live_tensors(), self._native_bytes())
+            self._mark_residents()
+        self._regions.region = Region.OUTSIDE
         if self._profiler is not None:
-            with record_function(PHASE_MARK + phase.value):
-                pass
+            self._notes.write(lambda account: account.enter_phase(phase))
             self._seen.add(phase)
 
     def receive(self, batch: Iterable[torch.Tensor]) -> None:
         """See `Meter`."""
-        self._foreign.receive(batch)
+        if self._profiler is not None:
+            tensors = list(batch)
+            self._watched.receive(tensors)
+            self._mark(tensors, Category.INPUTS)
 
     def finish(self) -> tuple[MeasuredPhase, ...]:
         """See `Meter`."""
+        self._mark_residents()
         if self._profiler is not None:
             self._fold_account()
         self._note_process()
         return tuple(
-            MeasuredPhase(phase, self._peaks[phase], None, self._process_bytes.get(phase))
+            MeasuredPhase(
+                phase, peak.allocated_bytes, None, self._process_bytes.get(phase), peak.by_category_bytes
+            )
             for phase in Phase
-            if phase in self._peaks
+            if (peak := self._peaks.get(phase)) is not None
         )
 
     def abandon(self) -> None:
@@ -133,52 +157,53 @@ class CpuMeter:
             self._profiler.stop()
             self._profiler = None
 
+    def _enter_region(self, region: Region) -> None:
+        if self._profiler is not None:
+            self._notes.write(lambda account: account.enter_region(region))
+
+    def _mark_residents(self) -> None:
+        if self._profiler is not None:
+            for category, tensors in self._residents().items():
+                self._mark(tensors, category)
+
+    def _mark(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
+        addresses = [storage.data_ptr() for storage in distinct_storages(tensors)]
+        self._notes.write(lambda account: account.mark(addresses, category))
+
     def _note_process(self) -> None:
         """The process's highest memory by the end of the phase, the kernel's view: it never falls."""
         highest = process_memory_bytes().get("peak")
         if highest is not None:
             self._process_bytes[self._phase] = highest
 
-    def _start(self, phase: Phase, alive: Sequence[torch.Tensor]) -> None:
-        self._first_phase = phase
-        self._earlier = EarlierTensors(alive)
+    def _start(self, phase: Phase, alive: Sequence[torch.Tensor], native_bytes: int = 0) -> None:
+        self._account, self._notes = Account(phase), Notes()
+        self._watched = WatchedTensors(self._notes)
+        self._watched.hold(self._account, alive)
+        if native_bytes:
+            self._account.take(None, native_bytes, Category.GRADIENTS)
         self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profiler.start()
         self._while_profiled.enter_context(settled_collectives())
 
-    def _stop(self) -> list[tuple[Phase, int]]:
-        """Running sum after every memory event, with the phase it fell into."""
+    def _stop(self) -> Account:
+        """What was held, moment by moment, since the profiler began."""
         self._while_profiled.close()
         self._profiler.stop()
         profiler, self._profiler = self._profiler, None
-        events = profiler.profiler.kineto_results.events()
-        timeline = sorted(
-            (
-                (event.start_ns(), event.name(), event.nbytes())
-                for event in events
-                if event.name() == "[memory]" or event.name().startswith(MARKS)
-            ),
-            key=lambda item: item[0],
-        )
-        phase, total, sums = self._first_phase, 0, []
-        dropped = 0  # marked, and perhaps about to be reported
-        for _, name, num_bytes in timeline:
-            if name == "[memory]":
-                total -= 0 if num_bytes == -dropped else dropped
-                dropped = 0
-                total += 0 if self._earlier.ends_file(num_bytes) else num_bytes
-                sums.append((phase, total))
-            elif name.startswith(DROP_MARK):
-                total -= dropped
-                dropped = int(name.removeprefix(DROP_MARK))
-            elif name.startswith((RECEIVE_MARK, RELEASE_MARK)):
-                sign = 1 if name.startswith(RECEIVE_MARK) else -1
-                total += sign * int(name.partition(":")[2])
-                sums.append((phase, total))
+        account, notes = self._account, self._notes
+        self._account, self._notes = Account(self._phase), Notes()
+        self._watched = WatchedTensors(self._notes)
+        for _, name, address, num_bytes in sorted(
+            _memory_events(profiler.profiler.kineto_results.experimental_event_tree()), key=itemgetter(0)
+        ):
+            if name:
+                notes.read(name, account)
+            elif num_bytes > 0:
+                account.take(address, num_bytes)
             else:
-                phase = Phase(name.removeprefix(PHASE_MARK))
-                sums.append((phase, total))
-        return sums
+                account.give_back(address)
+        return account
 
     def _fold_account(self) -> None:
         """Adds what was seen to the peaks, or says that there is no room to read it.
@@ -193,12 +218,27 @@ class CpuMeter:
                 f"{WORKER_MARK}no memory to read the meter: these phases have no measured peak\n"
             )
 
-    def _fold(self, sums: Sequence[tuple[Phase, int]]) -> None:
-        for phase, total in sums:
-            self._peaks[phase] = max(self._peaks.get(phase, 0), self._base_bytes + total)
-        phases = [phase for phase, _ in sums]
-        if Phase.OPTIMIZER_STEP in phases:
-            self.step = last_step([self._base_bytes + total for _, total in sums], phases)
+    def _fold(self, account: Account) -> None:
+        for phase, peak in account.peaks().items():
+            seen = self._peaks.get(phase)
+            if seen is None or peak.allocated_bytes > seen.allocated_bytes:
+                self._peaks[phase] = peak
+        if Phase.OPTIMIZER_STEP in account.phases:
+            self.step = last_step(account.totals, account.phases)
+
+
+def _memory_events(roots: Sequence[Any]) -> Iterator[tuple[int, str, int, int]]:
+    """What the profiler saw of memory, and the notes in between: time, note, address, bytes taken or given back."""
+    waiting = list(reversed(roots))
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(reversed(event.children))
+        name = event.name
+        if name == MEMORY_EVENT:
+            change = event.extra_fields
+            yield event.start_time_ns, "", change.ptr, change.alloc_size
+        elif name.startswith(NOTE_MARK):
+            yield event.start_time_ns, name, 0, 0
 
 
 class CudaMeter:
@@ -227,6 +267,9 @@ class CudaMeter:
         """Measures loading."""
         yield
         self._fold()
+
+    def watch(self, model: nn.Module) -> None:
+        """See `Meter`; counters don't tell what memory is for."""
 
     def enter(self, phase: Phase, steps: int) -> None:
         """See `Meter`; every step is measured."""

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from launcher import workload
 from launcher.engines import averaged_gradients, local_tensors, master_weights
-from launcher.memory import Category
+from launcher.memory import RESIDENT, Category
 from launcher.optimizers import optimizer_tensors
 
 
@@ -41,8 +41,13 @@ def all_live_tensors() -> list[torch.Tensor]:
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
-def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[Category, int]:
-    """Bytes of parameters, buffers and optimizer state, weighed on the live objects."""
+def resident_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> dict[Category, list[torch.Tensor]]:
+    """The parameters, buffers, gradients and optimizer state that are alive now.
+
+    With DeepSpeed the gradients are those of this rank's part, averaged over all ranks, and what parameters have.
+    """
     weights: list[torch.Tensor] = list(model.parameters())
     scales = [scale for weight in weights for scale in workload.scales_of(weight)]
     states_8bit = [
@@ -52,18 +57,33 @@ def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     scales += [scale for scale in moved if isinstance(scale, torch.Tensor)]
     states = optimizer.state.values() if optimizer is not None else ()
     tensors = [tensor for state in states for tensor in optimizer_tensors(state)]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     return {
-        Category.PARAMETERS: live_tensor_bytes(weights + scales),
-        Category.BUFFERS: live_tensor_bytes(model.buffers()),
-        Category.OPTIMIZER_STATE: live_tensor_bytes([*tensors, *master_weights(optimizer)]),
+        Category.PARAMETERS: weights + scales,
+        Category.BUFFERS: list(model.buffers()),
+        Category.GRADIENTS: [*averaged_gradients(optimizer), *gradients],
+        Category.OPTIMIZER_STATE: [*tensors, *master_weights(optimizer)],
     }
 
 
-def weigh_gradients(model: nn.Module, optimizer: Any = None) -> int:
-    """Bytes of the gradients that are alive now; with DeepSpeed those of this rank's part, averaged over all ranks."""
-    return live_tensor_bytes(
-        [*averaged_gradients(optimizer), *(p.grad for p in model.parameters() if p.grad is not None)]
-    )
+def lasting_tensors(trainers: Sequence[Any]) -> dict[Category, list[torch.Tensor]]:
+    """Those of a trainer, once it is built."""
+    return resident_tensors(trainers[0].model, trainers[0].optimizer) if trainers else {}
+
+
+def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[Category, int]:
+    """Bytes of parameters, buffers and optimizer state, weighed on the live objects."""
+    tensors = resident_tensors(model, optimizer)
+    return {
+        category: live_tensor_bytes(tensors[category])
+        for category in RESIDENT
+        if category is not Category.GRADIENTS
+    }
+
+
+def weigh_gradients(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Bytes of the gradients that are alive now."""
+    return live_tensor_bytes(resident_tensors(model, optimizer)[Category.GRADIENTS])
 
 
 def native_bucket_bytes(trainers: Sequence[Any]) -> int:

@@ -61,7 +61,7 @@ from launcher.worker.meter import (
 )
 from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.ranks import rank, world_size
-from launcher.worker.residents import native_bucket_bytes, weigh_gradients, weigh_residents
+from launcher.worker.residents import lasting_tensors, native_bucket_bytes, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.tasks import check_images
 from launcher.worker.trusted import trusted_checkpoints
@@ -93,7 +93,7 @@ def train(
     connect(plan)
     set_seed(job.training.seed)  # the adapters are the same on every process, and on any number of them
     built: list[Trainer] = []
-    meter: Meter = CudaMeter() if torch.cuda.is_available() else CpuMeter(lambda: native_bucket_bytes(built))
+    meter = _meter_of(built)
     with _abandoned_on_failure(meter):
         with meter.measure_load():
             model = ingredients.load()
@@ -122,6 +122,7 @@ def train(
             report(note)
         prepare_trainer(trainer, plan, enter)
         check_images(trainer, job)
+        meter.watch(model)
         _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
         _count_tokens(model, progress)
         save_aside(trainer, ingredients.output_dir)
@@ -134,6 +135,15 @@ def train(
             merged = ingredients.merged if job.method.merge else None
             save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
         return trainer, replace(_measured(meter, resident, progress, ingredients), leak=leaks.leak)
+
+
+def _meter_of(trainers: Sequence[Trainer]) -> Meter:
+    """What measures this process; the trainer joins when it is built."""
+    if torch.cuda.is_available():
+        return CudaMeter()
+    return CpuMeter(
+        native_bytes=lambda: native_bucket_bytes(trainers), residents=lambda: lasting_tensors(trainers)
+    )
 
 
 def _built(

@@ -1,0 +1,123 @@
+"""The meter's account: blocks of memory in the order in which they came and went, and what they were for.
+
+It knows nothing of torch: it is told of addresses and bytes, phases and regions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from launcher.memory import KEPT_FOR_BACKWARD, Category, Phase, Region, category_of
+
+
+@dataclass(slots=True)
+class HeldBlock:
+    """A block of memory, from the moment when it is taken."""
+
+    num_bytes: int
+    address: int | None
+    region: Region
+    category: Category | None = None
+    born: int = 0
+    """The moment when it was taken."""
+    gone: int | None = None
+    """The moment when it was given back; None while it is held."""
+
+
+@dataclass(frozen=True)
+class AccountedPeak:
+    """The highest moment of a phase."""
+
+    allocated_bytes: int
+    by_category_bytes: Mapping[Category, int]
+    """Sums to `allocated_bytes`."""
+
+
+class Account:
+    """Adds up what is held, moment by moment.
+
+    Args:
+        phase: The phase in which it begins.
+    """
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+        self._region = Region.OUTSIDE
+        self._blocks: list[HeldBlock] = []
+        self._held: dict[int, HeldBlock] = {}
+        self._total = 0
+        self.totals: list[int] = []
+        """Bytes held at every moment."""
+        self.phases: list[Phase] = []
+        """The phase of every moment."""
+
+    def take(self, address: int | None, num_bytes: int, category: Category | None = None) -> HeldBlock:
+        """A block is taken; None for an address that nobody will speak of.
+
+        What was at the address before is gone, whether or not anybody said so.
+        """
+        if address is not None:
+            self.give_back(address)
+        block = HeldBlock(num_bytes, address, self._region, category, len(self.totals))
+        self._blocks.append(block)
+        if address is not None:
+            self._held[address] = block
+        self._change(num_bytes)
+        return block
+
+    def give_back(self, address: int) -> None:
+        """A block is given back; of an address that holds nothing that was counted, nothing changes."""
+        block = self._held.get(address)
+        if block is not None:
+            self.drop(block)
+
+    def drop(self, block: HeldBlock) -> None:
+        """A block is given back, if it was not before."""
+        if block.gone is None:
+            block.gone = len(self.totals)
+            if block.address is not None:
+                del self._held[block.address]
+            self._change(-block.num_bytes)
+
+    def enter_phase(self, phase: Phase) -> None:
+        """A phase begins, outside of every region."""
+        self._phase = phase
+        self._region = Region.OUTSIDE
+        self._change(0)
+
+    def enter_region(self, region: Region) -> None:
+        """A region begins, and another ends: what the backbone leaves behind, or a recomputed layer, are activations."""
+        if self._region in KEPT_FOR_BACKWARD:
+            for block in self._held.values():
+                if block.category is None and block.region is self._region:
+                    block.category = Category.ACTIVATIONS
+        self._region = region
+
+    def mark(self, addresses: Iterable[int], category: Category) -> None:
+        """Says what blocks are for, for all the time that they are held; the first word counts."""
+        for address in addresses:
+            block = self._held.get(address)
+            if block is not None and block.category is None:
+                block.category = category
+
+    def peaks(self) -> dict[Phase, AccountedPeak]:
+        """The highest moment of every phase, the first of equals."""
+        highest: dict[Phase, int] = {}
+        for moment, (total, phase) in enumerate(zip(self.totals, self.phases, strict=True)):
+            if phase not in highest or total > self.totals[highest[phase]]:
+                highest[phase] = moment
+        return {phase: self._peak(moment) for phase, moment in highest.items()}
+
+    def _peak(self, moment: int) -> AccountedPeak:
+        sizes: Counter[Category] = Counter()
+        for block in self._blocks:
+            if block.born <= moment and (block.gone is None or moment < block.gone):
+                sizes[category_of(block.category, block.region)] += block.num_bytes
+        return AccountedPeak(self.totals[moment], dict(sizes))
+
+    def _change(self, num_bytes: int) -> None:
+        self._total += num_bytes
+        self.totals.append(self._total)
+        self.phases.append(self._phase)
