@@ -24,7 +24,7 @@ from launcher.knob_limits import knob_limits
 from launcher.memory import Phase
 from launcher.plan import Plan
 from launcher.planner.skyline import Skyline
-from scripts import accuracy
+from scripts import accuracy, accuracy_jobs
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 96, 64, 4096
 ROW = LENGTH * VOCABULARY * 2  # bf16 logits of one example
@@ -96,19 +96,19 @@ def test_a_window_of_one_batch_joins_nothing_on_the_device() -> None:
     "job",
     [
         pytest.param(
-            accuracy.AccuracyJob("llama", "lora", "full", 2, 64, evaluation=True, keep_logits=5),
+            accuracy_jobs.AccuracyJob("llama", "lora", "full", 2, 64, evaluation=True, keep_logits=5),
             marks=pytest.mark.thorough,
         ),
-        accuracy.AccuracyJob(
+        accuracy_jobs.AccuracyJob(
             "llama", "full", "none", 2, 64, precision="bf16", loss="plain", evaluation=True, keep_logits=3
         ),
     ],
 )
 def test_a_real_run_allocates_what_was_predicted(
-    job: accuracy.AccuracyJob, monkeypatch: pytest.MonkeyPatch
+    job: accuracy_jobs.AccuracyJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smaller = accuracy.ARCHITECTURES["llama"] | {"num_hidden_layers": 2, "vocab_size": 3000}
-    monkeypatch.setitem(accuracy.ARCHITECTURES, "llama", smaller)
+    smaller = accuracy_jobs.ARCHITECTURES["llama"] | {"num_hidden_layers": 2, "vocab_size": 3000}
+    monkeypatch.setitem(accuracy_jobs.ARCHITECTURES, "llama", smaller)
     result = accuracy.run_job(job)
     measured = result["measured_bytes"]["evaluation"]
     assert result["predicted_bytes"]["evaluation"] == pytest.approx(measured, rel=2e-3)

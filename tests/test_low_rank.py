@@ -29,7 +29,7 @@ from launcher.job import (
 from launcher.knob_limits import knob_limits
 from launcher.memory import Category
 from launcher.plan import Plan
-from scripts import accuracy
+from scripts import accuracy, accuracy_jobs
 
 WIDTH, INNER, LAYERS, VOCABULARY, RANK = 64, 192, 2, 512, 8
 CUDA = HardwareSpec(kind=DeviceKind.CUDA, supports_flash_attention=True)
@@ -144,9 +144,9 @@ def test_a_decomposition_holds_a_copy_of_its_matrix(rows: int, columns: int) -> 
 def test_a_real_run_allocates_what_was_predicted(
     optimizer: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smaller = accuracy.ARCHITECTURES["llama"] | {"num_hidden_layers": 2, "vocab_size": 3000}
-    monkeypatch.setitem(accuracy.ARCHITECTURES, "llama", smaller)
-    job = accuracy.AccuracyJob("llama", "full", "full", 2, 32, optimizer=optimizer, precision=precision)
+    smaller = accuracy_jobs.ARCHITECTURES["llama"] | {"num_hidden_layers": 2, "vocab_size": 3000}
+    monkeypatch.setitem(accuracy_jobs.ARCHITECTURES, "llama", smaller)
+    job = accuracy_jobs.AccuracyJob("llama", "full", "full", 2, 32, optimizer=optimizer, precision=precision)
     result = accuracy.run_job(job)
     for phase, measured in result["measured_bytes"].items():
         assert result["predicted_bytes"][phase] == pytest.approx(measured, rel=3e-3), phase

@@ -329,8 +329,21 @@ def _answers(
     yield replaced(masking_utils, "is_tracing", lambda tensor=None: False)
     yield replaced(masking_utils, "fast_all", lambda mask: not _pads(tape, mask))
     yield replaced(trainer_pt_utils, "nested_numpify", _zeros_like)
+    yield from _random_states(on_gpu)
     if subject.job.evaluation.keep_logits:
         yield all_batches(tape, window_of(subject.job, plan), on_gpu=on_gpu)
+
+
+def _random_states(on_gpu: bool) -> Iterator[AbstractContextManager[None]]:
+    """Stand-ins for the state of the CPU's random numbers, which checkpointing keeps for each layer (5,056 bytes).
+
+    torch 2.13, utils/checkpoint.py: `_checkpoint_without_reentrant_generator`. torch makes it where no trace sees it.
+    On a GPU it is host memory, among megabytes of others.
+    """
+    if not on_gpu:
+        num_bytes = torch.default_generator.get_state().nbytes
+        yield replaced(torch, "get_rng_state", lambda: torch.empty(num_bytes, dtype=torch.uint8))
+        yield replaced(torch, "set_rng_state", lambda state: None)
 
 
 @cache
