@@ -10,24 +10,36 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from launcher.memory import Region
 
 
 class RegionWatch:
-    """Tells when a model enters another region.
+    """Tells when a model that is trained enters another region.
 
     Args:
         enter: Called with the region that begins.
+        end_backward: Called when a micro batch's backward pass is over, while its gradients are there: engines may put
+            them elsewhere before their optimizer steps.
     """
 
-    def __init__(self, enter: Callable[[Region], None]) -> None:
+    def __init__(self, enter: Callable[[Region], None], end_backward: Callable[[], None]) -> None:
         self._tell = enter
+        self._end_backward = end_backward
         self.region = Region.OUTSIDE
 
-    def listen(self, model: Any) -> None:
-        """Follows the forward and backward passes of a model, adapters around it or not."""
+    def listen(self, trainer: Trainer) -> None:
+        """Follows the passes of a trainer's model, adapters around it or not; before it trains."""
+        backward = trainer.accelerator.backward
+
+        def backward_and_tell(*args: Any, **kwargs: Any) -> None:
+            backward(*args, **kwargs)
+            self._end_backward()
+
+        trainer.accelerator.backward = backward_and_tell
+        model: Any = trainer.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         backbone = base.base_model
         backbone.register_forward_pre_hook(lambda module, args: self.enter(Region.BACKBONE))

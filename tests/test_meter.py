@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,14 +103,15 @@ def test_what_memory_is_for_is_told_apart() -> None:
     model = Backbone()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     meter = CpuMeter(residents=lambda: resident_tensors(model, optimizer))
-    meter.watch(model)
+    trainer: Any = SimpleNamespace(model=model, accelerator=SimpleNamespace(backward=torch.Tensor.backward))
+    meter.watch(trainer)
     for step in range(2):
         meter.enter(Phase.TRAIN_STEP, step)
         batch = [torch.ones(MIB // 4)]
         meter.receive(batch)
         hidden = model(batch[0]).last_hidden_state
         scores = torch.cat([hidden, hidden])
-        scores.square().sum().backward()
+        trainer.accelerator.backward(scores.square().sum())
         del hidden, scores
         meter.enter(Phase.OPTIMIZER_STEP, step)
         optimizer.step()

@@ -78,7 +78,7 @@ class Rehearsal:
 
     def __post_init__(self) -> None:
         self._gradient_blocks: list[Block] = []
-        self._regions = RegionWatch(self._enter_region)
+        self._regions = RegionWatch(self._enter_region, self._end_backward)
 
     def inputs(self, folder: Path) -> dict[str, Any]:
         """Everything of the trainer that holds no tensors of the model; built outside the fake mode."""
@@ -289,7 +289,7 @@ class Rehearsal:
         return [*with_scales([tensor]), *gradient, *_state_tensors(self._trainer, tensor)]
 
     def _listen(self, trainer: Trainer) -> None:
-        self._regions.listen(self.model)
+        self._regions.listen(trainer)
         collate = trainer.data_collator
 
         def collate_and_mark(examples: list[Any]) -> Any:
@@ -304,18 +304,6 @@ class Rehearsal:
             return batch
 
         trainer.data_collator = collate_and_mark
-        backward = trainer.accelerator.backward
-
-        def backward_and_note(*args: Any, **kwargs: Any) -> None:
-            backward(*args, **kwargs)
-            self.tape.mark(  # what accumulates; an engine may put it elsewhere before its optimizer steps
-                [p.grad for p in self.model.parameters() if p.grad is not None], Category.GRADIENTS
-            )
-            if self.tape.recorder is not None:
-                is_last = self.batches_begun == self.plan.gradient_accumulation_steps
-                self.tape.recorder.stage = Stage.UPDATE if is_last else Stage.LATER_FORWARD
-
-        trainer.accelerator.backward = backward_and_note
         step = trainer.training_step
 
         def step_or_skip(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -335,6 +323,13 @@ class Rehearsal:
             if self.tape.recorder is not None:
                 self.tape.recorder.stage = Stage.LATER_FORWARD if self.batches_begun else Stage.FIRST_FORWARD
             self.batches_begun += 1
+
+    def _end_backward(self) -> None:
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        self.tape.mark(gradients, Category.GRADIENTS)
+        if self.tape.recorder is not None:
+            is_last = self.batches_begun == self.plan.gradient_accumulation_steps
+            self.tape.recorder.stage = Stage.UPDATE if is_last else Stage.LATER_FORWARD
 
 
 def _parts_of(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -47,6 +47,7 @@ class Account:
         self._region = Region.OUTSIDE
         self._blocks: list[HeldBlock] = []
         self._held: dict[int, HeldBlock] = {}
+        self._nameless: list[HeldBlock] = []
         self._total = 0
         self.totals: list[int] = []
         """Bytes held at every moment."""
@@ -54,12 +55,12 @@ class Account:
         """The phase of every moment."""
 
     def take(self, address: int | None, num_bytes: int, category: Category | None = None) -> HeldBlock:
-        """A block is taken; None for an address that nobody will speak of.
+        """A block is taken; None for an address that nobody knows.
 
         What was at the address before is gone, whether or not anybody said so.
         """
-        if address is not None:
-            self.give_back(address)
+        if address in self._held:
+            self.drop(self._held[address])
         block = HeldBlock(num_bytes, address, self._region, category, len(self.totals))
         self._blocks.append(block)
         if address is not None:
@@ -67,9 +68,25 @@ class Account:
         self._change(num_bytes)
         return block
 
-    def give_back(self, address: int) -> None:
-        """A block is given back; of an address that holds nothing that was counted, nothing changes."""
+    def hold_buckets(self, sizes_bytes: Iterable[int]) -> None:
+        """Buckets that gradients are views of are held, nobody knows where: they are blocks of their size, or more."""
+        unseen = Counter(sizes_bytes)
+        for block in self._held.values():
+            if block.category in (None, Category.GRADIENTS) and unseen[block.num_bytes] > 0:
+                block.category = Category.GRADIENTS
+                unseen[block.num_bytes] -= 1
+        self._nameless += [self.take(None, size, Category.GRADIENTS) for size in unseen.elements()]
+
+    def give_back(self, address: int, num_bytes: int) -> None:
+        """A block is given back: the one at the address, or one of its size of which nobody knew the address.
+
+        Of what was never counted nothing changes.
+        """
         block = self._held.get(address)
+        if block is None:
+            block = next((block for block in self._nameless if block.num_bytes == num_bytes), None)
+            if block is not None:
+                self._nameless.remove(block)
         if block is not None:
             self.drop(block)
 

@@ -13,13 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import Trainer
 
 from launcher.memory import Category, MeasuredPhase, Phase, Region, Timeline, last_step
 from launcher.regions import RegionWatch
@@ -46,8 +47,8 @@ class Meter(Protocol):
     def measure_load(self) -> AbstractContextManager[None]:
         """Measures what happens inside: loading weights and attaching adapters."""
 
-    def watch(self, model: nn.Module) -> None:
-        """Follows the forward and backward passes of the model, if the meter can tell what memory is for."""
+    def watch(self, trainer: Trainer) -> None:
+        """Follows the passes of the trainer's model, if the meter can tell what memory is for; before it trains."""
 
     def enter(self, phase: Phase, steps: int) -> None:
         """The training loop enters a phase after so many finished optimizer steps."""
@@ -66,7 +67,7 @@ class CpuMeter:
     """Allocator-level peaks on CPU, from the profiler's memory events.
 
     Args:
-        native_bytes: Bytes of gradients that Python doesn't see, asked whenever the meter begins to count anew.
+        buckets: Bytes of each bucket of gradients that Python may not see, asked whenever the meter begins to count anew.
         residents: What the run's lasting tensors are for, asked at the borders of phases.
     """
 
@@ -74,10 +75,10 @@ class CpuMeter:
 
     def __init__(
         self,
-        native_bytes: Callable[[], int] = lambda: 0,
+        buckets: Callable[[], Iterable[int]] = tuple,
         residents: Callable[[], Mapping[Category, Sequence[torch.Tensor]]] = dict,
     ) -> None:
-        self._native_bytes = native_bytes
+        self._buckets = buckets
         self._residents = residents
         self._peaks: dict[Phase, AccountedPeak] = {}
         self._profiler: Any = None
@@ -85,7 +86,7 @@ class CpuMeter:
         self._account = Account(Phase.LOAD)
         self._notes = Notes()
         self._watched = WatchedTensors(self._notes)
-        self._regions = RegionWatch(self._enter_region)
+        self._regions = RegionWatch(self._enter_region, self._mark_residents)
         self._seen: set[Phase] = set()
         self.step: Timeline | None = None
         self._phase = Phase.LOAD
@@ -105,9 +106,10 @@ class CpuMeter:
         parts = {Category.PARAMETERS: after, Category.TEMPORARIES: before + transient}
         self._peaks[Phase.LOAD] = AccountedPeak(sum(parts.values()), parts)
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, trainer: Trainer) -> None:
         """See `Meter`."""
-        self._regions.listen(model)
+        self._regions.listen(trainer)
+        self._mark_residents()  # an engine will put others in their place
 
     def enter(self, phase: Phase, steps: int) -> None:
         """See `Meter`."""
@@ -122,8 +124,7 @@ class CpuMeter:
             # profiler, which reports no memory of other threads, has not seen
             self._fold_account()
         if self._profiler is None and wanted:
-            self._start(phase, all_live_tensors(), self._native_bytes())
-            self._mark_residents()
+            self._start(phase, all_live_tensors())
         self._regions.region = Region.OUTSIDE
         if self._profiler is not None:
             self._notes.write(lambda account: account.enter_phase(phase))
@@ -134,7 +135,8 @@ class CpuMeter:
         if self._profiler is not None:
             tensors = list(batch)
             self._watched.receive(tensors)
-            self._mark(tensors, Category.INPUTS)
+            addresses = _addresses(tensors)
+            self._notes.write(lambda account: account.mark(addresses, Category.INPUTS))
 
     def finish(self) -> tuple[MeasuredPhase, ...]:
         """See `Meter`."""
@@ -163,12 +165,11 @@ class CpuMeter:
 
     def _mark_residents(self) -> None:
         if self._profiler is not None:
-            for category, tensors in self._residents().items():
-                self._mark(tensors, category)
+            for category, addresses in self._resident_addresses():
+                self._notes.write(partial(Account.mark, addresses=addresses, category=category))
 
-    def _mark(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
-        addresses = [storage.data_ptr() for storage in distinct_storages(tensors)]
-        self._notes.write(lambda account: account.mark(addresses, category))
+    def _resident_addresses(self) -> list[tuple[Category, list[int]]]:
+        return [(category, _addresses(tensors)) for category, tensors in self._residents().items()]
 
     def _note_process(self) -> None:
         """The process's highest memory by the end of the phase, the kernel's view: it never falls."""
@@ -176,12 +177,13 @@ class CpuMeter:
         if highest is not None:
             self._process_bytes[self._phase] = highest
 
-    def _start(self, phase: Phase, alive: Sequence[torch.Tensor], native_bytes: int = 0) -> None:
+    def _start(self, phase: Phase, alive: Sequence[torch.Tensor]) -> None:
         self._account, self._notes = Account(phase), Notes()
         self._watched = WatchedTensors(self._notes)
         self._watched.hold(self._account, alive)
-        if native_bytes:
-            self._account.take(None, native_bytes, Category.GRADIENTS)
+        for category, addresses in self._resident_addresses():
+            self._account.mark(addresses, category)
+        self._account.hold_buckets(self._buckets())
         self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profiler.start()
         self._while_profiled.enter_context(settled_collectives())
@@ -202,7 +204,7 @@ class CpuMeter:
             elif num_bytes > 0:
                 account.take(address, num_bytes)
             else:
-                account.give_back(address)
+                account.give_back(address, -num_bytes)
         return account
 
     def _fold_account(self) -> None:
@@ -225,6 +227,10 @@ class CpuMeter:
                 self._peaks[phase] = peak
         if Phase.OPTIMIZER_STEP in account.phases:
             self.step = last_step(account.totals, account.phases)
+
+
+def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
+    return [storage.data_ptr() for storage in distinct_storages(tensors)]
 
 
 def _memory_events(roots: Sequence[Any]) -> Iterator[tuple[int, str, int, int]]:
@@ -268,7 +274,7 @@ class CudaMeter:
         yield
         self._fold()
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, trainer: Trainer) -> None:
         """See `Meter`; counters don't tell what memory is for."""
 
     def enter(self, phase: Phase, steps: int) -> None:

@@ -6,7 +6,6 @@ A storage counts once and whole, whoever looks into it. Where engines hold a ran
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,8 +66,13 @@ def resident_tensors(
 
 
 def lasting_tensors(trainers: Sequence[Any]) -> dict[Category, list[torch.Tensor]]:
-    """Those of a trainer, once it is built."""
-    return resident_tensors(trainers[0].model, trainers[0].optimizer) if trainers else {}
+    """Those of a trainer, once it is built, and the gradients that offload keeps beside the optimizer's states."""
+    if not trainers:
+        return {}
+    tensors = resident_tensors(trainers[0].model, trainers[0].optimizer)
+    masters = master_weights(trainers[0].optimizer)
+    tensors[Category.GRADIENTS] += [weight.grad for weight in masters if weight.grad is not None]
+    return tensors
 
 
 def weigh_residents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[Category, int]:
@@ -86,8 +90,8 @@ def weigh_gradients(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     return live_tensor_bytes(resident_tensors(model, optimizer)[Category.GRADIENTS])
 
 
-def native_bucket_bytes(trainers: Sequence[Any]) -> int:
-    """Bytes of DDP's gradient buckets while no gradient looks into them: torch holds them where Python sees nothing.
+def bucket_sizes_bytes(trainers: Sequence[Any]) -> list[int]:
+    """Bytes of each of DDP's gradient buckets: torch holds them where Python sees nothing until gradients look into them.
 
     They are made when the model is wrapped and stay to the end (torch 2.13, nn/parallel/distributed.py).
 
@@ -96,12 +100,7 @@ def native_bucket_bytes(trainers: Sequence[Any]) -> int:
     """
     wrapped = trainers[0].model_wrapped if trainers else None
     if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        return 0
-    if any(parameter.grad is not None for parameter in wrapped.parameters()):
-        return 0
+        return []
     known: Any = wrapped._get_ddp_logging_data()
     words = known.get("rebuilt_bucket_sizes") or known.get("bucket_sizes") or ""
-    sizes = Counter(int(size) for size in str(words).split(",") if size.strip())
-    # an old gradient may still look into a bucket, and then Python sees it
-    sizes -= Counter(storage.nbytes() for storage in distinct_storages(all_live_tensors()))
-    return sum(size * count for size, count in sizes.items())
+    return [int(size) for size in str(words).split(",") if size.strip()]

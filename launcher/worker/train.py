@@ -61,7 +61,7 @@ from launcher.worker.meter import (
 )
 from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.ranks import rank, world_size
-from launcher.worker.residents import lasting_tensors, native_bucket_bytes, weigh_gradients, weigh_residents
+from launcher.worker.residents import bucket_sizes_bytes, lasting_tensors, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.tasks import check_images
 from launcher.worker.trusted import trusted_checkpoints
@@ -122,7 +122,7 @@ def train(
             report(note)
         prepare_trainer(trainer, plan, enter)
         check_images(trainer, job)
-        meter.watch(model)
+        meter.watch(trainer)
         _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
         _count_tokens(model, progress)
         save_aside(trainer, ingredients.output_dir)
@@ -141,9 +141,7 @@ def _meter_of(trainers: Sequence[Trainer]) -> Meter:
     """What measures this process; the trainer joins when it is built."""
     if torch.cuda.is_available():
         return CudaMeter()
-    return CpuMeter(
-        native_bytes=lambda: native_bucket_bytes(trainers), residents=lambda: lasting_tensors(trainers)
-    )
+    return CpuMeter(buckets=lambda: bucket_sizes_bytes(trainers), residents=lambda: lasting_tensors(trainers))
 
 
 def _built(
