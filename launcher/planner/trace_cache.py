@@ -63,6 +63,7 @@ TRACED = (
     "optimizers.py",
     "plan.py",
     "rates.py",
+    "regions.py",
     "step_time.py",
     "trainers.py",
     "units.py",
