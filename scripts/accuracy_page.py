@@ -85,7 +85,7 @@ def summary(results: list[dict[str, Any]]) -> str:
     errors = [peak_error_percent(result) for result in results]
     worst = max(errors, key=abs)
     return (
-        f"{len(errors)} jobs: median absolute error {statistics.median(map(abs, errors)):.3f} %, "
+        f"{len(errors)} jobs: median absolute error {statistics.median(map(abs, errors)):.4f} %, "
         f"worst {worst:+.3f} %, under-predicted {sum(error < 0 for error in errors)}"
     )
 

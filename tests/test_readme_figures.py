@@ -11,6 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from scripts.accuracy_page import category_table
+
 ROOT = Path(__file__).resolve().parent.parent
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
@@ -23,10 +25,10 @@ def data_of(kind: str) -> Any:
 
 def said(sentence: str) -> tuple[float, ...]:
     """The numbers of a sentence of the README, where `#` stands for each."""
-    pattern = re.escape(sentence).replace(r"\#", r"([+-]?\d+(?:\.\d+)?)")
+    pattern = re.escape(sentence).replace(r"\#", r"([+-]?\d[\d,]*(?:\.\d+)?)")
     match = re.search(pattern.replace(r"\ ", " "), README)
     assert match, sentence
-    return tuple(float(number) for number in match.groups())
+    return tuple(float(number.replace(",", "")) for number in match.groups())
 
 
 def highest_peak_errors(kind: str, what: str) -> list[float]:
@@ -61,8 +63,15 @@ def test_cpu_jobs() -> None:
         predicted = max(result["predicted_bytes"][phase] for phase in measured)
         errors.append(100 * (predicted / max(measured.values()) - 1))
     assert count == len(errors)
-    assert median == round(statistics.median(map(abs, errors)), 3)
+    assert median == round(statistics.median(map(abs, errors)), 4)
     assert worst == round(largest(errors), 3)
+
+
+def test_categories_of_cpu_jobs() -> None:
+    count, close = said("of # sizes of a category # were within 4 KiB")
+    lines = category_table(data_of("cpu")["results"]).splitlines()[2:]
+    cells = [line.split("|") for line in lines]
+    assert (count, close) == (sum(int(row[2]) for row in cells), sum(int(row[3]) for row in cells))
 
 
 def test_the_first_gpu() -> None:
