@@ -1,4 +1,4 @@
-"""Predicted against measured order of plans: twelve plans of SmolLM2-135M with LoRA, on this machine's CPU.
+"""Predicted against measured order of plans: 24 plans of SmolLM2-135M with LoRA, on this machine's CPU.
 
 Each plan trains in a process of its own: the same workload, real tensors, random weights. One process runs at a time
 (with six that took turns, a step each, the same step took up to half as long again), and all of them run again in another
@@ -26,7 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from launcher.documents import from_json, to_json
 from launcher.job import JobSpec
 from launcher.plan import Plan
 from launcher.planner.forecast import Forecaster
-from launcher.planner.objective import Price, Ranking
-from launcher.planner.space import batch_splits, checkpointing_modes, semantic_plans
+from launcher.planner.objective import Price
+from launcher.planner.search import search
+from launcher.planner.space import batch_splits, checkpointing_modes, losses, semantic_plans
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planning import resolve
@@ -61,24 +62,28 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 
 
 def plans_of(job: JobSpec) -> list[Plan]:
-    """Every checkpointing mode with every micro batch."""
+    """Every loss that is searched, with every checkpointing mode and every micro batch."""
     semantic = next(semantic_plans(job))
     return [
         replace(
-            semantic, activation_checkpointing=mode, micro_batch_size=micro, gradient_accumulation_steps=steps
+            semantic,
+            loss=loss,
+            activation_checkpointing=mode,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=steps,
         )
-        for mode in checkpointing_modes(job)
-        for micro, steps in batch_splits(job)
+        for loss, mode, (micro, steps) in product(losses(job), checkpointing_modes(job), batch_splits(job))
     ]
 
 
-def predict(job: JobSpec, plans: Sequence[Plan]) -> list[Price]:
-    """Memory and time of each plan, read off the regimes' traces."""
+def predict(job: JobSpec, plans: Sequence[Plan]) -> tuple[list[Price], Plan | None]:
+    """Memory and time of each plan, read off the regimes' traces, and the plan that the search takes."""
     rates = device_rates(job.hardware, cache_folder("rates"))
     with Tracer() as tracer:
         forecaster = Forecaster(job, tracer, TraceCache(cache_folder("traces")), 0, rates)
         forecaster.prepare(plans)
-        return [Price(plan, forecaster.estimate(plan), forecaster.step_time(plan)) for plan in plans]
+        prices = [Price(plan, forecaster.estimate(plan), forecaster.step_time(plan)) for plan in plans]
+        return prices, search(job, forecaster).plan
 
 
 class Runner:
@@ -119,11 +124,11 @@ class Runner:
         self._child.stdin.flush()
 
 
-def measure(job: JobSpec, plans: Sequence[Plan], rounds: int) -> list[list[float]]:
+def measure(job: JobSpec, plans: Sequence[Plan], passes: int, rounds: int) -> list[list[float]]:
     """Times of the steps of each plan that count."""
     order = random.Random(0)
     times: list[list[float]] = [[] for _ in plans]
-    for number in range(PASSES):
+    for number in range(passes):
         for place in order.sample(range(len(plans)), len(plans)):
             runner = Runner(job, plans[place], rounds + 1)
             try:
@@ -131,7 +136,7 @@ def measure(job: JobSpec, plans: Sequence[Plan], rounds: int) -> list[list[float
                 times[place] += [runner.step() for _ in range(rounds)]
             finally:
                 runner.end()
-        print(f"pass {number + 1} of {PASSES}", file=sys.stderr)
+        print(f"pass {number + 1} of {passes}", file=sys.stderr)
     return times
 
 
@@ -212,34 +217,36 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for item in sorted(results, key=lambda item: float(item["measured_seconds"])):
         error = 100 * (item["predicted_seconds"] / item["measured_seconds"] - 1)
         lines.append(
-            f"| {item['checkpointing']}, {item['micro_batch_size']} x {item['accumulation']} | "
+            f"| {item['loss']} loss, {item['checkpointing']}, {item['micro_batch_size']} x {item['accumulation']} | "
             f"{item['predicted_seconds']:.2f} | {item['measured_seconds']:.2f} | {error:+.0f} % | "
             f"{'chosen' if item['is_chosen'] else ''} |"
         )
     return "\n".join(lines)
 
 
-def check(rounds: int) -> dict[str, Any]:
+def check(passes: int, rounds: int) -> dict[str, Any]:
     """Predicts, measures, compares."""
     job = resolve(load_job(JOB), ())
-    prices = predict(job, plans_of(job))
-    chosen = Ranking(job.planner.objective, knows_speed=True).best(prices)
+    prices, chosen = predict(job, plans_of(job))
     load_before = os.getloadavg()[0]
     results = []
-    for price, times in zip(prices, measure(job, [price.plan for price in prices], rounds), strict=True):
+    for price, times in zip(
+        prices, measure(job, [price.plan for price in prices], passes, rounds), strict=True
+    ):
         assert price.step is not None  # a CPU has rates
         plan = price.plan
         results.append(
             {
+                "loss": plan.loss.value,
                 "checkpointing": plan.activation_checkpointing.value,
                 "micro_batch_size": plan.micro_batch_size,
                 "accumulation": plan.gradient_accumulation_steps,
                 "predicted_seconds": price.step.seconds,
                 "measured_seconds": min(times),
                 "steps_seconds": times,
-                "processes": PASSES,
+                "processes": passes,
                 "peak_bytes": price.estimate.peak_device_bytes,
-                "is_chosen": price is chosen,
+                "is_chosen": plan == chosen,
             }
         )
     step = prices[0].step
@@ -261,16 +268,22 @@ def joined(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     """
     if any(found[key] != earlier[key] for key in ("date", "job", "threads", "versions")):
         return found
-    known = {(item["checkpointing"], item["micro_batch_size"]): item for item in earlier["results"]}
+    known = {_knobs(item): item for item in earlier["results"]}
+    if set(known) != {_knobs(item) for item in found["results"]}:
+        return found
     results = []
     for item in found["results"]:
-        before = known[item["checkpointing"], item["micro_batch_size"]]
+        before = known[_knobs(item)]
         times = [*before["steps_seconds"], *item["steps_seconds"]]
         processes = before["processes"] + item["processes"]
         results.append(
             item | {"measured_seconds": min(times), "steps_seconds": times, "processes": processes}
         )
     return found | {"results": results}
+
+
+def _knobs(item: dict[str, Any]) -> tuple[Any, ...]:
+    return item.get("loss"), item["checkpointing"], item["micro_batch_size"]
 
 
 def write(found: dict[str, Any]) -> None:
@@ -301,6 +314,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--passes", type=int, default=PASSES)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--child", action="store_true", help="train one plan, read from stdin, as told there")
     options = parser.parse_args()
@@ -308,7 +322,7 @@ def main() -> None:
         order = json.loads(sys.stdin.readline())
         train_here(from_json(JobSpec, order["job"]), from_json(Plan, order["plan"]), order["steps"])
         return
-    found = check(options.rounds)
+    found = check(options.passes, options.rounds)
     print(table(found["results"]))
     print(summary(found["results"]))
     if options.write:

@@ -10,6 +10,7 @@ from launcher.job import (
     Checkpointing,
     DataSpec,
     JobSpec,
+    Loss,
     Method,
     MethodSpec,
     PlannerSpec,
@@ -43,6 +44,10 @@ class Law:
     """Tokens per micro batch beyond which each takes half as long again, as on a CPU with a cache."""
     recompute: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4)
     """What each mode adds to the time of a token."""
+    chunked_loss: float = 0.0
+    """What the loss adds to the time of a token when it works on tiles."""
+    plain_loss: float = 0.0
+    """What it adds when it works on all tokens at once, whose logits are all there then."""
     knows_speed: bool = True
 
     def price(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
@@ -62,7 +67,8 @@ class Law:
         step = always | {
             Category.GRADIENTS: trained if plan.gradient_accumulation_steps > 1 else 0,
             Category.ACTIVATIONS: tokens * per_token,
-            Category.LOGITS_AND_LOSS: self.logits_per_token * min(tokens, self.tile),
+            Category.LOGITS_AND_LOSS: self.logits_per_token
+            * (tokens if plan.loss is Loss.PLAIN else min(tokens, self.tile)),
             Category.TEMPORARIES: self.surplus if exact else 0,
         }
         update = always | {Category.GRADIENTS: trained, Category.TEMPORARIES: trained // 2}
@@ -75,18 +81,21 @@ class Law:
             context_bytes=self.context,
         )
 
-    def step(self, plan: Plan) -> StepTime | None:
-        """Time of a plan."""
+    def step(self, plan: Plan, *, without_loss: bool = False) -> StepTime | None:
+        """Time of a plan, or of all of it but the loss."""
         if not self.knows_speed:
             return None
         tokens = plan.micro_batch_size * plan.max_length
         more = 1 + self.recompute[MODES.index(plan.activation_checkpointing)]
         slower = 1.5 if tokens > self.cache_tokens else 1.0
-        batch = self.batch_seconds + tokens * self.token_seconds * slower
+        batch = (self.batch_seconds + tokens * self.token_seconds * slower) * more
+        if not without_loss:
+            share = self.plain_loss if plan.loss is Loss.PLAIN else self.chunked_loss
+            batch += tokens * self.token_seconds * share
         update = 1e-9 * self.parameters
         return StepTime(
-            batch * more,
-            batch * more * 1.001,
+            batch,
+            batch * 1.001,
             update,
             plan.gradient_accumulation_steps,
             plan.tokens_per_step,
@@ -94,8 +103,8 @@ class Law:
             True,
         )
 
-    def seconds(self, plan: Plan) -> float:
-        step = self.step(plan)
+    def seconds(self, plan: Plan, *, without_loss: bool = False) -> float:
+        step = self.step(plan, without_loss=without_loss)
         assert step is not None
         return step.seconds
 
@@ -123,14 +132,25 @@ class FakeForecaster(Forecaster):
         return self._regime(plan) in self.traced
 
     def lower_bound_bytes(self, plan: Plan) -> int:
+        bounds = [0]
         accumulating = replace(plan, gradient_accumulation_steps=2)
-        if plan.gradient_accumulation_steps != 1 or not self.is_prepared(accumulating):
-            return 0
-        known = self.law.price(accumulating)
-        bound = known.peak_device_bytes - known.resident_bytes[Category.GRADIENTS]
-        bound -= known.peak.by_category_bytes[Category.INPUTS]
-        assert bound <= self.law.price(plan).peak_device_bytes
-        return bound
+        if plan.gradient_accumulation_steps == 1 and self.is_prepared(accumulating):
+            price = self.law.price(accumulating)
+            bound = price.peak_device_bytes - price.resident_bytes[Category.GRADIENTS]
+            bounds.append(bound - price.peak.by_category_bytes[Category.INPUTS])
+        other = replace(plan, loss=Loss.PLAIN if plan.loss is Loss.CHUNKED else Loss.CHUNKED)
+        for known in {
+            other,
+            replace(other, gradient_accumulation_steps=max(2, other.gradient_accumulation_steps)),
+        }:
+            if self.is_prepared(known):
+                step = dict(self.law.price(known).phases[0].by_category_bytes)
+                step[Category.LOGITS_AND_LOSS] = 0
+                if known != other:
+                    step[Category.GRADIENTS] = step[Category.INPUTS] = 0
+                bounds.append(sum(step.values()) + self.law.context)
+        assert max(bounds) <= self.law.price(plan).peak_device_bytes
+        return max(bounds)
 
     def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
         self.prepare([plan], exact=exact)
@@ -152,23 +172,23 @@ class FakeForecaster(Forecaster):
         alike = [replace(plan, activation_checkpointing=mode) for mode in modes]
         other = 2 if plan.gradient_accumulation_steps == 1 else plan.gradient_accumulation_steps
         known = [
-            item
+            self.law.seconds(item, without_loss=loss is not plan.loss)
             for item in alike
-            if any(
-                self.is_prepared(
-                    replace(item, buckets=(like or plan).buckets, gradient_accumulation_steps=steps)
-                )
-                for steps in (item.gradient_accumulation_steps, other)
+            for loss in (Loss.CHUNKED, Loss.PLAIN)
+            for steps in (item.gradient_accumulation_steps, other)
+            if self.is_prepared(
+                replace(item, loss=loss, buckets=(like or plan).buckets, gradient_accumulation_steps=steps)
             )
         ]
-        return max((self.law.seconds(item) for item in known), default=0.0)
+        return max(known, default=0.0)
 
     def _regime(self, plan: Plan) -> tuple[object, ...]:
         """What one trace answers for: every batch above 1 and every length on one side of the tile."""
-        over = plan.micro_batch_size * plan.max_length > self.law.tile
+        tiled = plan.loss is Loss.CHUNKED
+        over = tiled and plan.micro_batch_size * plan.max_length > self.law.tile
         accumulates = plan.gradient_accumulation_steps > 1
         single = plan.micro_batch_size == 1
-        return plan.method, plan.rank, plan.activation_checkpointing, single, over, accumulates
+        return plan.method, plan.rank, plan.activation_checkpointing, plan.loss, single, over, accumulates
 
 
 def job_with(

@@ -15,11 +15,7 @@ import pytest
 from scripts import accuracy, accuracy_jobs, accuracy_page
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK_JOBS = 5
-CI_JOBS = [
-    pytest.param(job, marks=() if number < QUICK_JOBS else pytest.mark.thorough, id=job.name)
-    for number, job in enumerate(accuracy_jobs.JOBS[: accuracy_jobs.NUM_CI_JOBS])
-]
+CI_JOBS = [pytest.param(job, id=job.name) for job in accuracy_jobs.JOBS[: accuracy_jobs.NUM_CI_JOBS]]
 """Every method, seven architectures, both losses, padding, evaluation, several optimizers, bf16 and fp32."""
 LIMIT_PERCENT = 0.3
 MEDIAN_PERCENT, WORST_PERCENT = 0.2, 1.0

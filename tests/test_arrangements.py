@@ -14,6 +14,7 @@ from launcher.job import (
     Checkpointing,
     Engine,
     JobSpec,
+    Loss,
     Method,
     ModelSpec,
     Objective,
@@ -185,7 +186,13 @@ def test_what_no_engine_can_carry_out_says_why(forecaster: Forecaster) -> None:
 
 def test_what_an_engine_can_not_carry_out_is_no_option_of_a_search(forecaster: Forecaster) -> None:
     """The 16 MB that the plan without recomputation lacks are no reason to take what TRL refuses."""
-    pins = PinSpec(engine=Engine.DEEPSPEED, zero_stage=3, micro_batch_size=1, overlap_exchange=True)
+    pins = PinSpec(
+        engine=Engine.DEEPSPEED,
+        zero_stage=3,
+        micro_batch_size=1,
+        overlap_exchange=True,
+        loss=Loss.CHUNKED,
+    )
     spec = job(2, pins)
     spec = replace(spec, method=replace(spec.method, name=Method.LORA))
     free = search(spec, forecaster)

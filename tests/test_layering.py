@@ -131,6 +131,7 @@ DOORS: dict[str, set[str]] = {
         "planner.quiet",
         "planner.recorder",
         "planner.rehearsal",
+        "planner.stand_ins",
         "worker",
     },
     "hydra": {"config", "overrides", "sweep"},

@@ -54,7 +54,8 @@ def plan(folder: Path, *words: str) -> tuple[int, dict[str, object], str]:
         [
             sys.executable, "-m", "launcher.cli", f"model.path={folder}", f"data.path={folder}/train.jsonl",
             "data.format=auto", "data.max_length=96", "training.precision=fp32", "planner.pin.micro_batch_size=1",
-            "planner.pin.activation_checkpointing=full", "hardware=cpu", "action=plan", *words,
+            "planner.pin.activation_checkpointing=full", "planner.pin.loss=chunked", "hardware=cpu", "action=plan",
+            *words,
         ],
         capture_output=True, text=True, check=False, cwd=folder, timeout=600,
     )  # fmt: skip

@@ -14,25 +14,30 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from launcher.config import load_job
 from launcher.domain import Domain
 from launcher.job import (
     Checkpointing,
     Engine,
+    Loss,
     Method,
 )
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
-from launcher.planner.arrangements import (
-    default_buckets,
-)
+from launcher.planner.arrangements import Arrangement, default_buckets
 from launcher.planner.depth import assemble, plan_depths
 from launcher.planner.forecast import Forecaster
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.replica import Layers, at_full_depth, in_buckets
+from launcher.planner.space import semantic_plans
 from launcher.planner.stream import phase_peaks
 from launcher.planner.stream_depth import extend_stream
 from launcher.planner.subject import subject_of
+from launcher.planner.trace_cache import TraceCache
+from launcher.planner.tracer import Tracer
 from launcher.planner.worlds import TRACED_RANKS, part_share, traced_world
+from launcher.planning import resolve
+from launcher.rates import published_rates
 from scripts.accuracy_ranks import (
     ARCHITECTURE,
     GROUP_ELEMENTS,
@@ -228,3 +233,43 @@ def test_a_large_world_is_traced_as_a_small_one() -> None:
     within = replace(full(Engine.FSDP2, 3), num_devices=8, num_nodes=4, shard_within_node=True)
     assert (traced_world(within).num_devices, traced_world(within).num_nodes) == (8, 2)
     assert part_share(within) == 1.0  # nodes repeat what one node holds
+
+
+@pytest.mark.parametrize("method", [pytest.param(Method.LORA, marks=pytest.mark.thorough), Method.QLORA])
+def test_every_rank_computes_all_of_its_batch_whatever_is_sharded(method: Method) -> None:
+    """Products by DeepSpeed's own linear layer count like torch's, those with 4-bit weights too."""
+    words = ["recipe=llama_qlora", "hardware=a100_80g", "hardware.num_devices=2", "data.path=rows.jsonl"]
+    job = resolve(load_job([*words, f"method.name={method.value}", "data.max_length=256"]), ())
+    flops = []
+    with Tracer(("deepspeed", "bitsandbytes")) as tracer:
+        prices = Forecaster(job, tracer, TraceCache(None))
+        for arrangement in (Arrangement(Engine.DDP, 0), Arrangement(Engine.DEEPSPEED, 3)):
+            plan = replace(
+                arrangement.applied_to(next(semantic_plans(job)), job),
+                micro_batch_size=2,
+                gradient_accumulation_steps=1,
+            )
+            quantities, counts = prices.skyline(plan).work.at(2, 256)
+            flops.append(float(quantities[:, 0] @ counts))
+    assert flops[0] > 0
+    assert flops[1] == pytest.approx(flops[0], rel=1e-3)
+
+
+def test_what_one_trace_under_ddp_says_of_the_time_of_every_engine_holds() -> None:
+    """All weights are trained, so what is sharded is updated in parts: the time of that is not in the floor."""
+    words = ["recipe=smollm_lora", "method.name=full", "hardware=h100_80g", "hardware.num_devices=2"]
+    job = resolve(load_job([*words, "data.max_length=128", "training.global_batch_size=8"]), ())
+    rates = published_rates(job.hardware)
+    with Tracer(("deepspeed",)) as tracer:
+        known, truth = (Forecaster(job, tracer, TraceCache(None), rates=rates) for _ in range(2))
+
+        def arranged(engine: Engine, stage: int, loss: Loss) -> Plan:
+            plan = Arrangement(engine, stage).applied_to(next(semantic_plans(job)), job)
+            return replace(plan, loss=loss, micro_batch_size=2, gradient_accumulation_steps=2)
+
+        known.estimate(arranged(Engine.DDP, 0, Loss.CHUNKED))
+        for engine, stage in ((Engine.DEEPSPEED, 1), (Engine.DEEPSPEED, 3), (Engine.FSDP2, 3)):
+            for loss in (Loss.CHUNKED, Loss.PLAIN):
+                plan = arranged(engine, stage, loss)
+                floor, step = known.step_floor_seconds(plan), truth.step_time(plan)
+                assert step is not None and 0.4 * step.seconds < floor <= step.seconds, (plan, floor, step)

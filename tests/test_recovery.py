@@ -131,6 +131,7 @@ def long_job(tiny: Path, cache: Path, folder: Path) -> list[str]:
         "training.max_steps=5",
         "training.save_steps=1",
         "planner.pin.attention=eager",
+        "planner.pin.loss=chunked",
         "hardware.memory_bytes=1000000000000",
         "launch.rehearse=false",
     ]

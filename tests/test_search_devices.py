@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 
@@ -19,6 +20,7 @@ from launcher.job import (
     DataSpec,
     Engine,
     JobSpec,
+    Loss,
     Method,
     MethodSpec,
     ModelSpec,
@@ -89,9 +91,9 @@ class ShardedLaw(Law):
         gradients = round(whole.resident_bytes[Category.GRADIENTS] * shares[Category.GRADIENTS])
         return replace(whole, phases=tuple(phases), resident_bytes={Category.GRADIENTS: gradients})
 
-    def step(self, plan: Plan) -> StepTime | None:
+    def step(self, plan: Plan, *, without_loss: bool = False) -> StepTime | None:
         """Later arrangements exchange more: ZeRO 2 in every micro batch, ZeRO 3 weights as well; small buckets wait."""
-        alone = super().step(plan)
+        alone = super().step(plan, without_loss=without_loss)
         if alone is None:
             return None
         exchanges = (1, 1, plan.gradient_accumulation_steps, 2 * plan.gradient_accumulation_steps)
@@ -135,14 +137,16 @@ def law_on_devices(dice: random.Random) -> ShardedLaw:
         recompute=dice.choice([(0.0, 0.2, 0.3, 0.4), (0.0, 0.004, 0.008, 0.3), (0.0, 0.9, 0.3, 0.4)]),
         exchange_seconds=dice.choice([1e-7, 1e-4, 1e-2]),
         bucket_share=dice.choice([0.0, 0.4, 1.0]),
+        chunked_loss=dice.choice([0.0, 0.05, 0.3]),
+        plain_loss=dice.choice([0.0, 0.05, 0.3]),
     )
 
 
 def all_plans(job: JobSpec, like: Plan) -> Iterator[Plan]:
-    """Every arrangement, checkpointing and split of the global batch."""
+    """Every loss, arrangement, checkpointing and split of the global batch."""
     per_rank = job.training.global_batch_size // DEVICES
-    for arrangement in ORDER:
-        arranged = arrangement.applied_to(like, job)
+    for loss, arrangement in product((Loss.CHUNKED, Loss.PLAIN), ORDER):
+        arranged = arrangement.applied_to(replace(like, loss=loss), job)
         for mode in MODES:
             for micro in (size for size in range(1, per_rank + 1) if per_rank % size == 0):
                 yield replace(
@@ -201,10 +205,17 @@ def traced_small(forecaster: RankForecaster) -> list[Arrangement]:
 
 
 def least_bytes(plan: Plan, job: JobSpec, law: ShardedLaw) -> int:
-    """What a plan with small buckets needs at least, by what it needs with ordinary ones."""
+    """What a plan with small buckets needs at least, by what it needs with ordinary ones.
+
+    With plain loss, whose ordinary buckets may have no trace, by a step with the other loss, had that no logits.
+    """
     ordinary = with_ordinary_buckets(plan, job)
     assert ordinary is not None
-    return law.peak(ordinary) - buckets_hold_bytes(ordinary, ARCHITECTURE)
+    needed = law.peak(ordinary)
+    if plan.loss is Loss.PLAIN:
+        step = law.price(replace(ordinary, loss=Loss.CHUNKED)).phases[0]
+        needed = step.allocated_bytes - step.by_category_bytes[Category.LOGITS_AND_LOSS] + law.context
+    return needed - buckets_hold_bytes(ordinary, ARCHITECTURE)
 
 
 def rivals_of(fitting: list[Plan], law: ShardedLaw) -> list[Plan]:
@@ -225,8 +236,8 @@ def rivals_of(fitting: list[Plan], law: ShardedLaw) -> list[Plan]:
     ]
 
 
-def shape_of(plan: Plan) -> tuple[Checkpointing, int]:
-    return plan.activation_checkpointing, plan.micro_batch_size
+def shape_of(plan: Plan) -> tuple[Loss, Checkpointing, int]:
+    return plan.loss, plan.activation_checkpointing, plan.micro_batch_size
 
 
 def recomputes_for_nothing(plan: Plan, fitting: list[Plan]) -> bool:

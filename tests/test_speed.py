@@ -252,7 +252,7 @@ def test_what_was_measured_of_the_same_job_before_counts_too() -> None:
     """The speed check's own joining: the shortest step of all, and today's prediction; of another job nothing."""
 
     def findings(predicted: float, times: list[float], job: str = "a") -> dict[str, Any]:
-        plan = {"checkpointing": "none", "micro_batch_size": 1, "processes": 2}
+        plan = {"loss": "chunked", "checkpointing": "none", "micro_batch_size": 1, "processes": 2}
         result = plan | {
             "predicted_seconds": predicted,
             "steps_seconds": times,

@@ -56,7 +56,12 @@ PLAN = Plan(
     optimizer=Optimizer.ADAMW_TORCH_FUSED,
     precision=Precision.BF16,
 )
-FACTS = SubjectFacts(Lines(4096, (128, 1024), (64, 96)), DepthPlan((2, 3), 29.0), 32, True)
+FACTS = SubjectFacts(
+    {Loss.CHUNKED: Lines(4096, (128, 1024), (64, 96)), Loss.PLAIN: Lines(None, (128,), (64,))},
+    DepthPlan((2, 3), 29.0),
+    32,
+    True,
+)
 
 
 def key(job: JobSpec = JOB, plan: Plan = PLAN, what: object = None) -> str:
@@ -188,7 +193,7 @@ def named_modules(module: str) -> set[str]:
 def test_the_digest_holds_all_that_a_tracing_process_imports() -> None:
     """And nothing else: an edit of the command line makes no trace again."""
     planner = {name for name in MODULES if name.startswith("planner.")}
-    assert "planner.liger_twin" in named_modules("planner.trace"), "imported by its name"
+    assert "planner.liger_twin" in named_modules("planner.stand_ins"), "imported by its name"
     seen, waiting = set[str](), [*planner]
     while waiting:
         name = waiting.pop()
@@ -236,7 +241,11 @@ def test_skyline_comes_back_bit_for_bit(nasty_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "facts",
-    [FACTS, SubjectFacts(Lines(None, (), ()), DepthPlan((1,), 0.0), 1, False), replace(FACTS, num_layers=7)],
+    [
+        FACTS,
+        SubjectFacts({Loss.PLAIN: Lines(None, (), ())}, DepthPlan((1,), 0.0), 1, False),
+        replace(FACTS, num_layers=7),
+    ],
 )
 def test_facts_come_back(tmp_path: Path, facts: SubjectFacts) -> None:
     TraceCache(tmp_path).keep_facts("a", facts)

@@ -201,6 +201,27 @@ def test_bytes_and_operations_are_those_of_a_full_depth_trace() -> None:
         assert ours[1] == pytest.approx(theirs[1], rel=1e-2)  # part of a tile counts as part of a launch
 
 
+@pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
+def test_outside_of_the_loss_both_losses_do_the_same(method: Method) -> None:
+    """By stage: operations, floating-point ones and bytes of chunked and plain losses, at a shape that neither traced."""
+    rank = 4 if method is Method.LORA else 0
+    plans = [plan_of(6, 700, 2, method=method, rank=rank, loss=loss) for loss in (Loss.CHUNKED, Loss.PLAIN)]
+    whole = [traced(plan, DeviceKind.CUDA) for plan in plans]
+    ours, theirs = (table.without_loss() for table in whole)
+    for stage in Stage:
+        for one, other in zip(_totals(ours, stage), _totals(theirs, stage), strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
+        if "forward" in stage.value:
+            head = 2 * WIDTH * VOCABULARY * 6 * 699
+            assert _totals(whole[1], stage)[1] - _totals(theirs, stage)[1] == pytest.approx(head, rel=2e-3)
+
+
+def _totals(table: WorkTable, stage: Stage) -> tuple[float, float, float]:
+    quantities, counts = table.at(6, 700)
+    counts = counts * np.array([item is stage for item in table.stages])
+    return float(counts.sum()), float(quantities[:, 0] @ counts), float(quantities[:, 1] @ counts)
+
+
 def _bytes_and_counts(table: WorkTable) -> tuple[np.ndarray, np.ndarray]:
     quantities, counts = table.at(6, 700)
     return quantities[:, 1] * counts, counts

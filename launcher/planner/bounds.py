@@ -9,6 +9,7 @@ from typing import Any
 from launcher.job import AdapterDtype, Engine, JobSpec, Method, Precision
 from launcher.memory import Category
 from launcher.plan import Plan
+from launcher.planner.subject import NO_OFFLOAD
 from launcher.planner.tracer import SubjectFacts
 
 RECOMPUTED = (Category.ACTIVATIONS, Category.TEMPORARIES)
@@ -81,6 +82,11 @@ def gradient_bytes(plan: Plan, facts: SubjectFacts) -> int:
     return facts.trained_bytes
 
 
+def replicated_plan(plan: Plan) -> Plan:
+    """The same job under DDP, whatever its buckets."""
+    return replace(plan, engine=Engine.DDP, zero_stage=0, buckets=None, **NO_OFFLOAD)
+
+
 def differs_in_engine(known: Plan, replicated: Plan) -> bool:
     """Whether a plan is the same job under DDP."""
-    return known.engine is Engine.DDP and replace(known, buckets=None) == replace(replicated, buckets=None)
+    return known.engine is Engine.DDP and replace(known, buckets=None) == replicated

@@ -7,7 +7,7 @@ from dataclasses import replace
 from launcher import workload
 from launcher.job import Attention, Method
 from launcher.planner.depth import plan_depths
-from launcher.planner.trace import TraceSubject, open_subject, regime_lines, shallow_model
+from launcher.planner.trace import TraceSubject, lines_by_loss, open_subject, shallow_model
 from launcher.planner.tracer import Subject, SubjectFacts
 
 
@@ -24,7 +24,7 @@ def facts(subject: Subject) -> SubjectFacts:
     whole = [
         round(few + depths.steps * (more - few)) for few, more in zip(weights[0], weights[-1], strict=True)
     ]
-    return SubjectFacts(regime_lines(opened), depths, text.num_hidden_layers, supports_sdpa, *whole)
+    return SubjectFacts(lines_by_loss(opened), depths, text.num_hidden_layers, supports_sdpa, *whole)
 
 
 def _weights(subject: TraceSubject, depth: int) -> tuple[int, int, int]:

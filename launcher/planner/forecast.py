@@ -6,16 +6,13 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from launcher.domain import Domain
 from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind
-from launcher.job import (
-    Checkpointing,
-    Engine,
-    JobSpec,
-)
+from launcher.job import Checkpointing, Engine, JobSpec, Loss
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
 from launcher.planner.bounds import (
@@ -23,6 +20,7 @@ from launcher.planner.bounds import (
     computes_alike,
     differs_in_engine,
     gradient_bytes,
+    replicated_plan,
     sharded_categories,
     static_floor_bytes,
 )
@@ -33,10 +31,11 @@ from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.reserve import with_reserved, with_workspaces
 from launcher.planner.skyline import Profile, Skyline
+from launcher.planner.space import losses
 from launcher.planner.speed import SpeedModel
 from launcher.planner.stream import Stream, phase_peaks, with_waiting_inputs
 from launcher.planner.stream_depth import extend_stream
-from launcher.planner.subject import NO_OFFLOAD, alone, subject_of
+from launcher.planner.subject import alone, subject_of
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Subject, SubjectFacts, Tracer
 from launcher.rates import Rates
@@ -87,13 +86,15 @@ class Forecaster:
         self._job = job
         self._budget_bytes = budget_bytes or job.hardware.memory_bytes
         self._rates = rates
-        self._speeds: dict[tuple[str, Checkpointing], SpeedModel] = {}
+        self._speeds: dict[tuple[str, Checkpointing, bool], SpeedModel] = {}
         self._questions: dict[tuple[Plan, bool], _Question] = {}
         self._tracer = tracer
         self._cache = cache
         self._facts: dict[str, SubjectFacts] = {}
         self._skylines: dict[str, Skyline] = {}
         self._streams: dict[str, Mapping[int, Stream]] = {}
+        # plans under DDP that were asked for, by what they are without buckets
+        self._replicated: dict[Plan, Plan] = {}
         self._pending: dict[str, tuple[Future[Profile], ...]] = {}
 
     def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
@@ -134,18 +135,18 @@ class Forecaster:
 
         With one micro batch per step nothing is accumulated; otherwise the step is that of two micro batches,
         whose second one has the whole gradients beside what it needs itself. Without them, and without the
-        inputs that wait, it needs no more than the plan. Nor does another checkpointing, without what that changes.
+        inputs that wait, it needs no more than the plan. Nor does another checkpointing, or another loss, without what
+        that changes.
         """
         question = self._question(plan, exact=False)
         accumulating = replace(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
         bounds = [static_floor_bytes(plan, question.facts) + self._job.hardware.context_bytes]
-        for mode in Checkpointing:
-            for known in {plan, accumulating}:
-                alike = replace(known, activation_checkpointing=mode)
-                if self.is_prepared(alike):
-                    bounds.append(self._bound_from(alike, plan, question.facts))
+        for mode, known, loss in product(Checkpointing, {plan, accumulating}, losses(self._job)):
+            alike = replace(known, activation_checkpointing=mode, loss=loss)
+            if self.is_prepared(alike):
+                bounds.append(self._bound_from(alike, plan, question.facts))
         if plan.zero_stage and plan.world_size > 1 and computes_alike(self._job, plan):
-            like = replace(plan, engine=Engine.DDP, zero_stage=0, **NO_OFFLOAD)
+            like = replicated_plan(plan)
             same = [known for known, exact in self._questions if not exact and differs_in_engine(known, like)]
             bounds += [self._floor(known, sharded_categories(plan), only_steps=True) for known in same]
         return max(bounds)
@@ -160,12 +161,16 @@ class Forecaster:
         return self._job.hardware.context_bytes + skyline.floor_bytes(*shape, without, only_steps=only_steps)
 
     def _bound_from(self, known: Plan, plan: Plan, facts: SubjectFacts) -> int:
-        """What a plan with a trace, which differs in checkpointing or accumulation, says of one without."""
+        """What a plan with a trace, which differs in checkpointing, loss or accumulation, says of one without."""
         estimate = self.estimate(known)
         bound = estimate.peak_device_bytes
+        differs = known.loss is not plan.loss
+        without: tuple[Category, ...] = (Category.LOGITS_AND_LOSS,) if differs else ()
         if known.activation_checkpointing is not plan.activation_checkpointing:
-            # what ZeRO 3 has gathered when a phase begins hangs on the step before
-            bound = self._floor(known, RECOMPUTED, only_steps=plan.zero_stage == 3)
+            without += RECOMPUTED
+        if without:
+            # what ZeRO 3 has gathered when a phase begins hangs on the step before; evaluation has a loss too
+            bound = self._floor(known, without, only_steps=plan.zero_stage == 3 or differs)
         if known.gradient_accumulation_steps != plan.gradient_accumulation_steps:
             # under an engine the gradients that are held at the step are a part of those that were accumulated
             bound -= max(estimate.resident_bytes[Category.GRADIENTS], gradient_bytes(plan, facts))
@@ -209,7 +214,8 @@ class Forecaster:
         """A time that the plan's step can't go below, from traces that exist; 0 when none says anything.
 
         A plan that recomputes less runs a part of the same operations. And the first micro batch of a step, and its
-        update, are the same whether others follow or not.
+        update, are the same whether others follow or not. So is all but the loss with another loss, and what each
+        device computes of its batch whatever is sharded.
 
         Args:
             plan: The plan.
@@ -217,26 +223,43 @@ class Forecaster:
         """
         floor = 0.0
         modes = list(Checkpointing)
-        for mode in modes[: modes.index(plan.activation_checkpointing) + 1]:
-            for accumulation in {min(plan.gradient_accumulation_steps, 2), 2}:
-                changes: dict[str, Any] = {
-                    "activation_checkpointing": mode,
-                    "gradient_accumulation_steps": accumulation,
-                }
-                alike = replace(like or plan, **changes)
-                question = self._question(alike, exact=False)
-                skyline = None if question.key in self._pending else self._kept(question)
-                step = None if skyline is None else self._step_time(question, skyline, plan)
-                floor = max(floor, 0.0 if step is None else step.seconds)
+        less = modes[: modes.index(plan.activation_checkpointing) + 1]
+        micro_batches = {min(plan.gradient_accumulation_steps, 2), 2}
+        for mode, accumulation, loss in product(less, micro_batches, losses(self._job)):
+            changes: dict[str, Any] = {
+                "activation_checkpointing": mode,
+                "gradient_accumulation_steps": accumulation,
+                "loss": loss,
+            }
+            alike = replace(like or plan, **changes)
+            is_other = loss is not plan.loss
+            step = self._step_known(alike, plan, without_loss=is_other)
+            floor = max(floor, 0.0 if step is None else step.seconds)
+            replicated = self._replicated.get(replicated_plan(alike)) if plan.world_size > 1 else None
+            if replicated is not None and computes_alike(self._job, plan):
+                step = self._step_known(replicated, plan, without_loss=is_other)
+                # what is sharded is updated in parts
+                floor = max(floor, 0.0 if step is None else step.seconds - step.update_seconds)
         return floor
 
-    def _step_time(self, question: _Question, skyline: Skyline, plan: Plan) -> StepTime | None:
+    def _step_known(self, known: Plan, plan: Plan, *, without_loss: bool) -> StepTime | None:
+        """The time of a plan's step by the trace of another one; None where there is no trace."""
+        question = self._question(known, exact=False)
+        skyline = None if question.key in self._pending else self._kept(question)
+        return (
+            None if skyline is None else self._step_time(question, skyline, plan, without_loss=without_loss)
+        )
+
+    def _step_time(
+        self, question: _Question, skyline: Skyline, plan: Plan, *, without_loss: bool = False
+    ) -> StepTime | None:
         if self._rates is None:
             return None
         # a floor takes the operations of a plan that recomputes less, each with the host's time for this plan's
-        key = question.key, plan.activation_checkpointing
+        key = question.key, plan.activation_checkpointing, without_loss
         if key not in self._speeds:
-            self._speeds[key] = SpeedModel(skyline.work, self._rates, plan.activation_checkpointing.value)
+            work = skyline.work.without_loss() if without_loss else skyline.work
+            self._speeds[key] = SpeedModel(work, self._rates, plan.activation_checkpointing.value)
         batch, length = plan.micro_batch_size, plan.max_length
         step = self._speeds[key].step(batch, length, plan.gradient_accumulation_steps)
         held = skyline.resident_bytes(batch, length)[Category.PARAMETERS]
@@ -282,8 +305,8 @@ class Forecaster:
 
     def _keep_skyline(self, question: _Question, skyline: Skyline) -> None:
         self._skylines[question.key] = skyline
-        for mode in Checkpointing:
-            self._speeds.pop((question.key, mode), None)
+        for mode, without_loss in product(Checkpointing, (False, True)):
+            self._speeds.pop((question.key, mode, without_loss), None)
         self._cache.keep_skyline(question.key, skyline)
 
     def _kept(self, question: _Question) -> Skyline | None:
@@ -323,6 +346,8 @@ class Forecaster:
         known = self._questions.get((plan, exact))
         if known is None:
             known = self._questions[plan, exact] = self._ask(plan, exact)
+            if plan.engine is Engine.DDP and not exact:
+                self._replicated[replicated_plan(plan)] = plan
         return known
 
     def _ask(self, plan: Plan, exact: bool) -> _Question:
@@ -330,13 +355,14 @@ class Forecaster:
         facts = self._facts_of(subject)
         batch, length = plan.micro_batch_size, plan.max_length
         accumulation = min(plan.gradient_accumulation_steps, 2)
-        if length < facts.lines.shortest:
+        lines = facts.lines[plan.loss]
+        if length < lines.shortest:
             raise UnsupportedByPlanner(
-                f"data.max_length={length}: the images of an example take {facts.lines.shortest - 1} tokens",
-                f"data.max_length of {facts.lines.shortest} or more, or fewer data.images_per_example",
+                f"data.max_length={length}: the images of an example take {lines.shortest - 1} tokens",
+                f"data.max_length of {lines.shortest} or more, or fewer data.images_per_example",
             )
-        domain = domain_of(batch, length, facts.lines)
-        shape = None if exact else symbolic_shape(domain, facts.lines)
+        domain = domain_of(batch, length, lines)
+        shape = None if exact else symbolic_shape(domain, lines)
         if shape is None:
             domain = Domain(batch, batch, length, length, 1, None)
             shape = TracedShape(batch, length, batch_is_symbol=False, length_is_symbol=False)
@@ -347,10 +373,9 @@ class Forecaster:
         )
 
     def _facts_of(self, subject: Subject) -> SubjectFacts:
-        # neither checkpointing nor an engine moves a line; one answer serves every mode
-        subject = replace(
-            subject, plan=alone(replace(subject.plan, activation_checkpointing=Checkpointing.NONE))
-        )
+        # neither checkpointing nor an engine moves a line, and each loss has its own; one answer serves every mode
+        plain = replace(subject.plan, activation_checkpointing=Checkpointing.NONE, loss=Loss.PLAIN)
+        subject = replace(subject, plan=alone(plain))
         key = self._cache.key(subject, {"facts": True})
         facts = self._facts.get(key) or self._cache.facts(key)
         if facts is None:

@@ -57,6 +57,7 @@ NAMES: Mapping[WorkKind, tuple[str, ...]] = {
 """Beginnings of names, by kind; the longest that fits counts. All others are light: one pass over their elements."""
 PRODUCTS = {
     "aten::mm": (0, 1, False),
+    "aten::matmul": (0, 1, False),
     "aten::linear": (0, 1, True),
     "aten::addmm": (1, 2, False),
     "aten::addmm_": (1, 2, False),
@@ -157,8 +158,9 @@ class Describer:
     ) -> Work:
         """A matrix product; `transposed` says that the second operand lies the other way round."""
         columns = right.shape[-2] if transposed else right.shape[-1]
-        groups = left.shape[:-2] if left.dim() == right.dim() and not transposed else ()
-        rows = math.prod(left.shape[:-1]) if transposed else left.shape[-2]
+        is_alike = left.dim() == right.dim() and not transposed
+        groups = left.shape[:-2] if is_alike else ()
+        rows = left.shape[-2] if is_alike else math.prod(left.shape[:-1])
         sides = [factor_dimension(int(side), self._shape) for side in (rows, left.shape[-1], columns)]
         flops: dict[Exponents, int] = {CONSTANT: 2}
         for factor in (*sides, *(factor_dimension(int(group), self._shape) for group in groups)):

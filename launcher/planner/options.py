@@ -16,6 +16,8 @@ class Options:
     fitting: list[Price] = field(default_factory=list)
     failed: list[Price] = field(default_factory=list)
     """Plans that accumulate and exceed the device."""
+    bounded: list[tuple[Plan, int]] = field(default_factory=list)
+    """Plans that accumulate and exceed the device, with what they need at least, bytes."""
 
     def is_dominated(self, plan: Plan) -> bool:
         """Whether a plan with the same micro batch fits that recomputes less and is never slower."""

@@ -10,6 +10,7 @@ from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, Rejection
 from launcher.planner.arrangements import Arrangement, arrangement_of, arrangement_words
 from launcher.planner.objective import SAME, Price, Ranking
+from launcher.planner.space import losses
 from launcher.units import format_bytes, format_step
 
 NOT_PRICED = "; not priced"
@@ -64,6 +65,8 @@ def worse(price: Price, best: Price, ranking: Ranking) -> str:
         return f"slower than the plan taken: {_rule(price.plan, best.plan)}"
     if price.step.seconds <= ranking.within(best.step.seconds) and more >= 0:
         return f"as fast as the plan taken, and needs {format_bytes(more)} more"
+    if price.plan.loss is not best.plan.loss and price.step.seconds <= best.step.seconds:
+        return f"{_not_worth_it(price.plan, best.plan)}: {_seconds(price, best)}"
     if price.plan.activation_checkpointing is not best.plan.activation_checkpointing:
         return f"slower than the plan taken: {_seconds(price, best)}; {_rule(price.plan, best.plan)}"
     return f"slower than the plan taken: {_seconds(price, best)}"
@@ -105,6 +108,11 @@ def unpriced(plan: Plan, floor: float, best: Price, ranking: Ranking, is_dominat
         return f"recomputes or offloads more than a plan with the same micro batch that fits{NOT_PRICED}"
     if best.step is None:
         return f"slower than the plan taken: {_rule(plan, best.plan)}{NOT_PRICED}"
+    if plan.loss is not best.plan.loss and floor <= best.step.seconds:
+        return (
+            f"{_not_worth_it(plan, best.plan)}: at least {format_step(floor)} per step, not "
+            f"{format_step(best.step.seconds)}{NOT_PRICED}"
+        )
     return (
         f"slower than the plan taken: at least {format_step(floor)} per step, not "
         f"{format_step(best.step.seconds)}{NOT_PRICED}"
@@ -118,6 +126,11 @@ def runner_up(second: Price, best: Price, ranking: Ranking) -> str:
     if second.step is None or best.step is None:
         return "the runner-up: fits, and is slower by the planner's rules"
     return f"the runner-up: fits; {_seconds(second, best)}"
+
+
+def _not_worth_it(plan: Plan, best: Plan) -> str:
+    """A plan with another loss that may be as fast."""
+    return f"{plan.loss.value} loss is not more than {SAME:.0%} faster than {best.loss.value} loss"
 
 
 def _seconds(price: Price, best: Price) -> str:
@@ -175,6 +188,9 @@ def taken(
             words.append(f"no plan that fits is more than {SAME:.0%} faster")
         else:
             words.append(f"{size} is pinned" if pinned else f"{size} is the largest that fits")
+    first = losses(job)[0]
+    if plan.loss is not first:
+        words.append(f"with {first.value} loss no plan that fits is as good")
     words += _shortfalls(plan, rejected)
     words.append(f"{format_bytes(budget_bytes - best.estimate.peak_device_bytes)} remain above the headroom")
     if left:

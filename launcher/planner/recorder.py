@@ -7,6 +7,7 @@ a twin stands for is counted as the operation itself, unless the twin is made of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class WorkRecorder:
             if in_head and tiles:
                 count = self._tiled(signature, number, tiles.get((stage, signature)))
             for work in self._works[signature] if count else ():
-                entry = tally.setdefault((stage, work), {})
+                entry = tally.setdefault((stage, replace(work, in_loss=in_head)), {})
                 for pair, value in count.items():
                     entry[pair] = entry.get(pair, 0.0) + value
         return tally

@@ -24,8 +24,7 @@ def semantic_plans(job: JobSpec) -> Iterator[Plan]:
     methods = (pin.method,) if pin.method else choices.method or (job.method.name,)
     lengths = (pin.max_length,) if pin.max_length else choices.max_length or (job.data.length,)
     ranks = (pin.rank,) if pin.rank else choices.rank or (job.method.rank,)
-    # a classifier has a few scores per text, and nothing to cut into tiles
-    loss = Loss.PLAIN if job.model.task is Task.SEQUENCE_CLASSIFICATION else pin.loss or Loss.CHUNKED
+    loss = losses(job)[0]
     if pin.rank and set(methods) == {Method.FULL}:
         raise ConfigError(
             f"planner.pin.rank={pin.rank} is a LoRA rank, and the job's only method is {Method.FULL.value}",
@@ -46,6 +45,16 @@ def semantic_plans(job: JobSpec) -> Iterator[Plan]:
                     optimizer=job.training.optimizer,
                     precision=job.training.precision,
                 )
+
+
+def losses(job: JobSpec) -> tuple[Loss, ...]:
+    """Kernels of the loss that a job can choose from; the first one is taken unless another is better.
+
+    Liger's needs a package that may be absent, and is taken only where it is pinned.
+    """
+    if job.model.task is Task.SEQUENCE_CLASSIFICATION:
+        return (Loss.PLAIN,)  # a classifier has a few scores per text, and nothing to cut into tiles
+    return (job.planner.pin.loss,) if job.planner.pin.loss else (Loss.CHUNKED, Loss.PLAIN)
 
 
 def batch_splits(job: JobSpec) -> tuple[tuple[int, int], ...]:

@@ -7,22 +7,18 @@ import importlib
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers.masking_utils as masking_utils
-import transformers.trainer_pt_utils as trainer_pt_utils
 import trl.kernels.chunked_logprob as trl_chunked
 import trl.trainer.utils as trl_utils
-from numpy.typing import NDArray
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -39,16 +35,15 @@ from launcher.planner.attribution import Attribution
 from launcher.planner.depth import assemble_first, layer_period, plan_depths, truncate
 from launcher.planner.fast_fake import FastFakeTensorMode, Memory, Told
 from launcher.planner.generation import generation_lengths
-from launcher.planner.kept_logits import all_batches, window_of
 from launcher.planner.materialize import quantized_layers
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.quiet import quiet
 from launcher.planner.recorder import WorkRecorder
 from launcher.planner.regimes import Lines, config_dimensions, domain_of, symbolic_shape
 from launcher.planner.rehearsal import Rehearsal
-from launcher.planner.replaced import replaced
 from launcher.planner.replica import Layers
 from launcher.planner.skyline import Profile, Skyline, build_skyline
+from launcher.planner.stand_ins import answers, kernels
 from launcher.planner.tape import Tape
 from launcher.planner.tracer import Subject
 from launcher.planner.worlds import part_share, traced_world
@@ -81,6 +76,17 @@ class TraceSubject:
 
 def regime_lines(subject: TraceSubject) -> Lines:
     """Where the regimes of a job meet, read off the libraries and the model's config."""
+    return _lines(subject, _parameter_dimensions(subject))
+
+
+def lines_by_loss(subject: TraceSubject) -> dict[Loss, Lines]:
+    """Those with each loss in place of the plan's."""
+    dimensions = _parameter_dimensions(subject)
+    others = ((loss, replace(subject, plan=replace(subject.plan, loss=loss))) for loss in Loss)
+    return {loss: _lines(other, dimensions) for loss, other in others}
+
+
+def _lines(subject: TraceSubject, parameter_dimensions: Collection[int]) -> Lines:
     text = subject.config.get_text_config()
     tile = _token_tile(subject.plan)
     window = getattr(text, "sliding_window", None)
@@ -105,7 +111,7 @@ def regime_lines(subject: TraceSubject) -> Lines:
         shortest = image.tokens * count + 1
     vocabulary_tile = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     dimensions |= {vocabulary_tile, text.vocab_size % vocabulary_tile, trl_chunked.TOKEN_CHUNK_SIZE}
-    dimensions |= _parameter_dimensions(subject)
+    dimensions |= {*parameter_dimensions}
     if subject.job.generation.enabled:
         generation = subject.job.generation
         dimensions |= {
@@ -268,13 +274,13 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
             _import_engine(plan.engine).join(job, plan, TRACED_RANK, folder, tape, layers)
         if quantizes:
             stack.enter_context(quantized_layers().stand_ins(on_gpu=on_gpu))
-        for stand_in in _kernels(subject, plan, recorder):
+        for stand_in in kernels(subject.hardware, plan, recorder):
             stack.enter_context(stand_in)
         model = _build_on_meta(subject, config, plan)
         # the list of blocks is for one shape; a trace with symbols answers for many, and can do without
         attribution = None if shape.length_is_symbol else Attribution(model)
         tape.locate = attribution.path if attribution is not None else None
-        for stand_in in _answers(subject, plan, tape, on_gpu):
+        for stand_in in answers(subject.job, plan, tape, on_gpu=on_gpu):
             stack.enter_context(stand_in)
         if on_gpu:
             stack.enter_context(cuda_twin.branches(subject.hardware, shape, recorder))
@@ -311,55 +317,10 @@ def _words(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
 
 
-def _kernels(
-    subject: TraceSubject, plan: Plan, recorder: WorkRecorder
-) -> Iterator[AbstractContextManager[None]]:
-    """Stand-ins for kernels of optional packages, for those that the plan asks for."""
-    on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
-    if on_gpu and plan.attention is Attention.FLASH_ATTENTION_2:
-        yield attention_twin.flash_attention_2()
-    if plan.loss is Loss.LIGER:  # importing it takes a second that few jobs need to wait
-        yield importlib.import_module("launcher.planner.liger_twin").gpu_kernels(subject.hardware, recorder)
-
-
-def _answers(
-    subject: TraceSubject, plan: Plan, tape: Tape, on_gpu: bool
-) -> Iterator[AbstractContextManager[None]]:
-    """Stand-ins for what asks tensors for their numbers."""
-    yield replaced(masking_utils, "is_tracing", lambda tensor=None: False)
-    yield replaced(masking_utils, "fast_all", lambda mask: not _pads(tape, mask))
-    yield replaced(trainer_pt_utils, "nested_numpify", _zeros_like)
-    yield from _random_states(on_gpu)
-    if subject.job.evaluation.keep_logits:
-        yield all_batches(tape, window_of(subject.job, plan), on_gpu=on_gpu)
-
-
-def _random_states(on_gpu: bool) -> Iterator[AbstractContextManager[None]]:
-    """Stand-ins for the state of the CPU's random numbers, which checkpointing keeps for each layer (5,056 bytes).
-
-    torch 2.13, utils/checkpoint.py: `_checkpoint_without_reentrant_generator`. torch makes it where no trace sees it.
-    On a GPU it is host memory, among megabytes of others.
-    """
-    if not on_gpu:
-        num_bytes = torch.default_generator.get_state().nbytes
-        yield replaced(torch, "get_rng_state", lambda: torch.empty(num_bytes, dtype=torch.uint8))
-        yield replaced(torch, "set_rng_state", lambda state: None)
-
-
 @cache
 def _memory() -> Memory:
     """What the traces of this process learn of operations."""
     return Memory()
-
-
-def _pads(tape: Tape, mask: torch.Tensor) -> bool:
-    """Whether a mask masks something in the worst case; a single sequence is never padded."""
-    return tape.padded and mask.shape[0] > 1
-
-
-def _zeros_like(tensor: torch.Tensor) -> NDArray[np.float64]:
-    """What evaluation gets for the losses it gathers: fake tensors have no numbers to convert."""
-    return np.zeros(tensor.shape)
 
 
 def _build_on_meta(subject: TraceSubject, config: PretrainedConfig, plan: Plan) -> nn.Module:

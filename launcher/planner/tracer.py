@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.hardware import HardwareSpec
-from launcher.job import JobSpec
+from launcher.job import JobSpec, Loss
 from launcher.libraries import OPTIONAL_LIBRARIES, hide_libraries
 from launcher.plan import Plan
 from launcher.planner.depth import DepthPlan
@@ -47,8 +47,8 @@ class Subject:
 class SubjectFacts:
     """What the libraries say about a subject before anything is traced."""
 
-    lines: Lines
-    """Where its regimes meet."""
+    lines: Mapping[Loss, Lines]
+    """Where its regimes meet, with each loss."""
     depths: DepthPlan
     """Which depths to trace."""
     num_layers: int

@@ -68,6 +68,8 @@ class Work:
     """Rows, inner side and columns of one matrix product; of attention: queries, head size and keys."""
     layout: str = ""
     """How the operands of a product lie in memory: `n` row by row, `t` transposed; `nt` is a layer's forward pass."""
+    in_loss: bool = False
+    """Whether it belongs to the loss, head included: another loss does it in another way."""
 
 
 WorkTally = Mapping[tuple[Stage, Work], Mapping[Exponents, float]]
@@ -92,11 +94,27 @@ class WorkTable:
     """Flops, bytes, and the three sides; shape (rows, 5, monomials)."""
     counts: NDArray[np.float64]
     """How often; shape (rows, monomials). Negative counts take back what an extension over depth has too much of."""
+    in_loss: tuple[bool, ...]
+    """Whether it belongs to the loss; length rows."""
 
     def at(self, batch: int, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The quantities, shape (rows, 5), and the counts, shape (rows,), at a shape."""
         powers = monomials(self.exponents, batch, length)
         return self.quantities @ powers, self.counts @ powers
+
+    def without_loss(self) -> WorkTable:
+        """What is the same whatever the loss."""
+        rows = [row for row, in_loss in enumerate(self.in_loss) if not in_loss]
+        return WorkTable(
+            tuple(self.stages[row] for row in rows),
+            tuple(self.kinds[row] for row in rows),
+            tuple(self.dtypes[row] for row in rows),
+            tuple(self.layouts[row] for row in rows),
+            self.exponents,
+            self.quantities[rows],
+            self.counts[rows],
+            (False,) * len(rows),
+        )
 
 
 def terms(polynomial: Polynomial) -> Terms:
@@ -128,6 +146,7 @@ def build_table(tally: WorkTally) -> WorkTable:
         exponents,
         quantities,
         counts,
+        tuple(work.in_loss for _, work in entries),
     )
 
 
@@ -163,6 +182,7 @@ def encode_table(table: WorkTable) -> dict[str, Any]:
         "exponents": [list(pair) for pair in table.exponents],
         "quantities": table.quantities.tolist(),
         "counts": table.counts.tolist(),
+        "in_loss": list(table.in_loss),
     }
 
 
@@ -177,4 +197,5 @@ def decode_table(payload: Mapping[str, Any]) -> WorkTable:
         tuple((int(i), int(j), int(step)) for i, j, step in payload["exponents"]),
         np.array(payload["quantities"], dtype=np.float64).reshape(rows, 5, columns),
         np.array(payload["counts"], dtype=np.float64).reshape(rows, columns),
+        tuple(bool(item) for item in payload["in_loss"]),
     )

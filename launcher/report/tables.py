@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from launcher.cluster import SubmittedJob
 from launcher.hardware import HardwareSpec
-from launcher.job import Engine, JobSpec
+from launcher.job import Engine, JobSpec, Loss
 from launcher.memory import RESIDENT, Category, Interval, MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import SMALL_BUCKETS, Grade, Plan, PlanChoice, Squeeze, offload_words
 from launcher.run_paths import RunPaths
@@ -115,6 +115,7 @@ def brief_words(plan: Plan) -> str:
     words = [engine_words(plan)] if plan.engine is not Engine.NONE else []
     words += [plan.method.value + (f" r{plan.rank}" if plan.rank else ""), f"length {plan.max_length}"]
     words += [f"micro batch {plan.micro_batch_size}", f"checkpointing {plan.activation_checkpointing.value}"]
+    words += [] if plan.loss is Loss.CHUNKED else [f"{plan.loss.value} loss"]
     return ", ".join(words)
 
 

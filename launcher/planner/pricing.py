@@ -1,0 +1,270 @@
+"""Prices the plans of a search, as few as decide it: bounds from traces that exist show that the others can't win."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from launcher.errors import UnsupportedByPlanner
+from launcher.job import JobSpec
+from launcher.memory import MemoryEstimate
+from launcher.plan import Plan, Rejection, nearest
+from launcher.planner import reasons
+from launcher.planner.arrangements import with_ordinary_buckets
+from launcher.planner.bounds import buckets_hold_bytes
+from launcher.planner.forecast import Forecaster
+from launcher.planner.host import short_on_host
+from launcher.planner.objective import MODES, Price, Ranking
+from launcher.planner.options import Options
+from launcher.planner.refusal import Judge
+from launcher.planner.space import checkpointing_modes, headroom_bytes, losses
+
+
+class Pricing:
+    """What was priced and what was rejected, in one search.
+
+    Args:
+        job: The job, resolved.
+        forecaster: Prices its plans.
+        judge: Refuses plans that fit; None: none is refused.
+    """
+
+    def __init__(self, job: JobSpec, forecaster: Forecaster, judge: Judge | None) -> None:
+        self._job = job
+        self._forecaster = forecaster
+        self._judge = judge
+        self._first_mode = checkpointing_modes(job)[0]
+        self.budget_bytes = job.hardware.memory_bytes - headroom_bytes(job)
+        self.ranking = Ranking(job.planner.objective, forecaster.knows_speed)
+        self.rejected: list[Rejection] = []
+        self._bounded: list[Plan] = []
+        self._peaks: dict[Plan, int] = {}
+
+    def settle(self, options: Options, weighed: Sequence[Options], rival: Price | None = None) -> None:
+        """Prices plans until no other one can be the best, or as good.
+
+        Args:
+            options: The plans.
+            weighed: Those of other arrangements.
+            rival: A plan with another loss that fits; None: there is none.
+        """
+        while True:
+            for plan in [plan for plan in options.unpriced if self._forecaster.is_prepared(plan)]:
+                self._price(plan, options)
+            self._drop_hopeless(options)
+            known = [*weighed, options]
+            values = [self.ranking.value(price) for item in known for price in self.contenders(item)]
+            limit = self.ranking.within(min(values)) if values else math.inf
+            promising = [
+                plan
+                for plan in options.unpriced
+                if not self.is_out(plan, options)
+                and (floor := self.floor(plan, options)) <= limit
+                and self._betters(plan, floor, rival)
+            ]
+            if not promising:
+                return
+            self._price(min(promising, key=self._probing_order), options)
+
+    def _price(self, plan: Plan, options: Options) -> None:
+        options.unpriced.remove(plan)
+        try:
+            price = Price(plan, self._forecaster.estimate(plan), self._forecaster.step_time(plan))
+        except UnsupportedByPlanner as failure:
+            options.unpriced.append(plan)
+            self._reject_mode(plan, options, failure)
+            return
+        self._peaks[plan] = price.estimate.peak_device_bytes
+        if self._fits(price):
+            options.fitting.append(price)
+        elif plan.gradient_accumulation_steps > 1 and price.estimate.peak_device_bytes > self.budget_bytes:
+            options.failed.append(price)
+
+    def _reject_mode(self, plan: Plan, options: Options, failure: UnsupportedByPlanner) -> None:
+        """Rejects all plans of an arrangement with a checkpointing that the tracer can't follow.
+
+        Raises:
+            UnsupportedByPlanner: When that keeps all activations; then it is neither for the checkpointing nor the loss.
+        """
+        mode = plan.activation_checkpointing
+        if mode is self._first_mode and plan.loss is losses(self._job)[0]:
+            raise failure
+        for item in (*(price.plan for price in options.fitting), *options.unpriced):
+            if item.activation_checkpointing is mode:
+                self.reject(item, str(failure), 0, 0)
+        options.fitting = [
+            price for price in options.fitting if price.plan.activation_checkpointing is not mode
+        ]
+        options.unpriced = [item for item in options.unpriced if item.activation_checkpointing is not mode]
+
+    def _fits(self, price: Price) -> bool:
+        """Whether a plan fits; it is rejected when it doesn't."""
+        estimate = price.estimate
+        if estimate.peak_device_bytes > self.budget_bytes:
+            self._reject_too_large(price.plan, estimate)
+            return False
+        short = short_on_host(estimate, self._job.hardware)
+        if short > 0:
+            text = reasons.too_large_on_host(estimate, short)
+            self.reject(price.plan, text, short, estimate.peak_device_bytes)
+            return False
+        refusal = None if self._judge is None else self._judge(price.plan, estimate)
+        if refusal is not None:
+            peak, short = estimate.peak_device_bytes, refusal.short_by_bytes
+            self.rejected.append(Rejection(price.plan, refusal.reason, short, peak, is_refused=True))
+            return False
+        return True
+
+    def verified(self, price: Price, options: Options) -> Price | None:
+        """A plan at its true shape; None, and rejected, when it doesn't fit or can't be traced there."""
+        plan = price.plan
+        try:
+            estimate = self._forecaster.estimate(plan, exact=True)
+            exact = Price(plan, estimate, self._forecaster.step_time(plan, exact=True))
+        except UnsupportedByPlanner as failure:
+            self._reject_mode(plan, options, failure)
+            return None
+        if self._fits(exact):
+            return exact
+        options.fitting.remove(price)
+        return None
+
+    def _probing_order(self, plan: Plan) -> tuple[int, bool, bool, int]:
+        """Which of several promising plans is priced first: the one that tells most about the others.
+
+        Of plans that keep all activations the smallest, which large models already fail; of the others one that
+        accumulates more than one sequence, because its trace answers for all such, and gives times to all.
+        """
+        mode, micro = MODES.index(plan.activation_checkpointing), plan.micro_batch_size
+        if self.ranking.by_memory:
+            return -mode, False, False, micro
+        return mode, plan.gradient_accumulation_steps == 1, mode > 0 and micro == 1, micro
+
+    def betters(self, price: Price, rival: Price | None) -> bool:
+        """Whether a plan is taken in place of one with another loss: it is faster, or smaller, beyond doubt.
+
+        Host memory is for what doesn't fit without it.
+        """
+        return self._betters(price.plan, self.ranking.value(price), rival)
+
+    def _betters(self, plan: Plan, value: float, rival: Price | None) -> bool:
+        if rival is None:
+            return True
+        if not self.ranking.by_memory and rival.plan.uses_offload is not plan.uses_offload:
+            return rival.plan.uses_offload
+        return self.ranking.within(value) < self.ranking.value(rival)
+
+    def contenders(self, options: Options) -> list[Price]:
+        """Plans that fit and may be taken."""
+        if self.ranking.by_memory:
+            return options.fitting
+        return [price for price in options.fitting if not options.is_dominated(price.plan)]
+
+    def is_out(self, plan: Plan, options: Options) -> bool:
+        """Whether a plan is not taken whatever its price."""
+        return not self.ranking.by_memory and options.is_dominated(plan)
+
+    def floor(self, plan: Plan, options: Options) -> float:
+        """A value that an unpriced plan does not go below."""
+        if not self.ranking.by_memory:
+            # with ordinary buckets the same but for copies into them, which the exchange outweighs
+            likes = {None, with_ordinary_buckets(plan, self._job)}
+            seconds = max(self._forecaster.step_floor_seconds(plan, like) for like in likes)
+            return self.ranking.floor(plan, seconds, 0)
+        bound = self.lower_bound(plan)
+        if plan.gradient_accumulation_steps > 1:
+            smaller = [
+                price.estimate.peak_device_bytes
+                for price in (*options.fitting, *options.failed)
+                if price.plan.activation_checkpointing is plan.activation_checkpointing
+                and price.plan.gradient_accumulation_steps > 1
+                and price.plan.micro_batch_size < plan.micro_batch_size
+            ]
+            bound = max([bound, *smaller])
+        return self.ranking.floor(plan, 0.0, bound)
+
+    def _drop_hopeless(self, options: Options) -> None:
+        """Rejects what can't fit, for what is known of others."""
+        for plan in list(options.unpriced):
+            same = [
+                price
+                for price in options.failed
+                if price.plan.activation_checkpointing is plan.activation_checkpointing
+            ]
+            failed = min(same, key=lambda price: price.plan.micro_batch_size, default=None)
+            accumulates = plan.gradient_accumulation_steps > 1
+            if failed is not None and accumulates and plan.micro_batch_size > failed.plan.micro_batch_size:
+                options.unpriced.remove(plan)
+                short = failed.estimate.peak_device_bytes - self.budget_bytes
+                self.reject(plan, reasons.like_smaller(failed.plan, short), short, short + self.budget_bytes)
+                continue
+            smaller = [(like, least) for like, least in options.bounded if _is_larger(plan, like)]
+            alike = failed.plan if failed is not None else next((like for like, _ in smaller), None)
+            bound = self._bound(plan, alike)
+            if accumulates:  # a smaller micro batch needs less
+                bound = max([bound, *(least for _, least in smaller)])
+            if bound > self.budget_bytes:
+                options.unpriced.remove(plan)
+                options.bounded += [(plan, bound)] if accumulates else []
+                self._bounded.append(plan)
+                text, short = reasons.by_bound(bound, self.budget_bytes), bound - self.budget_bytes
+                is_unexplored = plan.loss is not losses(self._job)[0]
+                self.reject(plan, text, short, bound, is_unexplored=is_unexplored)
+
+    def _bound(self, plan: Plan, failed: Plan | None) -> int:
+        """A peak that an unpriced plan reaches at least; 0 when nothing is known.
+
+        Without accumulation it is at least that of the smaller micro batch that failed, were that not accumulated either.
+        """
+        bound = self.lower_bound(plan)
+        if failed is not None and plan.gradient_accumulation_steps == 1:
+            smaller = replace(plan, micro_batch_size=failed.micro_batch_size)
+            bound = max(bound, self.lower_bound(smaller))
+        return bound
+
+    def lower_bound(self, plan: Plan) -> int:
+        """A peak that the plan reaches at least, by what is known of it, and of the same plan with ordinary buckets."""
+        bound = self._forecaster.lower_bound_bytes(plan)
+        ordinary = with_ordinary_buckets(plan, self._job)
+        if ordinary is None:
+            return bound
+        known = max(self._peaks.get(ordinary, 0), self._forecaster.lower_bound_bytes(ordinary))
+        return max(bound, known - buckets_hold_bytes(ordinary, self._job.model.architecture))
+
+    def settle_nearest(self) -> None:
+        """Prices the plan nearest to fitting for as long as only a lower bound of it is known."""
+        while True:
+            found = nearest(self.rejected)
+            if found is None or found.plan not in self._bounded:
+                return
+            self._bounded.remove(found.plan)
+            self.rejected.remove(found)
+            self._reject_too_large(found.plan, self._forecaster.estimate(found.plan))
+
+    def reject(
+        self, plan: Plan, reason: str, short_by_bytes: int, peak_bytes: int, *, is_unexplored: bool = False
+    ) -> None:
+        """Writes down why a plan is not taken."""
+        self._peaks[plan] = max(peak_bytes, self._peaks.get(plan, 0))
+        item = Rejection(plan, reason, short_by_bytes, peak_bytes, is_unexplored=is_unexplored)
+        self.rejected.append(item)
+
+    def reject_worse(self, price: Price, best: Price) -> None:
+        """Writes down that a plan that fits is worse than the plan taken."""
+        seconds = None if price.step is None else price.step.seconds
+        text = reasons.worse(price, best, self.ranking)
+        self.rejected.append(Rejection(price.plan, text, 0, price.estimate.peak_device_bytes, seconds))
+
+    def _reject_too_large(self, plan: Plan, estimate: MemoryEstimate) -> None:
+        peak = estimate.peak_device_bytes
+        text = reasons.too_large(estimate, self.budget_bytes, keeps_logits=self._job.evaluation.keep_logits)
+        self.reject(plan, text, peak - self.budget_bytes, peak)
+
+
+def _is_larger(plan: Plan, like: Plan) -> bool:
+    """Whether a plan has a larger micro batch than another one with the same checkpointing."""
+    return (
+        plan.activation_checkpointing is like.activation_checkpointing
+        and plan.micro_batch_size > like.micro_batch_size
+    )
