@@ -73,7 +73,7 @@ def category_table(results: list[dict[str, Any]]) -> str:
         "| category | phases | within 4 KiB | lowest error | highest error |",
         "|---|--:|--:|--:|--:|",
     ]
-    for category, found in sorted(errors.items(), key=lambda item: min(item[1])):
+    for category, found in sorted(errors.items(), key=lambda item: (min(item[1]), item[0])):
         close = sum(abs(num_bytes) <= CLOSE_BYTES for _, num_bytes in found)
         lowest, highest = min(found)[0], max(found)[0]
         lines.append(f"| {category} | {len(found)} | {close} | {lowest:+.3f} % | {highest:+.3f} % |")

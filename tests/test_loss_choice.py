@@ -85,11 +85,12 @@ def test_what_one_loss_says_of_the_other_holds(tracer: Tracer, name: str, method
     plans = [
         replace(plan, method=method, rank=0 if method is Method.FULL else plan.rank)
         for plan in every_plan(job)
-        if (plan.activation_checkpointing in MODES_TRIED and plan.gradient_accumulation_steps > 1)
-        or name == "cpu"
+        if (plan.activation_checkpointing in MODES_TRIED and plan.micro_batch_size == 2) or name == "cpu"
     ]
     truth = forecaster(job, tracer)
-    for known in (plan for plan in plans if plan.micro_batch_size == 2):
+    for known in plans:
+        if known.micro_batch_size != 2 or known.activation_checkpointing is not Checkpointing.NONE:
+            continue
         prices = forecaster(job, tracer)
         prices.estimate(known)
         others = [plan for plan in plans if plan.loss is not known.loss]
@@ -108,11 +109,19 @@ def test_what_one_loss_says_of_the_other_holds(tracer: Tracer, name: str, method
 
 
 @pytest.mark.parametrize(
-    "objective", [Objective.SPEED, pytest.param(Objective.MEMORY, marks=pytest.mark.thorough)]
+    ("objective", "mode"),
+    [
+        (Objective.SPEED, Checkpointing.NONE),
+        pytest.param(Objective.SPEED, None, marks=pytest.mark.thorough),
+        pytest.param(Objective.MEMORY, None, marks=pytest.mark.thorough),
+    ],
 )
-def test_the_search_takes_what_all_prices_say(tracer: Tracer, objective: Objective, tmp_path: Path) -> None:
+def test_the_search_takes_what_all_prices_say(
+    tracer: Tracer, objective: Objective, mode: Checkpointing | None, tmp_path: Path
+) -> None:
     job = job_of("cpu")
-    job = replace(job, planner=replace(job.planner, objective=objective, headroom=0.05))
+    pin = replace(job.planner.pin, activation_checkpointing=mode)
+    job = replace(job, planner=replace(job.planner, objective=objective, headroom=0.05, pin=pin))
     choice = search(job, forecaster(job, tracer, tmp_path))
     prices = forecaster(job, tracer, tmp_path)
     budget = job.hardware.memory_bytes - headroom_bytes(job)
