@@ -112,13 +112,13 @@ def test_ranks() -> None:
 
 def test_speed_on_a_cpu() -> None:
     """Kendall's tau counted pair by pair."""
-    median, tau, share = said(
-        "On a CPU they were too low by # % in the median: of twelve plans of SmolLM2 the order had a Kendall tau of #, "
+    median, count, tau, share = said(
+        "On a CPU they were too low by # % in the median: of # plans of SmolLM2 the order had a Kendall tau of #, "
         "and the chosen one # of the speed of the fastest"
     )
     results = data_of("speed")["results"]
     times = [(result["predicted_seconds"], result["measured_seconds"]) for result in results]
-    assert len(times) == 12
+    assert count == len(times) >= 12
     pairs = [(left, right) for index, left in enumerate(times) for right in times[:index]]
     agreement = sum((p1 < p2) == (m1 < m2) for (p1, m1), (p2, m2) in pairs)
     assert tau == round(2 * agreement / len(pairs) - 1, 2)
