@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby, pairwise
+from typing import Protocol
 
 from launcher.leak import Leak
 
@@ -49,6 +50,26 @@ class Region(StrEnum):
 
 KEPT_FOR_BACKWARD = (Region.BACKBONE, Region.RECOMPUTE)
 """Regions whose survivors, once they end, are activations."""
+
+
+class Placed(Protocol):
+    """A block of memory that knows where in a step it was taken, and perhaps what it is for."""
+
+    region: Region
+    category: Category | None
+
+
+def settle_region(blocks: Iterable[Placed], ended: Region) -> None:
+    """What a backbone leaves behind as it ends, or a recomputed layer, are activations.
+
+    Args:
+        blocks: All that are held.
+        ended: The region that ends.
+    """
+    if ended in KEPT_FOR_BACKWARD:
+        for block in blocks:
+            if block.category is None and block.region is ended:
+                block.category = Category.ACTIVATIONS
 
 
 def category_of(marked: Category | None, born_in: Region) -> Category:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
 
 from launcher.config import load_job
 from launcher.job import Checkpointing, JobSpec, Loss, Method, Objective
-from launcher.plan import Plan
 from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import NEVER_SLOWER, SAME, Price
 from launcher.planner.search import search
-from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, losses, semantic_plans
+from launcher.planner.space import headroom_bytes, losses
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planning import resolve
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import device_rates
+from scripts.speed_check import plans_of
 
 JOBS = {
     "cpu": (
@@ -55,20 +54,6 @@ def forecaster(job: JobSpec, tracer: Tracer, kept: Path | None = None) -> Foreca
     return Forecaster(job, tracer, TraceCache(kept), rates=device_rates(job.hardware, cache_folder("rates")))
 
 
-def every_plan(job: JobSpec) -> list[Plan]:
-    (semantic,) = semantic_plans(job)
-    return [
-        replace(
-            semantic,
-            loss=loss,
-            activation_checkpointing=mode,
-            micro_batch_size=micro,
-            gradient_accumulation_steps=steps,
-        )
-        for loss, mode, (micro, steps) in product(losses(job), checkpointing_modes(job), batch_splits(job))
-    ]
-
-
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -84,7 +69,7 @@ def test_what_one_loss_says_of_the_other_holds(tracer: Tracer, name: str, method
     job = job_of(name)
     plans = [
         replace(plan, method=method, rank=0 if method is Method.FULL else plan.rank)
-        for plan in every_plan(job)
+        for plan in plans_of(job)
         if (plan.activation_checkpointing in MODES_TRIED and plan.micro_batch_size == 2) or name == "cpu"
     ]
     truth = forecaster(job, tracer)
@@ -127,13 +112,13 @@ def test_the_search_takes_what_all_prices_say(
     budget = job.hardware.memory_bytes - headroom_bytes(job)
     fitting = [
         price
-        for plan in every_plan(job)
+        for plan in plans_of(job)
         if (price := Price(plan, prices.estimate(plan), prices.step_time(plan))).estimate.peak_device_bytes
         <= budget
     ]
     assert choice.plan == best_of(fitting, objective).plan
     considered = {item.plan for item in choice.rejected} | {choice.plan}
-    assert considered == set(every_plan(job))
+    assert considered == set(plans_of(job))
 
 
 def best_of(fitting: list[Price], objective: Objective) -> Price:
@@ -171,4 +156,4 @@ def seconds(price: Price) -> float:
 def test_a_loss_that_is_pinned_is_the_only_one() -> None:
     pinned = resolve(load_job([*JOBS["cpu"], "planner.pin.loss=chunked"]), ())
     assert losses(pinned) == (Loss.CHUNKED,)
-    assert {plan.loss for plan in every_plan(job_of("cpu"))} == {Loss.CHUNKED, Loss.PLAIN}
+    assert {plan.loss for plan in plans_of(job_of("cpu"))} == {Loss.CHUNKED, Loss.PLAIN}

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from launcher.domain import Exponents
 from launcher.engines import local_tensors
-from launcher.memory import KEPT_FOR_BACKWARD, Category, Phase, Region
+from launcher.memory import Category, Phase, Region, settle_region
 from launcher.planner.blocks import Block, Event
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import CONSTANT, TracedShape, factor_shape
@@ -327,11 +327,8 @@ class Tape(TorchDispatchMode):
         return [self._live[key] for key in keys if key in self._live and not self._live[key].on_host]
 
     def enter_region(self, region: Region) -> None:
-        """A region begins, and another ends: what the backbone leaves behind, or a recomputed layer, are activations."""
-        if self.region in KEPT_FOR_BACKWARD:
-            for block in self._live.values():
-                if block.category is None and block.region is self.region:
-                    block.category = Category.ACTIVATIONS
+        """A region begins, and another ends."""
+        settle_region(self._live.values(), self.region)
         self.region = region
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from launcher.memory import KEPT_FOR_BACKWARD, Category, Phase, Region, category_of
+from launcher.memory import Category, Phase, Region, category_of, settle_region
 
 
 @dataclass(slots=True)
@@ -105,11 +105,8 @@ class Account:
         self._change(0)
 
     def enter_region(self, region: Region) -> None:
-        """A region begins, and another ends: what the backbone leaves behind, or a recomputed layer, are activations."""
-        if self._region in KEPT_FOR_BACKWARD:
-            for block in self._held.values():
-                if block.category is None and block.region is self._region:
-                    block.category = Category.ACTIVATIONS
+        """A region begins, and another ends."""
+        settle_region(self._held.values(), self._region)
         self._region = region
 
     def mark(self, addresses: Iterable[int], category: Category) -> None:
