@@ -6,10 +6,10 @@ It knows nothing of torch: it is told of addresses and bytes, phases and regions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from launcher.memory import Category, Phase, Region, category_of, settle_region
+from launcher.memory import RESIDENT, Category, Phase, Region, category_of, settle_region
 
 
 @dataclass(slots=True)
@@ -68,14 +68,42 @@ class Account:
         self._change(num_bytes)
         return block
 
-    def hold_buckets(self, sizes_bytes: Iterable[int]) -> None:
-        """Buckets that gradients are views of are held, nobody knows where: they are blocks of their size, or more."""
+    def open(self) -> None:
+        """What is held now was there before: the account's first moment is this one."""
+        for block in self._held.values():
+            block.born = 0
+        for block in self._nameless:
+            block.born = 0
+        self._blocks = [*self._held.values(), *self._nameless]
+        self.totals, self.phases = [self._total], [self._phase]
+
+    def mark_buckets(self, sizes_bytes: Iterable[int]) -> list[int]:
+        """Buckets that gradients are views of are held, nobody knows where: they are blocks of their size.
+
+        Args:
+            sizes_bytes: Of the buckets.
+
+        Returns:
+            The sizes of those that are not held.
+        """
         unseen = Counter(sizes_bytes)
         for block in self._held.values():
             if block.category in (None, Category.GRADIENTS) and unseen[block.num_bytes] > 0:
                 block.category = Category.GRADIENTS
                 unseen[block.num_bytes] -= 1
-        self._nameless += [self.take(None, size, Category.GRADIENTS) for size in unseen.elements()]
+        return list(unseen.elements())
+
+    def hold_buckets(self, sizes_bytes: Iterable[int]) -> None:
+        """The same, and those that are not held are taken."""
+        self._nameless += [
+            self.take(None, size, Category.GRADIENTS) for size in self.mark_buckets(sizes_bytes)
+        ]
+
+    def claim(self, known: Container[int], category: Category) -> None:
+        """Says what those blocks are for that are held still, at none of the known addresses."""
+        for address, block in self._held.items():
+            if address not in known and block.category not in RESIDENT:
+                block.category = category
 
     def give_back(self, address: int, num_bytes: int) -> None:
         """A block is given back: the one at the address, or one of its size of which nobody knew the address.

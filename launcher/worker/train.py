@@ -46,21 +46,17 @@ from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 from launcher.stored_secrets import known_secrets
 from launcher.worker.checkpoints import save_aside
+from launcher.worker.cuda_meter import CudaMeter
 from launcher.worker.engine import connect, leave_together
 from launcher.worker.exhausted import RESERVE_BYTES, is_out_of_memory, worded
 from launcher.worker.held import held_memory
 from launcher.worker.ingredients import Ingredients, prepare
 from launcher.worker.laid_out import blamed_template
 from launcher.worker.leaks import LeakCallback, LeakWatch, allocated_now_bytes
-from launcher.worker.meter import (
-    METERED_STEPS,
-    CpuMeter,
-    CudaMeter,
-    Meter,
-    resident_peak_bytes,
-)
+from launcher.worker.meter import CpuMeter, Meter, resident_peak_bytes
 from launcher.worker.progress import Progress, ProgressCallback
 from launcher.worker.ranks import rank, world_size
+from launcher.worker.recorder import METERED_STEPS
 from launcher.worker.residents import bucket_sizes_bytes, lasting_tensors, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
 from launcher.worker.tasks import check_images
@@ -124,7 +120,7 @@ def train(
         check_images(trainer, job)
         meter.watch(trainer)
         _watch_batches(trainer, progress, meter, METERED_STEPS * plan.gradient_accumulation_steps)
-        _count_tokens(model, progress)
+        _follow_passes(model, progress, meter)
         save_aside(trainer, ingredients.output_dir)
         if resume is not None:
             enter(Phase.RESUME)
@@ -139,9 +135,10 @@ def train(
 
 def _meter_of(trainers: Sequence[Trainer]) -> Meter:
     """What measures this process; the trainer joins when it is built."""
-    if torch.cuda.is_available():
-        return CudaMeter()
-    return CpuMeter(buckets=lambda: bucket_sizes_bytes(trainers), residents=lambda: lasting_tensors(trainers))
+    of_device = CudaMeter if torch.cuda.is_available() else CpuMeter
+    return of_device(
+        buckets=lambda: bucket_sizes_bytes(trainers), residents=lambda: lasting_tensors(trainers)
+    )
 
 
 def _built(
@@ -223,12 +220,16 @@ def _watch_batches(trainer: Trainer, progress: Progress, meter: Meter, num_batch
     trainer.data_collator = collate_and_note
 
 
-def _count_tokens(model: nn.Module, progress: Progress) -> None:
-    def count(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+def _follow_passes(model: nn.Module, progress: Progress, meter: Meter) -> None:
+    """Counts tokens, and shows the meter what the loader's batches became on a device that is not the host's."""
+
+    def begin(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if module.training and "input_ids" in kwargs:
             progress.tokens += kwargs["input_ids"].numel()
+        given = (value for value in kwargs.values() if isinstance(value, torch.Tensor))
+        meter.receive(value for value in given if value.device.type != "cpu")
 
-    model.register_forward_pre_hook(count, with_kwargs=True)
+    model.register_forward_pre_hook(begin, with_kwargs=True)
 
 
 def run(order: WorkerOrder, paths: RunPaths) -> Status:

@@ -60,7 +60,9 @@ def run(order: RunOrder) -> Outcome:
         message=", ".join(f"{shape.micro_batch_size} x {shape.length}" for shape in measurement.shapes),
         seconds=time.perf_counter() - began,
         measured={
-            peak.phase: PhaseBytes(peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes)
+            peak.phase: PhaseBytes(
+                peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes, peak.by_category_bytes
+            )
             for peak in measurement.phases
         },
         resident_bytes=measurement.resident_bytes,

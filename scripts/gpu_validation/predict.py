@@ -33,7 +33,10 @@ def predict(job: ValidationJob, hardware: HardwareSpec, tracer: Tracer) -> Predi
     forecaster = Forecaster(spec_of(job, hardware), tracer, TraceCache(None), rates=rates)
     plan = plan_of(job)
     estimate = forecaster.estimate(plan, exact=True)
-    phases = {peak.phase: PhaseBytes(peak.allocated_bytes, peak.reserved_bytes) for peak in estimate.phases}
+    phases = {
+        peak.phase: PhaseBytes(peak.allocated_bytes, peak.reserved_bytes, None, peak.by_category_bytes)
+        for peak in estimate.phases
+    }
     if job.allocator == "classic" and hardware.kind is DeviceKind.CUDA:
         phases |= _classic(forecaster.stream(plan))
     step = forecaster.step_time(plan, exact=True)

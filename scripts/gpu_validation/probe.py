@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from launcher.documents import write_document
-from launcher.worker.meter import CudaMeter
+from launcher.worker.cuda_meter import CudaMeter
 from scripts.gpu_validation.results import Machine
 
 LIBRARIES = (

@@ -16,6 +16,8 @@ from scripts.gpu_validation.jobs import ValidationJob, architecture
 
 MAX_ATTEMPTS = 2
 """A job that failed is tried again by the next call, once."""
+NEAR_BYTES = 1 << 20
+"""What a category may differ by and count as right."""
 PHASES = (Phase.LOAD, Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP, Phase.EVALUATION, Phase.SAVE)
 
 
@@ -41,6 +43,8 @@ class PhaseBytes:
     """Held by the caching allocator; None: not predicted, or no such allocator."""
     device_bytes: int | None = None
     """Used on the device by the process; None: not told."""
+    by_category_bytes: Mapping[Category, int] | None = None
+    """What live tensors are for; None: not told."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,23 @@ def peak_error_percent(result: JobResult) -> float:
     return 100.0 * (predicted - measured) / measured
 
 
+def category_differences_bytes(result: JobResult) -> list[int]:
+    """Predicted less measured bytes of each category at each phase's peak, where both are known.
+
+    Loading counts where it is the launcher's.
+    """
+    found = []
+    for phase, peak in result.measured.items():
+        predicted = result.predicted[phase].by_category_bytes if phase in result.predicted else None
+        if predicted is None or peak.by_category_bytes is None:
+            continue
+        if phase is Phase.LOAD and not result.options.stored:
+            continue
+        names = {*predicted, *peak.by_category_bytes}
+        found += [predicted.get(name, 0) - peak.by_category_bytes.get(name, 0) for name in names]
+    return found
+
+
 def reserved_error_percent(result: JobResult) -> float | None:
     """Signed error of the highest reserved peak, percent; None where nothing was predicted."""
     measured = [peak.reserved_bytes for peak in result.measured.values() if peak.reserved_bytes]
@@ -345,6 +366,13 @@ def summary(results: Results) -> str:
             f"step times: median error {statistics.median(slips):+.0f} %, median absolute error "
             f"{statistics.median(map(abs, slips)):.0f} %, worst {max(slips, key=abs):+.0f} %; {right} of {pairs} pairs "
             "of jobs more than 5 % apart are predicted in the right order"
+        )
+    differences = [size for result in compared for size in category_differences_bytes(result)]
+    if differences:
+        near = sum(abs(size) <= NEAR_BYTES for size in differences)
+        lines.append(
+            f"{near} of {len(differences)} category sizes at the peaks of phases within {NEAR_BYTES / 2**20:g} MiB, "
+            f"lowest {min(differences) / 2**20:+.2f} MiB, highest {max(differences) / 2**20:+.2f} MiB"
         )
     outside = _outside_bytes(compared)
     if outside:
