@@ -323,7 +323,8 @@ class MeasuredPhase:
     device_bytes: int | None
     """Peak bytes used on the device by this process (on CPU: of its memory, since it began); None where unknown."""
     by_category_bytes: Mapping[Category, int] | None = None
-    """What they were for; sums to `allocated_bytes`. None where the meter can't tell (CUDA), and in old records."""
+    """What they were for; sums to `allocated_bytes`. None where the meter can't tell (on CUDA, of a
+    peak that came after what is recorded), and in old records."""
 
 
 @dataclass(frozen=True)
