@@ -249,7 +249,8 @@ def run_text(record: RunRecord) -> str:
 def reconciliation(predicted: MemoryEstimate, measured: MemoryMeasurement) -> list[str]:
     """Predicted against measured, in MiB, with the signed error: phases, and what memory was for at their peaks.
 
-    Where the meter does not tell that (CUDA's counters, once nothing is recorded), the lasting categories as they were weighed, and the rest.
+    Where the meter does not tell that (CUDA's counters, once nothing is recorded), the lasting categories as they were
+    weighed, and the rest.
     """
     rows = [["peak of phase, MiB", "predicted", "measured", "error"]]
     highest_predicted = highest_measured = 0
