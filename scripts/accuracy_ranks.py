@@ -69,10 +69,20 @@ ARCHITECTURE: dict[str, Any] = {
 GROUP_ELEMENTS = 345_000
 """A little less than the 362,496 elements of a layer that each of two ranks holds."""
 STEPS = 3
+TEXT, NUM_ROWS = "the step reads the plan. " * 40, 200
+"""What every row of the data says, a thousand tokens; and rows: enough for every job's steps."""
 WITHIN = 0.02
 """What each rank's peak may be off by."""
 SHOWN = ("torch", "deepspeed", "accelerate", "transformers")
 PHASES = (Phase.LOAD, Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP, Phase.SAVE)
+ARRANGEMENTS = {
+    "ddp": (Engine.DDP, 0),
+    "zero1": (Engine.DEEPSPEED, 1),
+    "zero2": (Engine.DEEPSPEED, 2),
+    "zero3": (Engine.DEEPSPEED, 3),
+    "fsdp2": (Engine.FSDP2, 3),
+}
+"""Engine and stage, by what the jobs call them."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +95,7 @@ class RankJob:
 
 def jobs() -> Iterator[RankJob]:
     """Stages 0 to 3 and FSDP2 x full and LoRA x checkpointing x two shapes, and four processes and offload of a few."""
-    arrangements = [
-        ("ddp", Engine.DDP, 0),
-        ("zero1", Engine.DEEPSPEED, 1),
-        ("zero2", Engine.DEEPSPEED, 2),
-        ("zero3", Engine.DEEPSPEED, 3),
-        ("fsdp2", Engine.FSDP2, 3),
-    ]
-    for label, engine, stage in arrangements:
+    for label, (engine, stage) in ARRANGEMENTS.items():
         for method in (Method.FULL, Method.LORA):
             for mode in (Checkpointing.NONE, Checkpointing.FULL):
                 for micro, length, accumulation in ((1, 384, 2), (4, 192, 1)):
@@ -112,7 +115,7 @@ def jobs() -> Iterator[RankJob]:
     if plan.buckets is not None:
         plan = replace(plan, buckets=replace(plan.buckets, sub_group_elements=GROUP_ELEMENTS))
     yield RankJob("zero3-full-none-1x384x2-groups", plan)
-    for label, engine, stage in arrangements:
+    for label, (engine, stage) in ARRANGEMENTS.items():
         plan = plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 384, 2, num_devices=4)
         yield RankJob(f"{label}-full-none-1x384x2-4ranks", plan)
 
@@ -172,7 +175,7 @@ def job_of(plan: Plan, folder: Path) -> JobSpec:
 
 def write_model(folder: Path) -> None:
     """A random model of the architecture, a tokenizer and text."""
-    write_small_model(folder, ARCHITECTURE, "the step reads the plan. " * 40, 200)
+    write_small_model(folder, ARCHITECTURE, TEXT, NUM_ROWS)
 
 
 def predict(job: JobSpec, plan: Plan) -> MemoryEstimate:

@@ -15,7 +15,13 @@ VOCABULARY = 257
 """Bytes, and the end of a text."""
 
 
-def write_small_model(folder: Path, architecture: Mapping[str, Any], text: str, num_rows: int) -> None:
+def write_small_model(
+    folder: Path,
+    architecture: Mapping[str, Any],
+    text: str,
+    num_rows: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Writes a model, its tokenizer and `train.jsonl` into a folder.
 
     Args:
@@ -23,6 +29,7 @@ def write_small_model(folder: Path, architecture: Mapping[str, Any], text: str, 
         architecture: The model's config; a vocabulary of at least `VOCABULARY`.
         text: What stands in every row, after its number.
         num_rows: Rows.
+        dtype: In which the weights are stored.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {token: index for index, token in enumerate([*alphabet, "<eos>"])}
@@ -33,6 +40,6 @@ def write_small_model(folder: Path, architecture: Mapping[str, Any], text: str, 
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = AutoConfig.for_model(**architecture)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     rows = "".join(json.dumps({"text": f"{number}: {text}"}) + "\n" for number in range(num_rows))
     (folder / "train.jsonl").write_text(rows)
