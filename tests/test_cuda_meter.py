@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.memory import Category, MeasuredPhase, Phase
 from launcher.worker.cuda_meter import RECORDED_PASSES, CudaMeter
+from launcher.worker.events import MOST_ENTRIES, Change, HistoryEvents, ProfilerEvents
 from launcher.worker.residents import all_live_tensors, distinct_storages, resident_tensors
 
 LENGTH = 64
@@ -29,12 +30,17 @@ class HostAsCard:
             for storage in distinct_storages(all_live_tensors())
             if storage.nbytes()
         ]
-        return [{"blocks": [*blocks, *self.hidden, {"address": 1, "size": 77, "state": "inactive"}]}]
+        return [
+            {"device": 0, "blocks": [*blocks, *self.hidden, {"address": 1, "size": 77, "state": "inactive"}]}
+        ]
 
     def max_memory_allocated(self) -> int:
         return 0
 
     max_memory_reserved = memory_reserved = memory_allocated = device_memory_used = max_memory_allocated
+
+    def current_device(self) -> int:
+        return 0
 
     def list_gpu_processes(self) -> str:
         return ""
@@ -67,7 +73,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=False)
         self.accelerator = Accelerator()
         self.meter = CudaMeter(
-            residents=lambda: resident_tensors(self.model, self.optimizer), cuda=card, device="cpu"
+            residents=lambda: resident_tensors(self.model, self.optimizer), cuda=card, events=ProfilerEvents()
         )
 
     def train(self, steps: int, accumulation: int) -> None:
@@ -150,7 +156,79 @@ def test_tied_weights_are_one_block() -> None:
             self.second.weight = self.first.weight
 
     tied = Tied()
-    meter = CudaMeter(residents=lambda: resident_tensors(tied, None), cuda=HostAsCard(), device="cpu")
+    meter = CudaMeter(
+        residents=lambda: resident_tensors(tied, None), cuda=HostAsCard(), events=ProfilerEvents()
+    )
     meter.enter(Phase.SAVE, 0)
     meter.enter(Phase.TRAIN_STEP, 5)
     assert meter._recorder.peaks[Phase.SAVE].by_category_bytes[Category.PARAMETERS] == 8 * 8 * 4
+
+
+class Historian:
+    """Stands in for torch.cuda: an allocator that counts, and keeps a history when asked, as torch's does."""
+
+    def __init__(self) -> None:
+        self.memory = self
+        self.counts = {"allocation.all.allocated": 7, "allocation.all.freed": 3}
+        self.entries: list[dict[str, Any]] | None = None
+        self.live: dict[int, int] = {}
+
+    def take(self, address: int, size: int) -> None:
+        self.counts["allocation.all.allocated"] += 1
+        self.live[address] = size
+        self._note("segment_alloc", address, size)
+        self._note("alloc", address, size)
+
+    def free(self, address: int) -> None:
+        self.counts["allocation.all.freed"] += 1
+        size = self.live.pop(address)
+        self._note("free_requested", address, size)
+        self._note("free_completed", address, size)
+
+    def _note(self, action: str, address: int, size: int) -> None:
+        if self.entries is not None:
+            self.entries.append({"action": action, "addr": address, "size": size})
+
+    def memory_stats(self) -> dict[str, int]:
+        return self.counts
+
+    def current_device(self) -> int:
+        return 1
+
+    def _record_memory_history(self, enabled: str | None, **options: Any) -> None:
+        self.entries = [] if enabled == "all" else None
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {"device_traces": [[], list(self.entries or [])]}
+
+
+def test_marks_stand_where_the_allocator_had_counted_so_far() -> None:
+    card = Historian()
+    card.take(1, 100)
+    events = HistoryEvents(card, lambda: card.entries is not None)
+    assert events.start()
+    events.mark(0)
+    card.take(2, 513)
+    events.mark(1)
+    events.mark(2)
+    card.free(1)
+    card.take(3, 0)
+    card.free(2)
+    events.mark(3)
+    assert events.stop() == [0, Change(2, 1024), 1, 2, Change(1, -512), Change(3, 512), Change(2, -1024), 3]
+    assert card.entries is None
+
+
+def test_a_history_that_is_kept_for_another_is_left_alone() -> None:
+    card = Historian()
+    card._record_memory_history("all")
+    assert not HistoryEvents(card, lambda: True).start()
+    assert card.entries == []
+
+
+def test_a_history_that_overflowed_says_nothing() -> None:
+    card = Historian()
+    events = HistoryEvents(card, lambda: False)
+    events.start()
+    card.entries = [{"action": "alloc", "addr": 1, "size": 1}] * MOST_ENTRIES
+    assert events.stop() == []

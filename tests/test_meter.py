@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from launcher.memory import Category, Phase
 from launcher.worker.cuda_meter import CudaMeter, process_device_bytes
+from launcher.worker.events import ProfilerEvents
 from launcher.worker.held import MappedFile, mapped_files
 from launcher.worker.meter import CpuMeter, process_memory_bytes
 from launcher.worker.recorder import METERED_STEPS
@@ -312,6 +313,9 @@ class Card:
     def memory_reserved(self) -> int:
         return self.reserved
 
+    def current_device(self) -> int:
+        return 0
+
     def memory_snapshot(self) -> list[Any]:
         return []
 
@@ -330,7 +334,7 @@ class Card:
 
 def test_cuda_peaks_are_of_their_phase_and_the_highest_of_all_steps() -> None:
     card = Card()
-    meter = CudaMeter(cuda=card)
+    meter = CudaMeter(cuda=card, events=ProfilerEvents())
     with meter.measure_load():
         card.hold(10 * MIB, 20 * MIB)
     for step, peak in enumerate((30, 50, 40)):
@@ -353,7 +357,7 @@ def test_cuda_peaks_are_of_their_phase_and_the_highest_of_all_steps() -> None:
 
 def test_cuda_device_peak_counts_what_was_given_back_before_the_driver_was_asked() -> None:
     card = Card()
-    meter = CudaMeter(cuda=card)
+    meter = CudaMeter(cuda=card, events=ProfilerEvents())
     card.hold(50 * MIB, 60 * MIB)
     card.hold(0, 10 * MIB)
     (load,) = meter.finish()
@@ -364,7 +368,7 @@ def test_cuda_device_peak_counts_what_was_given_back_before_the_driver_was_asked
 def test_cuda_device_bytes_where_process_ids_are_hidden(others: int | None) -> None:
     card = Card()
     card.others = others
-    meter = CudaMeter(cuda=card)
+    meter = CudaMeter(cuda=card, events=ProfilerEvents())
     card.hold(50 * MIB, 60 * MIB)
     card.listing = f"GPU:0\nprocess {os.getpid() + 1:>10d} uses {999:>12.3f} MB GPU memory"
     (load,) = meter.finish()

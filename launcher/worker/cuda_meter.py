@@ -17,15 +17,14 @@ from transformers import Trainer
 
 from launcher.memory import Category, MeasuredPhase, Phase, Timeline
 from launcher.worker.account import Account, AccountedPeak
+from launcher.worker.events import EventSource, cuda_history, whole_blocks
 from launcher.worker.recorder import Recorder, addresses_of
 from launcher.worker.residents import all_live_tensors
 from launcher.worker.unseen import WatchedTensors
 
 RECORDED_PASSES: Final = {Phase.TRAIN_STEP: 2, Phase.EVALUATION: 4, Phase.GENERATION: 512}
 """Forward passes that are recorded of a phase: those after them hold the same, unless they are longer. A global batch may
-be hundreds of micro batches here, and a pass is some 20,000 events of the profiler."""
-BLOCK_BYTES: Final = 512
-"""What sizes of blocks are multiples of (torch 2.9 to 2.13, c10/cuda/CUDACachingAllocator.cpp, `kMinBlockSize`)."""
+be hundreds of micro batches here."""
 
 
 class CudaMeter:
@@ -39,7 +38,7 @@ class CudaMeter:
         buckets: Bytes of each bucket of gradients that Python may not see.
         residents: What the run's lasting tensors are for, asked at the borders of phases.
         cuda: torch.cuda.
-        device: The kind of device that the profiler's events are of.
+        events: What tells of its allocator; None: its history.
     """
 
     name = "torch.cuda allocator counters and NVML"
@@ -49,12 +48,12 @@ class CudaMeter:
         buckets: Callable[[], Iterable[int]] = tuple,
         residents: Callable[[], Mapping[Category, Sequence[torch.Tensor]]] = dict,
         cuda: Any = torch.cuda,
-        device: str = "cuda",
+        events: EventSource | None = None,
     ) -> None:
         self._cuda = cuda
         self._buckets = buckets
         self._recorder = Recorder(
-            device,
+            cuda_history() if events is None else events,
             self._open_account,
             residents,
             close_account=_name_workspaces,
@@ -114,11 +113,12 @@ class CudaMeter:
         return replace(peak, by_category_bytes=seen.by_category_bytes)
 
     def _open_account(self, account: Account, watched: WatchedTensors) -> None:
+        here = self._cuda.current_device()
         for segment in self._cuda.memory_snapshot():
             for block in segment["blocks"]:
-                if block["state"] == "active_allocated":
+                if segment["device"] == here and block["state"] == "active_allocated":
                     account.take(block["address"], block["size"])
-        account.mark_buckets(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in self._buckets())
+        account.mark_buckets(map(whole_blocks, self._buckets()))
 
     def _fold(self) -> None:
         seen = self._peaks.get(self._phase)

@@ -18,6 +18,7 @@ from transformers import Trainer
 from launcher.memory import Category, MeasuredPhase, Phase, Timeline
 from launcher.worker.account import Account, AccountedPeak
 from launcher.worker.collectives import settled_collectives
+from launcher.worker.events import ProfilerEvents
 from launcher.worker.recorder import Recorder
 from launcher.worker.residents import all_live_tensors, live_tensor_bytes
 from launcher.worker.unseen import WatchedTensors
@@ -49,7 +50,7 @@ class Meter(Protocol):
         """Stops measuring and returns the peak of every phase that was seen."""
 
     def abandon(self) -> None:
-        """Stops measuring; a process that ends while torch's profiler runs may crash on its way out (torch 2.13)."""
+        """Stops measuring, and reads nothing."""
 
 
 class CpuMeter:
@@ -68,7 +69,9 @@ class CpuMeter:
         residents: Callable[[], Mapping[Category, Sequence[torch.Tensor]]] = dict,
     ) -> None:
         self._buckets = buckets
-        self._recorder = Recorder("cpu", self._open_account, residents, while_recording=settled_collectives)
+        self._recorder = Recorder(
+            ProfilerEvents(), self._open_account, residents, while_recording=settled_collectives
+        )
         self._phase = Phase.LOAD
         self._process_bytes: dict[Phase, int] = {}
 

@@ -1,40 +1,36 @@
 """Records what a training run holds of one kind of memory, block by block, and what each block was for.
 
-torch's profiler reports every allocation and release, also those inside kernels. What each block is for follows from
-where in the step it was taken, and from the live objects that lie in it.
+torch tells of every allocation and release, also those inside kernels (see `launcher.worker.events`). What each block is
+for follows from where in the step it was taken, and from the live objects that lie in it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from operator import itemgetter
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer
 
 from launcher.memory import Category, Phase, Region, Timeline, last_step
 from launcher.regions import RegionWatch
 from launcher.run_record import WORKER_MARK
 from launcher.worker.account import Account, AccountedPeak
+from launcher.worker.events import Change, EventSource
 from launcher.worker.residents import distinct_storages
-from launcher.worker.unseen import NOTE_MARK, Notes, WatchedTensors
+from launcher.worker.unseen import Notes, WatchedTensors
 
 METERED_STEPS = 2
-"""Optimizer steps that are recorded: the profiler is too dear for a whole run."""
-MEMORY_EVENT = "[memory]"
-"""What torch's profiler calls a change of an allocator's bytes."""
+"""Optimizer steps that are recorded: it is too dear for a whole run."""
 
 
 class Recorder:
     """Keeps the account of a device's memory, while it is on.
 
     Args:
-        device: The kind of device, as torch names it.
+        events: What tells of the allocator.
         open_account: Fills an account with what is held as recording begins.
         close_account: Has the last word on an account's blocks as recording ends.
         residents: What the run's lasting tensors are for, asked at the borders of phases.
@@ -44,7 +40,7 @@ class Recorder:
 
     def __init__(
         self,
-        device: str,
+        events: EventSource,
         open_account: Callable[[Account, WatchedTensors], None],
         residents: Callable[[], Mapping[Category, Sequence[torch.Tensor]]],
         *,
@@ -52,16 +48,16 @@ class Recorder:
         while_recording: Callable[[], AbstractContextManager[None]] = nullcontext,
         passes: Mapping[Phase, int] | None = None,
     ) -> None:
-        self._device = device
+        self._events = events
+        self._is_on = False
         self._open_account = open_account
         self._close_account = close_account
         self._residents = residents
         self._context = while_recording
         self._passes = passes or {}
         self._while_recording = ExitStack()
-        self._profiler: Any = None
         self._account = Account(Phase.LOAD)
-        self._notes = Notes()
+        self._notes = Notes(events.mark)
         self._watched = WatchedTensors(self._notes)
         self._regions = RegionWatch(self._enter_region, self.mark_residents)
         self._phase = Phase.LOAD
@@ -76,7 +72,7 @@ class Recorder:
     @property
     def is_on(self) -> bool:
         """Whether it records."""
-        return self._profiler is not None
+        return self._is_on
 
     def listen(self, trainer: Trainer) -> None:
         """Follows the passes of a trainer's model; before it trains."""
@@ -126,33 +122,32 @@ class Recorder:
                 self._notes.write(partial(Account.mark, addresses=addresses, category=category))
 
     def start(self, phase: Phase) -> None:
-        """Begins to record."""
-        self._account, self._notes = Account(phase), Notes()
+        """Begins to record, where nothing stands against it."""
+        self._account, self._notes = Account(phase), Notes(self._events.mark)
         self._watched = WatchedTensors(self._notes)
         self._open_account(self._account, self._watched)
         for category, addresses in self._resident_addresses():
             self._account.mark(addresses, category)
         self._account.open()
-        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profiler.start()
-        self._while_recording.enter_context(self._context())
+        self._is_on = self._events.start()
+        if self._is_on:
+            self._while_recording.enter_context(self._context())
 
     def stop(self) -> Account:
         """Ends the recording: what was held, moment by moment, since it began."""
         self._while_recording.close()
-        self._profiler.stop()
-        profiler, self._profiler = self._profiler, None
+        self._is_on = False
+        events = self._events.stop()
         account, notes = self._account, self._notes
-        self._account, self._notes = Account(self._phase), Notes()
+        self._account, self._notes = Account(self._phase), Notes(self._events.mark)
         self._watched = WatchedTensors(self._notes)
-        roots = profiler.profiler.kineto_results.experimental_event_tree()
-        for _, name, address, num_bytes in sorted(_memory_events(roots, self._device), key=itemgetter(0)):
-            if name:
-                notes.read(name, account)
-            elif num_bytes > 0:
-                account.take(address, num_bytes)
+        for event in events:
+            if not isinstance(event, Change):
+                notes.read(event, account)
+            elif event.num_bytes > 0:
+                account.take(event.address, event.num_bytes)
             else:
-                account.give_back(address, -num_bytes)
+                account.give_back(event.address, -event.num_bytes)
         self._close_account(account)
         return account
 
@@ -173,8 +168,8 @@ class Recorder:
         """Ends the recording, and reads nothing."""
         if self.is_on:
             self._while_recording.close()
-            self._profiler.stop()
-            self._profiler = None
+            self._is_on = False
+            self._events.abandon()
 
     def _enter_region(self, region: Region) -> None:
         if not self.is_on:
@@ -204,18 +199,3 @@ class Recorder:
 def addresses_of(tensors: Iterable[torch.Tensor]) -> list[int]:
     """Where the storages behind tensors begin."""
     return [storage.data_ptr() for storage in distinct_storages(tensors)]
-
-
-def _memory_events(roots: Sequence[Any], device: str) -> Iterator[tuple[int, str, int, int]]:
-    """What the profiler saw of memory, and the notes in between: time, note, address, bytes taken or given back."""
-    waiting = list(reversed(roots))
-    while waiting:
-        event = waiting.pop()
-        waiting.extend(reversed(event.children))
-        name = event.name
-        if name == MEMORY_EVENT:
-            change = event.extra_fields
-            if change.device.type == device:
-                yield event.start_time_ns, "", change.ptr, change.alloc_size
-        elif name.startswith(NOTE_MARK):
-            yield event.start_time_ns, name, 0, 0

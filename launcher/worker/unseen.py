@@ -1,4 +1,4 @@
-"""What torch's profiler does not tell of memory: notes among its events say it.
+"""What torch does not tell of memory: notes among its events say it.
 
 Tensors that were there before it began, those of mapped files among them, and arrays whose memory is NumPy's.
 """
@@ -10,29 +10,31 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from torch.profiler import record_function
 
 from launcher.worker.account import Account, HeldBlock
 from launcher.worker.residents import distinct_storages
 
-NOTE_MARK = "launcher.note:"
-
 
 class Notes:
-    """What is to be told to the account at moments of the program, which marks among the profiler's events keep."""
+    """What is to be told to the account at moments of the program, which marks among the events keep.
 
-    def __init__(self) -> None:
+    Args:
+        mark: Puts a mark of a number among the events.
+    """
+
+    def __init__(self, mark: Callable[[int], None]) -> None:
+        self._mark = mark
         self._notes: list[Callable[[Account], None]] = []
 
     def write(self, note: Callable[[Account], None]) -> None:
         """Keeps a note for this moment."""
+        number = len(self._notes)
         self._notes.append(note)
-        with record_function(f"{NOTE_MARK}{len(self._notes) - 1}"):
-            pass
+        self._mark(number)
 
-    def read(self, mark: str, account: Account) -> None:
+    def read(self, number: int, account: Account) -> None:
         """Tells the account what was noted at a mark."""
-        self._notes[int(mark.removeprefix(NOTE_MARK))](account)
+        self._notes[number](account)
 
 
 class WatchedTensors:
