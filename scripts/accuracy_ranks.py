@@ -274,7 +274,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write the page and run nothing")
     arguments = parser.parse_args()
     if arguments.page:
-        newest = max((ROOT / "docs" / "accuracy").glob("*-ranks.json"))
+        newest = max((ROOT / "docs" / "accuracy").glob("????-??-??-ranks.json"))
         write_text(ROOT / "docs" / "ranks.md", page(json.loads(newest.read_text(encoding="utf-8"))))
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")

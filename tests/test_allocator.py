@@ -19,12 +19,12 @@ import pytest
 from launcher.memory import Phase
 from launcher.planner.allocator import (
     AllocatorMode,
-    Block,
     CachingAllocator,
     OutOfDeviceMemory,
     ReplayedPeak,
     replay,
 )
+from launcher.planner.pools import Block
 from launcher.units import MIB
 
 CLASSIC, EXPANDABLE = AllocatorMode.CLASSIC, AllocatorMode.EXPANDABLE
@@ -488,8 +488,43 @@ def test_when_everything_is_released_everything_can_be_given_back(mode: Allocato
             allocator.release(block)
         allocator.give_back()
         assert (allocator.allocated_bytes, allocator.device.reserved_bytes) == (0, 0)
-        for pool in (allocator.small, allocator.large):
+        for pool in allocator._pools.values():
             assert not pool.free and not pool.gaps
+
+
+@pytest.mark.parametrize("mode", [CLASSIC, EXPANDABLE])
+def test_streams_share_nothing_but_the_device(mode: AllocatorMode) -> None:
+    """What three streams reserve together is at every moment what each of them would reserve alone."""
+    for seed in range(10):
+        sizes, events = map(np.array, random_stream(seed, 300))
+        streams = np.array([(7 * number + seed) % 3 for number in range(len(sizes))], dtype=np.int8)
+        phases = np.zeros(len(events), dtype=np.int8)
+        ends = range(1, len(events) + 1, 7)
+        together = [replay(sizes, events[:end], phases[:end], mode, None, streams) for end in ends]
+        alone = [
+            [
+                replay(sizes, mine, np.zeros(len(mine), dtype=np.int8), mode)
+                for stream in range(3)
+                if len(mine := events[:end][streams[np.abs(events[:end]) - 1] == stream])
+            ]
+            for end in ends
+        ]
+        for (all_of_them,), each in zip(together, alone, strict=True):
+            # nothing is given back, so the highest is the last
+            assert all_of_them.reserved_bytes == sum(peak.reserved_bytes for (peak,) in each)
+
+
+@pytest.mark.parametrize("mode", [CLASSIC, EXPANDABLE])
+def test_an_emptied_cache_is_reserved_anew(mode: AllocatorMode) -> None:
+    """40 MiB come and go; where the cache is emptied before 60 MiB come, they are not there beside them."""
+    sizes = np.array([40 * MIB, 0, 60 * MIB])
+    events, phases = np.array([1, -1, 2, 3]), np.array([0, 0, 1, 1], dtype=np.int8)
+    flushes = np.array([False, True, False])
+    kept = replay(sizes, events, phases, mode)
+    emptied = replay(sizes, events, phases, mode, None, None, flushes)
+    assert [peak.reserved_bytes for peak in emptied] == [40 * MIB, 60 * MIB]
+    grown = 60 * MIB if mode is EXPANDABLE else 100 * MIB  # a segment of 40 MiB is too small, a range grows
+    assert [peak.reserved_bytes for peak in kept] == [40 * MIB, grown]
 
 
 def test_without_holes_expandable_memory_is_less_than_a_page_per_pool_above_what_lives() -> None:

@@ -33,6 +33,7 @@ def made_bill() -> Bill:
             operation_names=("aten.empty", "aten.bmm", "aten._foreach_sqrt"),
             events=np.array(events, dtype=np.int64),
             phases=np.array([PHASES.index(phase) for phase in phases], dtype=np.int8),
+            cuda_streams=np.zeros(len(sizes), dtype=np.int8),
         )
     )
 

@@ -42,6 +42,8 @@ MEASURED = DOCS / "accuracy" / "2026-11-26-h200.json"
 ELSEWHERE = DOCS / "accuracy" / "2026-11-26-h100.json"
 LAUNCHED = DOCS / "accuracy" / "2026-11-26-h200-launch.json"
 TIMELINES = sorted(MEASURED.with_suffix("").glob("timeline-*.json.gz"))
+STREAMS = sorted((DOCS / "accuracy" / "2026-11-27-h200").glob("stream-*.json.gz"))
+"""Ranks of FSDP2 and ZeRO 3."""
 WITHIN_PERCENT = 0.05
 RESERVED_WITHIN = 0.01
 """Its holes differ a little between transformers 5.17, which ran on the card, and later versions."""
@@ -91,6 +93,19 @@ def test_the_allocators_model_reserves_what_the_card_reserved(path: Path) -> Non
     unexplained = PAGES_UNEXPLAINED.get(path.name, 0) * 20 * MIB
     assert peak.reserved_bytes == highest_reserved(record) - unexplained
     assert peak.allocated_bytes >= record["peak_bytes"]  # rounded to 512 bytes a block
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=[path.name.partition(".")[0] for path in STREAMS])
+def test_a_rank_that_uses_several_cuda_streams_reserves_what_the_card_reserved(path: Path) -> None:
+    record = json.loads(gzip.decompress(path.read_bytes()))
+    sizes, events = np.array(record["sizes_bytes"]), np.array(record["events"])
+    phases = np.full(len(events), tuple(Phase).index(Phase.TRAIN_STEP), dtype=np.int8)
+    streams, flushes = np.array(record["cuda_streams"], dtype=np.int8), np.zeros(len(sizes), dtype=bool)
+    flushes[record["flushes"]] = True
+    (peak,) = replay(sizes, events, phases, AllocatorMode.EXPANDABLE, None, streams, flushes)
+    assert peak.reserved_bytes == record["reserved_bytes"]
+    (of_one,) = replay(sizes, events, phases, AllocatorMode.EXPANDABLE, None, None, flushes)
+    assert of_one.reserved_bytes < 0.95 * record["reserved_bytes"]  # what it is worth to tell them apart
 
 
 SAME_ORDER = {

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from launcher.config import load_job
 from launcher.domain import Domain
+from launcher.hardware import HardwareSpec
 from launcher.job import (
     Checkpointing,
     Engine,
@@ -24,13 +25,14 @@ from launcher.job import (
 )
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
+from launcher.planner.allocator import AllocatorMode, replay
 from launcher.planner.arrangements import Arrangement, default_buckets
 from launcher.planner.depth import assemble, plan_depths
 from launcher.planner.forecast import Forecaster
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.replica import Layers, at_full_depth, in_buckets
 from launcher.planner.space import semantic_plans
-from launcher.planner.stream import phase_peaks
+from launcher.planner.stream import Stream, flushes, phase_peaks
 from launcher.planner.stream_depth import extend_stream
 from launcher.planner.subject import subject_of
 from launcher.planner.trace_cache import TraceCache
@@ -98,11 +100,57 @@ def test_few_layers_tell_of_all_with_small_buckets(stage: int, method: Method, m
     check_depths(small(plan_of(Engine.DEEPSPEED, stage, method, mode, 1, 384, 2)))
 
 
-def check_depths(plan: Plan) -> None:
-    """Compares what few layers tell of all with a trace of all."""
+@pytest.mark.parametrize(
+    ("engine", "stage", "num_streams", "flushes_cache"),
+    [
+        (Engine.DDP, 0, 1, False),
+        (Engine.DEEPSPEED, 2, 2, True),
+        (Engine.DEEPSPEED, 3, 3, True),
+        (Engine.FSDP2, 3, 3, False),
+    ],
+)
+def test_engines_on_cards_ask_for_memory_on_streams_of_their_own(
+    engine: Engine, stage: int, num_streams: int, flushes_cache: bool
+) -> None:
+    """DDP's buckets are there before; ZeRO 1 and 2 reduce, ZeRO 3 and FSDP2 gather and reduce (docs/gpu.md)."""
+    woven, whole = check_depths(full(engine, stage), load_job(["hardware=h100_80g"]).hardware)
+    assert len(set(whole.cuda_streams.tolist())) == num_streams
+    assert flushes(whole).any() == flushes_cache
+    assert reserved_bytes(woven) == reserved_bytes(whole)
+
+
+def reserved_bytes(stream: Stream) -> list[int]:
+    """What the allocator holds in each phase at most."""
+    peaks = replay(
+        stream.sizes_bytes,
+        stream.events,
+        stream.phases,
+        AllocatorMode.EXPANDABLE,
+        None,
+        stream.cuda_streams,
+        flushes(stream),
+    )
+    return [peak.reserved_bytes for peak in peaks]
+
+
+def test_a_shell_that_wants_the_cpu_makes_no_ddp_of_deepspeed(tmp_path: Path) -> None:
+    """accelerate takes the variable for that; the launcher's own process may have inherited it."""
+    from launcher.planner.fake_world import _environment
+
+    plan = full(Engine.DEEPSPEED, 2)
+    environment = _environment(job_of(plan, Path("nowhere")), plan, tmp_path)
+    assert environment["ACCELERATE_USE_CPU"] == "false"
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+
+
+def check_depths(plan: Plan, hardware: HardwareSpec | None = None) -> tuple[Stream, Stream]:
+    """Compares what few layers tell of all with a trace of all; returns the streams of both."""
     from launcher.planner import trace
 
-    subject = trace.open_subject(subject_of(job_of(plan, Path("nowhere")), plan))
+    job = job_of(plan, Path("nowhere"))
+    if hardware is not None:
+        job = replace(job, hardware=replace(hardware, num_devices=plan.num_devices))
+    subject = trace.open_subject(subject_of(job, plan))
     shape = TracedShape(1, 64, batch_is_symbol=False, length_is_symbol=False)
     depths = plan_depths(subject.config)
     low, high, whole = (trace.record(subject, shape, depth, 2) for depth in (*depths.depths, 6))
@@ -112,6 +160,7 @@ def check_depths(plan: Plan) -> None:
     assert {peak.phase: peak.allocated_bytes for peak in phase_peaks(woven)} == expected
     skyline = assemble(Domain(1, 1, 64, 64, 1, None), [low, high], depths.steps, 2)
     assert {peak.phase: peak.allocated_bytes for peak in skyline.peaks(1, 64, 2)} == expected
+    return woven, whole.stream
 
 
 @pytest.mark.thorough

@@ -26,6 +26,7 @@ def made(sizes_mib: list[int], events: list[int], phases: list[int]) -> Stream:
         operation_names=("aten.empty",),
         events=np.array(events, dtype=np.int64),
         phases=np.array(phases, dtype=np.int8),
+        cuda_streams=np.zeros(count, dtype=np.int8),
     )
 
 

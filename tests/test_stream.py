@@ -92,6 +92,7 @@ def made_stream(
         operation_names=operation_names,
         events=np.array(events, dtype=np.int64),
         phases=np.array([PHASES.index(phase) for phase in moments], dtype=np.int8),
+        cuda_streams=np.zeros(count, dtype=np.int8),
     )
 
 

@@ -9,14 +9,14 @@ taken, what is left of it stays free, and free neighbours become one block.
 - expandable (`expandable_segments:True`): a pool is one range of addresses. Memory is mapped where it is
   needed, in pages of 2 MiB (small pool) or 20 MiB (large), and stays when blocks on it are released.
 
-Left out: more than one stream, `record_stream`, private pools (CUDA graphs), and what is off by default:
+Every CUDA stream has blocks of its own, which no other stream is given. Left out: blocks that wait until another
+stream is done with them (`record_stream`), private pools (CUDA graphs), and what is off by default:
 `max_split_size_mb`, `roundup_power2_divisions`, `garbage_collection_threshold`, memory fractions. Among equal
 free blocks the lowest address wins; here `cudaMalloc` gives ever higher ones, which a driver need not.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
@@ -25,15 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.memory import Phase
-from launcher.units import MIB, format_bytes
-
-# c10/core/AllocatorConfig.h of torch 2.13; in 2.9 the same numbers stand in CUDACachingAllocator.cpp
-ROUND_BYTES = 512  # kMinBlockSize
-SMALL_REQUEST_BYTES = MIB  # kSmallSize
-SMALL_SEGMENT_BYTES = 2 * MIB  # kSmallBuffer
-LARGE_SEGMENT_BYTES = 20 * MIB  # kLargeBuffer, later the default of large_segment_size
-LARGE_REQUEST_BYTES = 10 * MIB  # kMinLargeAlloc
-LARGE_ROUND_BYTES = 2 * MIB  # kRoundLarge
+from launcher.planner.pools import (
+    LARGE_SEGMENT_BYTES,
+    ROUND_BYTES,
+    SMALL_REQUEST_BYTES,
+    SMALL_SEGMENT_BYTES,
+    Block,
+    ClassicPool,
+    Device,
+    ExpandablePool,
+    round_up,
+)
+from launcher.units import format_bytes
 
 
 class AllocatorMode(StrEnum):
@@ -69,229 +72,8 @@ class OutOfDeviceMemory(Exception):
         return f"no memory for {format_bytes(self.requested_bytes)} at event {self.event_index}"
 
 
-@dataclass(slots=True, eq=False)
-class Block:
-    """A range of addresses with one use. It knows its neighbours within the segment."""
-
-    address: int
-    size_bytes: int
-    is_mapped: bool = True
-    """Whether memory is behind the addresses; always, but in expandable segments."""
-    is_free: bool = True
-    before: Block | None = None
-    after: Block | None = None
-
-    @property
-    def reach_bytes(self) -> int:
-        """Length together with the unmapped addresses behind it, which it could grow into."""
-        gap = self.after
-        return self.size_bytes if gap is None or gap.is_mapped else self.size_bytes + gap.size_bytes
-
-    def cut(self, size_bytes: int) -> Block:
-        """Shortens the block to its first `size_bytes`; returns the rest, free, mapped if the block is."""
-        start, length = self.address + size_bytes, self.size_bytes - size_bytes
-        rest = Block(start, length, self.is_mapped, before=self, after=self.after)
-        if self.after is not None:
-            self.after.before = rest
-        self.after = rest
-        self.size_bytes = size_bytes
-        return rest
-
-
-@dataclass(slots=True)
-class Device:
-    """What the device can give and has given; both pools draw on it."""
-
-    capacity_bytes: int
-    reserved_bytes: int = 0
-    peak_reserved_bytes: int = 0
-    next_address: int = 0  # from here on, addresses were never used
-
-    def reserve(self, num_bytes: int) -> bool:
-        """Takes memory; False, and takes nothing, when there is not enough left."""
-        if self.reserved_bytes + num_bytes > self.capacity_bytes:
-            return False
-        self.reserved_bytes += num_bytes
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        return True
-
-    def new_segment(self, num_bytes: int, is_mapped: bool) -> Block:
-        """A free block above all others."""
-        self.next_address += num_bytes
-        return Block(self.next_address - num_bytes, num_bytes, is_mapped)
-
-
-class ClassicPool:
-    """The free blocks for small or for large requests; grows by segments.
-
-    Args:
-        device: Where memory comes from.
-        min_rest_bytes: What is left of a block is split off if it has so many bytes (`should_split`).
-    """
-
-    def __init__(self, device: Device, min_rest_bytes: int) -> None:
-        self.device = device
-        self.min_rest_bytes = min_rest_bytes
-        self.free: list[tuple[int, int, Block]] = []
-        """Free mapped blocks as (size, address, block), the order of `BlockComparatorSize`."""
-        self.gaps: list[tuple[int, Block]] = []
-        """Unmapped blocks as (address, block), the order of `BlockComparatorAddress`; none in this class."""
-
-    def reuse(self, size_bytes: int) -> Block | None:
-        """The smallest free block that is large enough, else None (`get_free_block`).
-
-        A block before unmapped addresses counts with all it could grow to, so it is taken last.
-        """
-        free = self.free
-        index = bisect_left(free, (size_bytes,))
-        if index == len(free):
-            return None
-        while index + 1 < len(free) and free[index + 1][2].reach_bytes < free[index][2].reach_bytes:
-            index += 1
-        return self._hand_out(free.pop(index)[2], size_bytes)
-
-    def grow(self, size_bytes: int) -> Block | None:
-        """The start of a new segment (`get_allocation_size`); None when the device has no memory for it."""
-        if size_bytes < LARGE_REQUEST_BYTES:
-            segment_bytes = SMALL_SEGMENT_BYTES if size_bytes <= SMALL_REQUEST_BYTES else LARGE_SEGMENT_BYTES
-        else:
-            segment_bytes = _round_up(size_bytes, LARGE_ROUND_BYTES)
-        if not self.device.reserve(segment_bytes):
-            return None
-        return self._hand_out(self.device.new_segment(segment_bytes, is_mapped=True), size_bytes)
-
-    def release(self, block: Block) -> None:
-        """Makes a block free again (`free_block`)."""
-        block.is_free = True
-        self._merge(block)
-        self._insert(block)
-
-    def give_back(self) -> None:
-        """Returns every segment that is one free block to the device (`release_blocks`)."""
-        for _, _, block in self.free.copy():
-            if block.before is None and block.after is None:
-                self._remove(block)
-                self.device.reserved_bytes -= block.size_bytes
-
-    def _hand_out(self, block: Block, size_bytes: int) -> Block:
-        """Takes a block that is in no list, and splits off what is too much (`alloc_found_block`)."""
-        if block.size_bytes - size_bytes >= self.min_rest_bytes:
-            self._insert(block.cut(size_bytes))
-        block.is_free = False
-        return block
-
-    def _merge(self, block: Block) -> None:
-        """Joins a block that is in no list with free neighbours of its kind (`try_merge_blocks`)."""
-        before, after = block.before, block.after
-        if before is not None and before.is_free and before.is_mapped is block.is_mapped:
-            self._remove(before)
-            block.address = before.address
-            block.size_bytes += before.size_bytes
-            block.before = before.before
-            if block.before is not None:
-                block.before.after = block
-        if after is not None and after.is_free and after.is_mapped is block.is_mapped:
-            self._remove(after)
-            block.size_bytes += after.size_bytes
-            block.after = after.after
-            if block.after is not None:
-                block.after.before = block
-
-    def _insert(self, block: Block) -> None:
-        if block.is_mapped:
-            insort(self.free, (block.size_bytes, block.address, block))
-        else:
-            insort(self.gaps, (block.address, block))
-
-    def _remove(self, block: Block) -> None:
-        if block.is_mapped:
-            del self.free[bisect_left(self.free, (block.size_bytes, block.address))]
-        else:
-            del self.gaps[bisect_left(self.gaps, (block.address,))]
-
-
-class ExpandablePool(ClassicPool):
-    """A pool that is a range of addresses, mapped page by page (`ExpandableSegment`).
-
-    Args:
-        device: Where memory comes from.
-        page_bytes: What is mapped and unmapped at once.
-    """
-
-    def __init__(self, device: Device, page_bytes: int) -> None:
-        super().__init__(device, min_rest_bytes=ROUND_BYTES)
-        self.page_bytes = page_bytes
-
-    def grow(self, size_bytes: int) -> Block | None:
-        """Maps what is missing at the lowest address with room (`try_allocate_expandable_block`).
-
-        A free block before a gap is used up first: only the difference is mapped, in whole pages.
-        """
-        block = self._find_room(size_bytes)
-        if not block.is_mapped and not self._map(block, min(size_bytes, block.size_bytes)):
-            return None
-        while block.size_bytes < size_bytes:
-            gap = block.after
-            assert gap is not None and not gap.is_mapped  # a mapped free block would be part of this one
-            if not self._map(gap, min(size_bytes - block.size_bytes, gap.size_bytes)):
-                return None  # what was mapped on the way stays, as a free block
-            block = gap  # it has taken in the block before it
-        self._remove(block)
-        return self._hand_out(block, size_bytes)
-
-    def give_back(self) -> None:
-        """Unmaps the whole pages inside free blocks; what is left of the blocks stays (`unmap_block`)."""
-        for _, _, block in self.free.copy():
-            start = _round_up(block.address, self.page_bytes)
-            end = (block.address + block.size_bytes) // self.page_bytes * self.page_bytes
-            if start < end:
-                self._unmap(block, start, end)
-
-    def _find_room(self, size_bytes: int) -> Block:
-        """Start of the lowest run of free and unmapped blocks of that size (`find_expandable_block`)."""
-        for _, gap in self.gaps:
-            start = gap.before if gap.before is not None and gap.before.is_free else gap
-            room_bytes, block = start.size_bytes, start.after
-            while room_bytes < size_bytes and block is not None and block.is_free:
-                room_bytes += block.size_bytes
-                block = block.after
-            if room_bytes >= size_bytes:
-                return start
-        # `ExpandableSegment` takes addresses for 9/8 of the device; here, of what the device can give
-        range_bytes = max(self.device.capacity_bytes * 9 // 8, size_bytes)
-        segment = self.device.new_segment(_round_up(range_bytes, LARGE_SEGMENT_BYTES), is_mapped=False)
-        self._insert(segment)
-        return segment
-
-    def _map(self, gap: Block, size_bytes: int) -> bool:
-        """Maps the first pages of a gap and joins them with free neighbours (`map_block`)."""
-        mapped_bytes = _round_up(size_bytes, self.page_bytes)
-        if not self.device.reserve(mapped_bytes):
-            return False
-        self._remove(gap)
-        if mapped_bytes < gap.size_bytes:
-            self._insert(gap.cut(mapped_bytes))
-        gap.is_mapped = True
-        self._merge(gap)
-        self._insert(gap)
-        return True
-
-    def _unmap(self, block: Block, start: int, end: int) -> None:
-        self._remove(block)
-        if end < block.address + block.size_bytes:
-            self._insert(block.cut(end - block.address))
-        if block.address < start:
-            margin, block = block, block.cut(start - block.address)
-            self._insert(margin)
-        block.is_mapped = False
-        self._merge(block)
-        self.device.reserved_bytes -= end - start
-        if block.before is not None or block.after is not None:
-            self._insert(block)  # else the segment is empty, and its addresses are given up
-
-
 class CachingAllocator:
-    """The allocator of one device and one stream.
+    """The allocator of one device.
 
     Args:
         mode: How it takes memory from the device.
@@ -300,19 +82,20 @@ class CachingAllocator:
 
     def __init__(self, mode: AllocatorMode, capacity_bytes: int | None = None) -> None:
         self.device = Device(1 << 62 if capacity_bytes is None else capacity_bytes)  # more than all sizes
-        if mode is AllocatorMode.CLASSIC:
-            self.small = ClassicPool(self.device, ROUND_BYTES)
-            self.large = ClassicPool(self.device, SMALL_REQUEST_BYTES + ROUND_BYTES)  # more than kSmallSize
-        else:
-            self.small = ExpandablePool(self.device, SMALL_SEGMENT_BYTES)
-            self.large = ExpandablePool(self.device, LARGE_SEGMENT_BYTES)
+        self._mode = mode
+        self._pools: dict[tuple[int, bool], ClassicPool] = {}
         self.allocated_bytes = 0
         self.peak_allocated_bytes = 0
 
-    def allocate(self, num_bytes: int) -> Block | None:
-        """A block for `num_bytes` > 0; None when the device has no memory left (`malloc`)."""
-        size_bytes = _round_up(num_bytes, ROUND_BYTES)
-        pool = self.small if size_bytes <= SMALL_REQUEST_BYTES else self.large
+    def allocate(self, num_bytes: int, cuda_stream: int = 0) -> Block | None:
+        """A block for `num_bytes` > 0; None when the device has no memory left (`malloc`).
+
+        Args:
+            num_bytes: What is asked for.
+            cuda_stream: On which CUDA stream.
+        """
+        size_bytes = round_up(num_bytes, ROUND_BYTES)
+        pool = self._pool(cuda_stream, size_bytes)
         block = pool.reuse(size_bytes) or pool.grow(size_bytes)
         if block is None:
             self.give_back()
@@ -322,15 +105,31 @@ class CachingAllocator:
             self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
         return block
 
-    def release(self, block: Block) -> None:
-        """Makes a block free for others; its memory stays reserved (`free`)."""
+    def release(self, block: Block, cuda_stream: int = 0) -> None:
+        """Makes a block free for others of its CUDA stream; its memory stays reserved (`free`)."""
         self.allocated_bytes -= block.size_bytes
-        (self.small if block.size_bytes <= SMALL_REQUEST_BYTES else self.large).release(block)
+        self._pool(cuda_stream, block.size_bytes).release(block)
 
     def give_back(self) -> None:
         """Returns unused memory to the device, as `torch.cuda.empty_cache` does (`release_cached_blocks`)."""
-        self.large.give_back()
-        self.small.give_back()
+        for _, pool in sorted(
+            self._pools.items()
+        ):  # large ones of a stream first, as False comes before True
+            pool.give_back()
+
+    def _pool(self, cuda_stream: int, size_bytes: int) -> ClassicPool:
+        """Where blocks of a size come from: small or large ones, of a stream."""
+        is_small = size_bytes <= SMALL_REQUEST_BYTES
+        pool = self._pools.get((cuda_stream, is_small))
+        if pool is None:
+            pool = self._pools[cuda_stream, is_small] = self._new_pool(is_small=is_small)
+        return pool
+
+    def _new_pool(self, *, is_small: bool) -> ClassicPool:
+        if self._mode is AllocatorMode.EXPANDABLE:
+            return ExpandablePool(self.device, SMALL_SEGMENT_BYTES if is_small else LARGE_SEGMENT_BYTES)
+        # what is left of a large block is split off when it is more than kSmallSize
+        return ClassicPool(self.device, ROUND_BYTES if is_small else SMALL_REQUEST_BYTES + ROUND_BYTES)
 
     def reset_peaks(self) -> None:
         """Peaks count from here: `torch.cuda.reset_peak_memory_stats`."""
@@ -344,6 +143,8 @@ def replay(
     phases: NDArray[np.int8],
     mode: AllocatorMode,
     capacity_bytes: int | None = None,
+    cuda_streams: NDArray[np.int8] | None = None,
+    flushes: NDArray[np.bool_] | None = None,
 ) -> tuple[ReplayedPeak, ...]:
     """Replays a stream of births and releases.
 
@@ -353,6 +154,8 @@ def replay(
         phases: Phase of each event, as an index into `tuple(Phase)`; shape (events,).
         mode: How the allocator takes memory from the device.
         capacity_bytes: What the device can give in total, its context already taken off; None: no limit.
+        cuda_streams: The CUDA stream that asks for each block; shape (blocks,). None: all are of the default stream.
+        flushes: Blocks of no bytes at whose birth unused memory goes back to the device; shape (blocks,). None: none do.
 
     Returns:
         The peaks of every phase that has events, in the order of `Phase`. What is held when a phase begins
@@ -366,6 +169,7 @@ def replay(
     allocator = CachingAllocator(mode, capacity_bytes)
     sizes, stream = sizes_bytes.tolist(), events.tolist()
     live: list[Block | None] = [None] * len(sizes)
+    lanes = [0] * len(sizes) if cuda_streams is None else cuda_streams.tolist()
     peaks = np.zeros((len(Phase), 2), dtype=np.int64)
     bounds = [0, *(np.flatnonzero(np.diff(phases)) + 1).tolist(), len(stream)] if stream else []
     for start, end in pairwise(bounds):
@@ -374,23 +178,21 @@ def replay(
             number = abs(stream[index]) - 1
             block, size = live[number], sizes[number]
             if not size:
+                if flushes is not None and flushes[number]:
+                    allocator.give_back()
                 continue
             if (block is None) is (stream[index] < 0):
                 raise ValueError(f"event {index}: block {number} is {'not ' * (block is None)}alive")
             if block is not None:
-                allocator.release(block)
+                allocator.release(block, lanes[number])
                 live[number] = None
-            elif (born := allocator.allocate(size)) is not None:
+            elif (born := allocator.allocate(size, lanes[number])) is not None:
                 live[number] = born
             else:
                 raise OutOfDeviceMemory(index, size)
         highest = allocator.peak_allocated_bytes, allocator.device.peak_reserved_bytes
         peaks[phases[start]] = np.maximum(peaks[phases[start]], highest)
     return tuple(ReplayedPeak(tuple(Phase)[phase], *peaks[phase].tolist()) for phase in np.unique(phases))
-
-
-def _round_up(num_bytes: int, multiple_bytes: int) -> int:
-    return -(-num_bytes // multiple_bytes) * multiple_bytes
 
 
 def _check(sizes_bytes: NDArray[np.int64], events: NDArray[np.int64], phases: NDArray[np.int8]) -> None:

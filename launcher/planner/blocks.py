@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from launcher.domain import Exponents
 from launcher.memory import Category, Phase, Region
 
+FLUSH = "empty_cache"
+"""Named as operation of a block of no size, at whose birth the allocator gives back what it holds for nothing."""
+
 
 @dataclass(slots=True)
 class Block:
@@ -29,6 +32,8 @@ class Block:
     """Whether it is in host memory while the job runs on a GPU."""
     is_pinned: bool = False
     """Whether an engine pinned it there."""
+    cuda_stream: int = 0
+    """The CUDA stream that it was asked for on; 0: the default one. An allocator gives it to no other."""
     is_part: bool = False
     """Whether it is a rank's part of something that all ranks share: the more ranks, the smaller."""
 

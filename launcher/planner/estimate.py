@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
-from launcher.hardware import DeviceKind
+from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec, Method, StoredDtype
 from launcher.memory import Category, HostEstimate, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.host import disk_estimate, host_estimate, weight_bytes
 from launcher.planner.skyline import Skyline
+from launcher.units import MIB
 
 WORKSPACES = 2
 """Matrix-library workspaces of a training process: one for the forward thread, one for autograd's."""
+
+COLLECTIVES_BYTES: Final = {
+    Engine.DDP: 376 * MIB,
+    Engine.DEEPSPEED: 394 * MIB,
+    Engine.FSDP2: 434 * MIB,
+}
+"""What a rank holds on a card outside of the allocator beyond a process that trains alone: NCCL's buffers, and kernels of
+the engine. Of two ranks that meet over sockets, NCCL 2.28, torch 2.11, H200, 2026-11-27 (docs/gpu.md). Over NVLink NCCL
+has other buffers, and among more ranks more of them, which nobody has measured here."""
+
+
+def context_bytes(hardware: HardwareSpec, plan: Plan) -> int:
+    """What the runtime takes on a device, outside of the allocator."""
+    if hardware.kind is DeviceKind.CUDA and plan.world_size > 1:
+        return hardware.context_bytes + COLLECTIVES_BYTES.get(plan.engine, 0)
+    return hardware.context_bytes
 
 
 def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec, process_bytes: int = 0) -> MemoryEstimate:
@@ -40,7 +58,7 @@ def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec, process_bytes: int
         _with_unpaged_states(peak, phases, host) if peak.phase is Phase.RESUME else peak for peak in phases
     )
     disk = disk_estimate(skyline.disk_bytes, job.training)
-    return MemoryEstimate(phases, resident, job.hardware.context_bytes, host=host, disk=disk)
+    return MemoryEstimate(phases, resident, context_bytes(job.hardware, plan), host=host, disk=disk)
 
 
 def _with_unpaged_states(peak: PhasePeak, phases: Sequence[PhasePeak], host: HostEstimate) -> PhasePeak:

@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import deepspeed.checkpoint.utils as checkpoint_utils
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import (
     parameter_offload,
@@ -26,14 +27,16 @@ from deepspeed.runtime.zero import (
 from transformers.integrations.deepspeed import deepspeed_config as deepspeed_settings
 
 from launcher.planner.replaced import replaced
-from launcher.planner.tape import OFF_DEVICE
+from launcher.planner.tape import OFF_DEVICE, Tape
 
 
-def answer(*, on_gpu: bool, layer_elements: int) -> None:
+def answer(tape: Tape, *, on_gpu: bool, overlaps: bool, layer_elements: int) -> None:
     """No overflow, a valid norm, and the same answer from every rank (deepspeed 0.19.8, runtime/zero).
 
     Args:
+        tape: Is told when the allocator's cache is emptied.
         on_gpu: Whether the job runs on a GPU; then what is saved goes to host memory first, which is another one.
+        overlaps: Whether ranks exchange while they compute (`overlap_comm`).
         layer_elements: A bucket of ordinary size, which holds the largest parameter of a layer.
     """
     # takes the process group that is there
@@ -56,12 +59,42 @@ def answer(*, on_gpu: bool, layer_elements: int) -> None:
         checkpoint_utils.clone_tensors_for_torch_save.__defaults__ = (OFF_DEVICE,)
         whole = DeepSpeedEngine._zero3_consolidated_16bit_state_dict
         DeepSpeedEngine._zero3_consolidated_16bit_state_dict = _moving_to_host(whole)
+        type(get_accelerator()).empty_cache = lambda accelerator: tape.flush()
+        _give_streams(overlaps=overlaps)
     for module in (partitioned_param_coordinator, parameter_offload):
         vars(module)["set"] = _InOrder
     for module in (utils, partitioned_param_coordinator, partition_parameters, parameter_offload, stage3):
         _replace(module, "assert_ints_same_as_other_ranks", lambda *values: None)
         _replace(module, "assert_lst_len_same_as_other_ranks", lambda *values: None)
         _replace(module, "get_lst_from_rank0", lambda values: values)
+
+
+class _StreamOfItsOwn:
+    """An attribute that is a stream of torch's stand-in for CPUs, whatever it is set to."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cpu.Stream()
+
+    def __get__(self, instance: object, owner: type) -> torch.cpu.Stream:
+        return self._stream
+
+    def __set__(self, instance: object, value: object) -> None:
+        """DeepSpeed's accelerator for CPUs has no streams, and says None."""
+
+
+def _give_streams(*, overlaps: bool) -> None:
+    """Where ranks exchange while they compute, DeepSpeed asks for memory on streams of its own, as on a GPU.
+
+    Where they don't, the CPU's None says what the default stream says on a GPU.
+    """
+    kind = type(get_accelerator())
+    kind.stream = lambda self, stream: torch.cpu.stream(stream)
+    stage_1_and_2.DeepSpeedZeroOptimizer.reduction_stream = _StreamOfItsOwn()
+    if overlaps:
+        whole = stage3.DeepSpeedZeroOptimizer_Stage3
+        whole.reduce_and_partition_stream = _StreamOfItsOwn()
+        gathering = partitioned_param_coordinator.PartitionedParameterCoordinator
+        gathering._PartitionedParameterCoordinator__allgather_stream = _StreamOfItsOwn()
 
 
 def _moving_to_host(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -74,7 +74,9 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: 
     if plan.engine is Engine.DEEPSPEED:
         on_gpu = job.hardware.kind is not DeviceKind.CPU
         fake_deepspeed = importlib.import_module("launcher.planner.fake_deepspeed")
-        fake_deepspeed.answer(on_gpu=on_gpu, layer_elements=_bucket_elements(job, plan))
+        overlaps = plan.buckets is not None and plan.buckets.overlap_exchange
+        elements = _bucket_elements(job, plan)
+        fake_deepspeed.answer(tape, on_gpu=on_gpu, overlaps=overlaps, layer_elements=elements)
         if plan.uses_offload:
             importlib.import_module("launcher.planner.fake_offload").offload(tape, on_gpu=on_gpu)
     elif plan.engine is Engine.FSDP2:
@@ -117,7 +119,8 @@ def _environment(job: JobSpec, plan: Plan, folder: Path) -> dict[str, str]:
     if plan.engine is Engine.DEEPSPEED:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         _, environment = prepare_deepspeed_cmd_env(arguments)
-        return {**environment, "DS_ACCELERATOR": "cpu"}
+        # with the user's `true` it would be DDP (see `launcher.run.render`)
+        return {**environment, "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
     return {**prepare_multi_gpu_env(arguments), "ACCELERATE_USE_CPU": "true"}
 
 

@@ -26,7 +26,7 @@ from launcher.planner.bounds import (
 )
 from launcher.planner.communication import with_communication
 from launcher.planner.depth import DepthMismatch, DepthPlan, assemble_first
-from launcher.planner.estimate import read_estimate
+from launcher.planner.estimate import context_bytes, read_estimate
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.reserve import with_reserved, with_workspaces
@@ -140,7 +140,7 @@ class Forecaster:
         """
         question = self._question(plan, exact=False)
         accumulating = replace(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
-        bounds = [static_floor_bytes(plan, question.facts) + self._job.hardware.context_bytes]
+        bounds = [static_floor_bytes(plan, question.facts) + context_bytes(self._job.hardware, plan)]
         for mode, known, loss in product(Checkpointing, {plan, accumulating}, losses(self._job)):
             alike = replace(known, activation_checkpointing=mode, loss=loss)
             if self.is_prepared(alike):

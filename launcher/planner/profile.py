@@ -112,6 +112,7 @@ def build_stream(events: Sequence[Event]) -> Stream:
         operation_names=tuple(operation_names),
         events=ordered,
         phases=phases,
+        cuda_streams=np.array([block.cuda_stream for block in blocks], dtype=np.int8),
     )
 
 

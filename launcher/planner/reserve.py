@@ -8,7 +8,7 @@ import numpy as np
 
 from launcher.memory import Category, MemoryEstimate
 from launcher.planner.allocator import AllocatorMode, OutOfDeviceMemory, ReplayedPeak, replay
-from launcher.planner.stream import CATEGORIES, Stream
+from launcher.planner.stream import CATEGORIES, Stream, flushes
 
 MODE = AllocatorMode.EXPANDABLE
 """How the launcher sets the allocator up (run/render.py)."""
@@ -34,7 +34,15 @@ def with_reserved(estimate: MemoryEstimate, stream: Stream, capacity_bytes: int)
 
 
 def _replay(stream: Stream, capacity_bytes: int | None) -> tuple[ReplayedPeak, ...]:
-    return replay(stream.sizes_bytes, stream.events, stream.phases, MODE, capacity_bytes)
+    return replay(
+        stream.sizes_bytes,
+        stream.events,
+        stream.phases,
+        MODE,
+        capacity_bytes,
+        stream.cuda_streams,
+        flushes(stream),
+    )
 
 
 def _fits(stream: Stream, capacity_bytes: int) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.memory import Category, ModuleShare, Phase, PhasePeak
+from launcher.planner.blocks import FLUSH
 
 CATEGORIES = tuple(Category)
 PHASES = tuple(Phase)
@@ -47,10 +48,13 @@ class Stream:
     """`i + 1`: block i is born; `-(i + 1)`: it is released; shape (events,)."""
     phases: NDArray[np.int8]
     """Phase of each event, as an index into `tuple(Phase)`; shape (events,)."""
+    cuda_streams: NDArray[np.int8]
+    """The CUDA stream on which each block was asked for; 0: the default one; shape (blocks,)."""
 
     def __post_init__(self) -> None:
         blocks, events = len(self.sizes_bytes), len(self.events)
-        others = {len(self.categories), len(self.modules), len(self.operations)}
+        facts = (self.categories, self.modules, self.operations, self.cuda_streams)
+        others = {len(fact) for fact in facts}
         if others != {blocks} or len(self.phases) != events:
             raise ValueError(
                 f"{blocks} blocks with {others} facts; {events} events with {len(self.phases)} phases"
@@ -58,6 +62,13 @@ class Stream:
         births = self.events[self.events > 0]
         if not np.array_equal(births, np.arange(1, blocks + 1)):
             raise ValueError(f"{blocks} blocks, but {len(births)} births, or births out of order")
+
+
+def flushes(stream: Stream) -> NDArray[np.bool_]:
+    """Whether the allocator gives back what it holds for nothing at the birth of each block; shape (blocks,)."""
+    names = np.array([name.split()[0] == FLUSH for name in stream.operation_names], dtype=bool)
+    is_flush: NDArray[np.bool_] = names[stream.operations]
+    return is_flush
 
 
 def live_bytes(stream: Stream) -> NDArray[np.int64]:
@@ -218,6 +229,7 @@ def with_waiting_inputs(stream: Stream, count: int) -> Stream:
         operations=stream.operations[blocks],
         events=events,
         phases=phases,
+        cuda_streams=stream.cuda_streams[blocks],
     )
 
 

@@ -97,6 +97,7 @@ def extend_stream(shallow: Stream, deep: Stream, steps: int, period: int) -> Str
         operation_names=deep.operation_names,
         events=_play(births, high.block_kinds[weave.sources], ranks),
         phases=deep.phases[weave.sources],
+        cuda_streams=deep.cuda_streams[born],
     )
 
 

@@ -17,7 +17,7 @@ from launcher.hardware import DeviceKind
 from launcher.job import JobSpec
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
-from launcher.planner.estimate import WORKSPACES
+from launcher.planner.estimate import WORKSPACES, context_bytes
 from launcher.planner.forecast import Forecaster
 from launcher.planner.host import weight_bytes
 from launcher.planner.polynomial import CONSTANT
@@ -94,7 +94,7 @@ def what_if(job: JobSpec, plan: Plan, forecaster: Forecaster, memories: Iterable
         length_step=_length_step(plan),
         cards=_cards(job, memories),
         headroom=share,
-        context_bytes=job.hardware.context_bytes,
+        context_bytes=context_bytes(job.hardware, plan),
         host_memory_bytes=0 if on_cpu else job.hardware.host_memory_bytes,
         regimes=tuple(regimes),
         gaps=tuple(gaps),

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from launcher.domain import Exponents
 from launcher.engines import local_tensors
 from launcher.memory import Category, Phase, Region, settle_region
-from launcher.planner.blocks import Block, Event
+from launcher.planner.blocks import FLUSH, Block, Event
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import CONSTANT, TracedShape, factor_shape
 from launcher.planner.recorder import WorkRecorder
@@ -104,6 +104,8 @@ class Tape(TorchDispatchMode):
         self._names: dict[Any, str] = {}
         self._callers: dict[str, str] = {}
         self._workspaces: set[tuple[bool, str]] = set()
+        self._default_stream = torch.cpu.current_stream()
+        self._cuda_streams: dict[int, int] = {}
         self._mask_checks = WeakTensorKeyDictionary()  # by identity: comparing tensors is an operation
 
     @classmethod
@@ -251,6 +253,9 @@ class Tape(TorchDispatchMode):
         block = Block(num_bytes, size, operation, self.phase, self.region, on_host=on_host)
         if self.locate is not None:
             block.module = self.locate()
+        current = torch.cpu.current_stream()  # the device of a trace is the CPU: engines make streams of it
+        if current is not self._default_stream:
+            block.cuda_stream = self._cuda_streams.setdefault(id(current), len(self._cuda_streams) + 1)
         self._live[key] = block
         self._write(block, birth=True)
         self._watchers[key] = weakref.ref(storage, lambda reference, key=key: self._release(key))  # type: ignore[misc]
@@ -283,6 +288,10 @@ class Tape(TorchDispatchMode):
         if num_bytes:
             self.num_instants += 1
             self._record(tensor, "resize_")
+
+    def flush(self) -> None:
+        """The allocator gives what it holds for nothing back to the device: a block of no size says so."""
+        self._write(Block(0, {}, FLUSH, self.phase, self.region, Category.TEMPORARIES), birth=True)
 
     def pin(self, tensors: Iterable[torch.Tensor]) -> None:
         """Says that the storages of these tensors, in host memory, are pinned."""

@@ -30,7 +30,7 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Engine, JobSpec, Loss, Precision, Task
 from launcher.libraries import uses_bitsandbytes
 from launcher.plan import Plan
-from launcher.planner import attention_twin, cuda_twin, kernel_twins, worst_case
+from launcher.planner import attention_twin, cuda_twin, gloo_twin, kernel_twins, worst_case
 from launcher.planner.attribution import Attribution
 from launcher.planner.depth import assemble_first, layer_period, plan_depths, truncate
 from launcher.planner.fast_fake import FastFakeTensorMode, Memory, Told
@@ -252,6 +252,8 @@ def _record(subject: TraceSubject, shape: TracedShape, depth: int, accumulation:
     fake = FastFakeTensorMode(_memory())
     on_gpu = subject.hardware.kind in (DeviceKind.CUDA, DeviceKind.ROCM)
     twins = dict(worst_case.twins())
+    if plan.engine is Engine.FSDP2:
+        twins |= gloo_twin.twins(on_cpu=not on_gpu)
     if on_gpu:
         is_cuda = subject.hardware.kind is DeviceKind.CUDA
         twins |= attention_twin.twins(shape, rounds=is_cuda)

@@ -72,7 +72,7 @@ TRACED = (
     "workload.py",
 )
 """Files outside of the planner that it imports, directly or through each other."""
-STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases")
+STREAM_ARRAYS = ("sizes_bytes", "categories", "modules", "operations", "events", "phases", "cuda_streams")
 
 
 def library_versions() -> dict[str, str]:

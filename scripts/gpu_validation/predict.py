@@ -17,7 +17,7 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.memory import Phase
 from launcher.planner.allocator import AllocatorMode, replay
 from launcher.planner.forecast import Forecaster
-from launcher.planner.stream import Stream
+from launcher.planner.stream import Stream, flushes
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.rates import published_rates
@@ -55,7 +55,15 @@ def _classic(stream: Stream) -> dict[Phase, PhaseBytes]:
 
     There torch's counter of allocated bytes counts whole blocks, up to 1 MiB more than was asked for.
     """
-    peaks = replay(stream.sizes_bytes, stream.events, stream.phases, AllocatorMode.CLASSIC)
+    peaks = replay(
+        stream.sizes_bytes,
+        stream.events,
+        stream.phases,
+        AllocatorMode.CLASSIC,
+        None,
+        stream.cuda_streams,
+        flushes(stream),
+    )
     return {peak.phase: PhaseBytes(peak.allocated_bytes, peak.reserved_bytes) for peak in peaks}
 
 
