@@ -6,6 +6,8 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -148,6 +150,40 @@ def test_a_call_that_works_in_place_is_measured_too() -> None:
 
     assert Bench(torch.device("cpu")).seconds(call) > 0.0
     assert numbers[0] > 100
+
+
+def test_a_gpus_own_time_counts_and_not_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda is stood in for: by a device whose calls take 3 us each, whatever the host takes to launch them."""
+    import torch
+
+    from launcher.worker.calibrate import MOST_QUEUED, Bench
+
+    launched, log = [0], list[str]()
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+            self.after = 0
+
+        def record(self) -> None:
+            self.after = launched[0]
+            log.append("record")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 0.003 * float(end.after - self.after)  # milliseconds
+
+    def call() -> torch.Tensor:
+        launched[0] += 1
+        return torch.empty(4)
+
+    card = SimpleNamespace(
+        Event=Event, _sleep=lambda cycles: log.append("busy"), synchronize=lambda: log.append("wait")
+    )
+    monkeypatch.setattr(torch, "cuda", card)
+    assert Bench(torch.device("cuda")).seconds(call) == pytest.approx(3e-6)
+    first = log.index("busy")
+    assert log[first : first + 4] == ["busy", "record", "record", "wait"]
+    assert launched[0] >= 2 + MOST_QUEUED
 
 
 def test_a_real_measurement_comes_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
