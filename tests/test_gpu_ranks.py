@@ -32,7 +32,7 @@ from scripts.gpu_validation.rank_results import (
     with_rank_result,
 )
 from scripts.gpu_validation.rank_run import RankRun, rank_environment, run_ranks
-from scripts.gpu_validation.ranks import UNKNOWN, new_results, prediction_environment
+from scripts.gpu_validation.ranks import UNKNOWN, new_results
 from scripts.gpu_validation.results import Status
 
 GIB = 1 << 30
@@ -154,12 +154,6 @@ def test_the_last_words_are_the_workers_own(tmp_path: Path, python_command: Call
         RunPaths(tmp_path), order_of(rank_jobs(CARD)[0]), "job", 30.0, os.environ, threading.Event()
     )
     assert run.message == "[rank 0: exit code 1]\nno such card\n[rank 1: exit code 1]\nno such card"
-
-
-def test_no_tracer_is_told_that_it_is_on_a_cpu() -> None:
-    environment = prediction_environment({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "0"})
-    assert environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert "ACCELERATE_USE_CPU" not in environment
 
 
 def test_ranks_are_ended_when_the_time_is_up(tmp_path: Path, python_command: Callable[[str], None]) -> None:

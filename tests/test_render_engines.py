@@ -198,10 +198,15 @@ def test_as_many_devices_are_in_sight_as_are_planned(visible: str | None, expect
 
 @pytest.mark.parametrize("engine", [Engine.DDP, Engine.DEEPSPEED, Engine.FSDP2])
 def test_only_deepspeed_is_not_told_to_use_the_cpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the user's shell says."""
     monkeypatch.setattr(render, "usable_cores", lambda: 7)
+    inherited = {"ACCELERATE_USE_CPU": str(engine is Engine.DEEPSPEED).lower()}
     two = plan(engine, 3 if engine is Engine.FSDP2 else 0, num_devices=2, num_nodes=1)
-    environment = render.worker_environment(CPU, {}, two)
-    assert ("ACCELERATE_USE_CPU" in environment) is (engine is not Engine.DEEPSPEED)
+    environment = render.worker_environment(CPU, inherited, two)
+    assert environment["ACCELERATE_USE_CPU"] == str(engine is not Engine.DEEPSPEED).lower()
+    assert (
+        render.worker_environment(CUDA, {"ACCELERATE_USE_CPU": "true"}, two)["ACCELERATE_USE_CPU"] == "false"
+    )
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] == "[rank ${rank}] "
 

@@ -114,7 +114,9 @@ def worker_environment(
     """
     engine, num_devices = (plan.engine, plan.num_devices) if plan else (Engine.NONE, 1)
     additions = {name: inherited.get(name, value) for name, value in QUIET.items()}
-    additions |= import_path(inherited) | SAFE
+    additions |= (
+        import_path(inherited) | SAFE | {"ACCELERATE_USE_CPU": "false"}
+    )  # whatever the user's shell says
     if engine is not Engine.NONE:
         additions["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = LINE_PREFIX
         if plan is not None and plan.num_nodes == 1:

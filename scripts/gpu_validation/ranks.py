@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -167,24 +167,11 @@ def _stopping() -> Iterator[threading.Event]:
         stop.set()
 
 
-def prediction_environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """An environment without a device.
-
-    Nor does it say ACCELERATE_USE_CPU: DeepSpeed's tracers would be taken for DDP's (see `launcher.run.render`). Those
-    that need it set it themselves.
-
-    Args:
-        inherited: Our own environment.
-    """
-    environment = tracer_environment(inherited)
-    return {name: value for name, value in environment.items() if name != "ACCELERATE_USE_CPU"}
-
-
 def _predictor(entries: Sequence[RankJob], hardware: HardwareSpec, folder: Path) -> RankPredictor:
     subjects = [
         RankSubject(entry.name, spec_of(entry.plan, hardware, Path()), entry.plan) for entry in entries
     ]
-    return RankPredictor(subjects, prediction_environment(os.environ), folder)
+    return RankPredictor(subjects, tracer_environment(os.environ), folder)
 
 
 def _written_model(hardware: HardwareSpec, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 # worker.json holds the job and the plan; from a checkpoint in checkpoints/ it continues.
 set -eu
 cd -- /home/me
+export ACCELERATE_USE_CPU=false
 export CUDA_DEVICE_ORDER=PCI_BUS_ID
 export CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7
 export HF_DATASETS_DISABLE_PROGRESS_BARS=1
