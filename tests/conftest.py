@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """One thread a process: two tests run at a time, and threads that share cores wait for each other by turning."""
+    """One thread a process: three tests run at a time, and threads that share cores wait for each other by turning."""
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
