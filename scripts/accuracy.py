@@ -1,7 +1,8 @@
 """Predicted against measured peak memory on CPU, over real training jobs of small random models.
 
-Each job runs in a process of its own: the same workload is traced on fake tensors and trained on real ones, and
-the measurement comes from the profiler's allocator events, never from the tracer.
+Each job runs in a process of its own, forked from one that has imported the libraries: the same workload is traced on
+fake tensors and trained on real ones, and the measurement comes from the profiler's allocator events, never from the
+tracer.
 
     python -m scripts.accuracy                     all jobs; prints the table
     python -m scripts.accuracy --write             also writes docs/accuracy/<date>-cpu.json and docs/accuracy.md
@@ -11,12 +12,15 @@ the measurement comes from the profiler's allocator events, never from the trace
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +41,10 @@ if TYPE_CHECKING:
     from launcher.worker.prompts import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "datasets", "launcher.planner.trace", "launcher.worker.train")
+"""What each job would import for itself: six seconds."""
+RESULT, FAILED = "result: ", "failed"
+"""How the lines begin that tell how a job went."""
 
 
 def run_job(job: AccuracyJob) -> dict[str, Any]:
@@ -190,21 +198,73 @@ class JobFailed(Exception):
     """A job that could not be traced or trained, with the end of what it printed."""
 
 
-def measure(job: AccuracyJob) -> dict[str, Any]:
-    """Runs one job in a process of its own."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, "-m", "scripts.accuracy", "--job", str(JOBS.index(job))]
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    if child.returncode:
-        raise JobFailed(f"{job.name} failed:\n{child.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return result
+class Bench:
+    """Runs jobs one after another, each in a process of its own."""
+
+    def __init__(self) -> None:
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed with the bench
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "scripts.accuracy", "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    def measure(self, job: AccuracyJob) -> dict[str, Any]:
+        """Traces and trains a job; predicted and measured bytes per phase.
+
+        Raises:
+            JobFailed: When it could not be traced or trained.
+        """
+        assert self._server.stdin is not None and self._server.stdout is not None  # both are pipes
+        begin = self._log.seek(0, os.SEEK_END)
+        self._server.stdin.write(f"{JOBS.index(job)}\n")
+        self._server.stdin.flush()
+        for line in self._server.stdout:
+            if line.startswith(RESULT):
+                result: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+                return result
+            if line.startswith(FAILED):
+                break
+        self._log.seek(begin)
+        raise JobFailed(f"{job.name} failed:\n{self._log.read()[-3000:]}")
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._server.kill()
+        self._server.wait()
+        self._log.close()
+
+
+def serve(numbers: Iterable[str]) -> None:
+    """Runs the jobs of these numbers, each in a fork of this process, which imports what all of them need."""
+    for name in HEAVY:
+        importlib.import_module(name)
+    for number in numbers:
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                print(f"{RESULT}{json.dumps(run_job(JOBS[int(number)]))}", flush=True)
+                status = 0
+            except BaseException:  # the border of a process: its log says what it was
+                traceback.print_exc()
+            os._exit(status)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            print(FAILED, flush=True)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--job", type=int, help="run one job in this process and print JSON")
+    parser.add_argument("--serve", action="store_true", help="run the jobs whose numbers come on stdin")
     parser.add_argument("--only", type=int, nargs="+", help="the jobs of these numbers")
     parser.add_argument("--subset", type=int, default=len(JOBS), help="only the first so many jobs")
     parser.add_argument(
@@ -212,8 +272,8 @@ def main() -> None:
     )
     parser.add_argument("--page", type=Path, help="write them from the results of this data file")
     options = parser.parse_args()
-    if options.job is not None:
-        print(json.dumps(run_job(JOBS[options.job])))
+    if options.serve:
+        serve(sys.stdin)
         return
     if options.page is not None:
         write_report(json.loads(options.page.read_text(encoding="utf-8"))["results"])
@@ -221,20 +281,21 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     failed: list[str] = []
     chosen = JOBS[: options.subset] if options.only is None else [JOBS[number] for number in options.only]
-    for job in chosen:
-        try:
-            results.append(measure(job))
-        except JobFailed as failure:
-            print(failure, file=sys.stderr, flush=True)
-            failed.append(job.name)
-            continue
-        errors = {phase: phase_error_percent(results[-1], phase) for phase in PHASES}
-        words = [f"{phase} {error:+.3f} %" for phase, error in errors.items() if error is not None]
-        print(
-            f"{JOBS.index(job)} {job.name}: {peak_error_percent(results[-1]):+.3f} % ({', '.join(words)})",
-            file=sys.stderr,
-            flush=True,
-        )
+    with Bench() as bench:
+        for job in chosen:
+            try:
+                results.append(bench.measure(job))
+            except JobFailed as failure:
+                print(failure, file=sys.stderr, flush=True)
+                failed.append(job.name)
+                continue
+            errors = {phase: phase_error_percent(results[-1], phase) for phase in PHASES}
+            words = [f"{phase} {error:+.3f} %" for phase, error in errors.items() if error is not None]
+            print(
+                f"{JOBS.index(job)} {job.name}: {peak_error_percent(results[-1]):+.3f} % ({', '.join(words)})",
+                file=sys.stderr,
+                flush=True,
+            )
     if failed:
         raise SystemExit(f"failed: {failed}")
     print(table(results))

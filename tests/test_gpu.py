@@ -118,7 +118,13 @@ SAME_ORDER = {
 """How much of the order of a step's allocations is the same, by timeline. Under autocast casts come in another order."""
 
 
-@pytest.mark.parametrize("name", SAME_ORDER)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.thorough if "mixed" in name else (), id=name)
+        for name in SAME_ORDER
+    ],
+)
 def test_a_traced_step_allocates_what_the_card_did_in_the_same_order(
     name: str, measured: Results, tracer: Tracer
 ) -> None:
