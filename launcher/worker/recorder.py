@@ -109,8 +109,7 @@ class Recorder:
 
     def receive(self, batch: Iterable[torch.Tensor]) -> None:
         """The loader hands over a batch."""
-        if self.is_on:
-            tensors = list(batch)
+        if self.is_on and (tensors := list(batch)):
             self._watched.receive(tensors)
             addresses = addresses_of(tensors)
             self._notes.write(lambda account: account.mark(addresses, Category.INPUTS))

@@ -193,10 +193,8 @@ def _run(
     try:
         with tempfile.TemporaryDirectory(dir=folder) as place:  # checkpoints take gigabytes
             spec = spec_of(entry.plan, order.hardware, model, free_port())
-            paths, task = (
-                RunPaths(Path(place) / "run"),
-                WorkerOrder(spec, entry.plan, UNKNOWN, str(model), ""),
-            )
+            paths = RunPaths(Path(place) / "run")
+            task = WorkerOrder(spec, entry.plan, UNKNOWN, str(model), "")
             prepare_run(paths, task, {})
             return run_ranks(paths, task, entry.name, seconds, os.environ, stop)
     except Exception as failure:  # one job that can't be started must not cost the others theirs
