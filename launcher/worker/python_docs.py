@@ -147,7 +147,7 @@ def _described(member: object) -> tuple[str, str]:
         return "", ""
     try:
         signature = _portable(inspect.signature(documented))
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):  # the first of Python 3.13.0, for select.epoll.register
         return "", ""
     cleaned = inspect.cleandoc(docstring)
     if len(cleaned) > LONGEST_DOCSTRING:
