@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,7 @@ def test_the_index_of_a_sharded_checkpoint_holds_data_only(tmp_path: Path) -> No
 
     import torch
 
-    from launcher.worker.trusted import trusted_checkpoints
+    from launcher.worker.trusted import load_index, trusted_checkpoints
 
     checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
     plan = tiny_order(tmp_path, Engine.FSDP2, 3).plan
@@ -284,6 +285,8 @@ def test_the_index_of_a_sharded_checkpoint_holds_data_only(tmp_path: Path) -> No
     with trusted_checkpoints(plan):
         checkpoint.load(wanted, checkpoint_id=str(tmp_path / "sharded"), no_dist=True)
     assert torch.equal(wanted["weight"], state["weight"]) and wanted["step"] == 3
+    of_3_13 = b"cpathlib._local\nPosixPath\n(S'a'\nS'b'\ntR."  # as Python 3.13 writes it, in protocol 0
+    assert load_index(BytesIO(of_3_13)) == Path("a/b")
     marker = tmp_path / "ran"
     (tmp_path / "sharded" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
     with (

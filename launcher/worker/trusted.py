@@ -45,6 +45,8 @@ INDEX: Final = {
     "pathlib": ("PosixPath", "PurePosixPath"),
 }
 """Names in the index of a sharded checkpoint (torch 2.13)."""
+PATHS_OF_3_13: Final = {"pathlib._local": "pathlib"}
+"""Python 3.13 alone writes its paths under this name (its Lib/pathlib/_local.py); another Python reads them, too."""
 
 
 @contextmanager
@@ -95,6 +97,7 @@ def load_index(stream: IO[bytes]) -> Any:
 class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The few names that an index has; dtypes, layouts and sizes of torch among them."""
+        module = PATHS_OF_3_13.get(module, module)
         if name in INDEX.get(module, ()):
             return super().find_class(module, name)
         if module == "torch":
