@@ -231,6 +231,9 @@ class PinSpec:
     """`sdpa`, `eager` or `flash_attention_2`."""
     loss: Loss | None = None
     """`chunked` (TRL's tiles), `plain` (all logits at once) or `liger` (Liger's fused kernel, of the extra `liger`)."""
+    optimizer: Optimizer | None = None
+    """`training.optimizer` itself, or another one that makes the same update: `adamw_torch` for `adamw_torch_fused`, or
+    the `paged_*` one of an optimizer of bitsandbytes, whose states go to host memory where the device is full."""
     max_length: Annotated[int, Ge(8)] | None = None
     """Overrides `data.max_length`."""
     method: Method | None = None

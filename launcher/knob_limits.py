@@ -26,7 +26,7 @@ from launcher.job import (
     OffloadDevice,
     Precision,
 )
-from launcher.optimisation import LOW_RANK_OPTIMIZERS
+from launcher.optimisation import LOW_RANK_OPTIMIZERS, implementations
 
 PACKAGE = "memory-first-launcher"
 """This project's own name for pip."""
@@ -174,8 +174,15 @@ def _optimizer_limits(job: JobSpec) -> list[Limit]:
     name = job.training.optimizer
     projects = name in LOW_RANK_OPTIMIZERS
     methods = (job.planner.pin.method,) if job.planner.pin.method else job.planner.choices.method
+    pinned = job.planner.pin.optimizer
+    same = implementations(name)
     adapted = [method.value for method in methods or (job.method.name,) if method is not Method.FULL]
     return [
+        (
+            pinned is not None and pinned not in same,
+            f"planner.pin.optimizer={pinned.value if pinned else ''} makes another update than the job's {name.value}",
+            f"planner.pin.optimizer={' or '.join(item.value for item in same)}, or training.optimizer",
+        ),
         (
             projects and bool(adapted),
             f"training.optimizer={name.value} projects the gradients of whole matrices; method {', '.join(adapted)} "

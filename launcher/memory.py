@@ -24,6 +24,10 @@ class Phase(StrEnum):
     MERGE = "merge"
 
 
+TRAINING = (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)
+"""Phases of an optimizer step."""
+
+
 class Category(StrEnum):
     """What a block of memory is for."""
 
@@ -138,6 +142,12 @@ class HostEstimate:
     """Tensors in host memory, one peak per phase that has any; on a CPU those of the device."""
     pinned_bytes: int
     """Most of it that is pinned."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimizer states in host memory while training."""
+        training = [peak for peak in self.phases if peak.phase in TRAINING]
+        return max((peak.by_category_bytes[Category.OPTIMIZER_STATE] for peak in training), default=0)
 
     @property
     def peak_bytes(self) -> int:

@@ -73,6 +73,23 @@ class Integration(StrEnum):
     WANDB = "wandb"
 
 
+IMPLEMENTATIONS = (
+    (Optimizer.ADAMW_TORCH_FUSED, Optimizer.ADAMW_TORCH),
+    (Optimizer.ADAMW_8BIT, Optimizer.PAGED_ADAMW_8BIT),
+    (Optimizer.LION_32BIT, Optimizer.PAGED_LION_32BIT),
+    (Optimizer.LION_8BIT, Optimizer.PAGED_LION_8BIT),
+)
+"""Optimizers that make the same update: in one kernel or in several, with states on the device or in pages that go to
+host memory where the device is full. `paged_adamw_32bit` is alone: of bf16 weights torch's AdamW has states in bf16."""
+PAGED_OPTIMIZERS = tuple(name for name in Optimizer if name.value.startswith("paged_"))
+"""Optimizers of bitsandbytes whose states go to host memory where the device is full."""
+
+
+def implementations(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    """Optimizers that make the same update as one, itself among them."""
+    return next((same for same in IMPLEMENTATIONS if optimizer in same), (optimizer,))
+
+
 LOW_RANK_OPTIMIZERS = (Optimizer.GALORE_ADAMW, Optimizer.GALORE_ADAFACTOR, Optimizer.APOLLO_ADAMW)
 """Optimizers whose states belong to projected gradients."""
 
@@ -102,7 +119,8 @@ class TrainingSpec:
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
     """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
     optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
-    """Optimizer, by its transformers name."""
+    """Optimizer, by its transformers name. Of those that make the same update the planner takes fused for `adamw_torch`,
+    and pages (`paged_*`) only where nothing fits otherwise; `planner.pin.optimizer` keeps one."""
     optimizer_rank: Annotated[int, Ge(1)] = 128
     """Rank of the projected gradients; GaLore and APOLLO only."""
     optimizer_target_modules: str | tuple[str, ...] = "all-linear"

@@ -17,6 +17,7 @@ from launcher.job import (
 )
 from launcher.job import Grade as Grade
 from launcher.memory import MemoryEstimate
+from launcher.optimisation import PAGED_OPTIMIZERS
 from launcher.step_time import StepTime
 
 
@@ -120,6 +121,11 @@ class Plan:
     def uses_offload(self) -> bool:
         """Whether anything of the model lives off the device."""
         return self.offload_optimizer or self.offload_parameters
+
+    @property
+    def uses_pages(self) -> bool:
+        """Whether optimizer states go to host memory where the device is full."""
+        return self.optimizer in PAGED_OPTIMIZERS
 
     @property
     def has_small_buckets(self) -> bool:

@@ -69,6 +69,8 @@ def _restricted(order: WorkerOrder, is_continued: bool) -> JobSpec:
     """The job, on a device that the failed plan does not fit."""
     job, plan = order.job, order.plan
     pin = replace(job.planner.pin, method=plan.method, rank=plan.rank or None, max_length=plan.max_length)
+    if is_continued:
+        pin = replace(pin, optimizer=plan.optimizer)
     if is_continued and plan.engine is not Engine.NONE:
         pin = replace(
             pin,

@@ -69,8 +69,10 @@ def checkpoint_pins(plan: Plan, asked: Mapping[str, Any], world_size: int) -> di
     """
     if plan.engine in REPLICATED:
         engine = Engine.NONE if world_size == 1 else Engine.DDP
-        return {"engine": engine, "zero_stage": 0, "offload_optimizer": False, "offload_parameters": False}
-    names = ["engine", "zero_stage", "offload_optimizer", "offload_parameters"]
+        unsharded = {"zero_stage": 0, "offload_optimizer": False, "offload_parameters": False}
+        return {"optimizer": plan.optimizer, "engine": engine, **unsharded}
+    # torch reads which kernel to use from the states, and bitsandbytes reads paged ones onto the device
+    names = ["optimizer", "engine", "zero_stage", "offload_optimizer", "offload_parameters"]
     pins = {name: getattr(plan, name) for name in names}
     if plan.engine is Engine.FSDP2:
         pins["shard_within_node"] = plan.shard_within_node

@@ -24,7 +24,7 @@ class StepTime:
     is_calibrated: bool
     """Whether they were measured on the device itself."""
     communication_seconds: float = 0.0
-    """What several devices add, where it is not hidden behind the work."""
+    """What several devices add, where it is not hidden behind the work, and states that come from host memory."""
 
     @property
     def seconds(self) -> float:

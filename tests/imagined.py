@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
@@ -17,6 +18,7 @@ from launcher.job import (
     TrainingSpec,
 )
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
+from launcher.optimisation import implementations
 from launcher.plan import Plan
 from launcher.planner.forecast import Forecaster
 from launcher.step_time import StepTime
@@ -61,7 +63,7 @@ class Law:
         )
         always = {
             Category.PARAMETERS: self.parameters,
-            Category.OPTIMIZER_STATE: 2 * trained,
+            Category.OPTIMIZER_STATE: 0 if plan.uses_pages else 2 * trained,
             Category.INPUTS: 3 * tokens * plan.gradient_accumulation_steps,
         }
         step = always | {
@@ -138,14 +140,18 @@ class FakeForecaster(Forecaster):
             price = self.law.price(accumulating)
             bound = price.peak_device_bytes - price.resident_bytes[Category.GRADIENTS]
             bounds.append(bound - price.peak.by_category_bytes[Category.INPUTS])
-        other = replace(plan, loss=Loss.PLAIN if plan.loss is Loss.CHUNKED else Loss.CHUNKED)
-        for known in {
-            other,
-            replace(other, gradient_accumulation_steps=max(2, other.gradient_accumulation_steps)),
-        }:
-            if self.is_prepared(known):
+        steps = {plan.gradient_accumulation_steps, max(2, plan.gradient_accumulation_steps)}
+        for loss, optimizer, accumulation in product(
+            (Loss.CHUNKED, Loss.PLAIN), implementations(plan.optimizer), steps
+        ):
+            other = replace(plan, loss=loss, optimizer=optimizer)
+            known = replace(other, gradient_accumulation_steps=accumulation)
+            if other != plan and self.is_prepared(known):
                 step = dict(self.law.price(known).phases[0].by_category_bytes)
-                step[Category.LOGITS_AND_LOSS] = 0
+                if loss is not plan.loss:
+                    step[Category.LOGITS_AND_LOSS] = 0
+                if optimizer is not plan.optimizer:
+                    step[Category.OPTIMIZER_STATE] = 0
                 if known != other:
                     step[Category.GRADIENTS] = step[Category.INPUTS] = 0
                 bounds.append(sum(step.values()) + self.law.context)
@@ -188,7 +194,8 @@ class FakeForecaster(Forecaster):
         over = tiled and plan.micro_batch_size * plan.max_length > self.law.tile
         accumulates = plan.gradient_accumulation_steps > 1
         single = plan.micro_batch_size == 1
-        return plan.method, plan.rank, plan.activation_checkpointing, plan.loss, single, over, accumulates
+        knobs = plan.method, plan.rank, plan.activation_checkpointing, plan.loss, plan.optimizer
+        return *knobs, single, over, accumulates
 
 
 def job_with(

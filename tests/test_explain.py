@@ -70,6 +70,7 @@ def test_what_changes_the_result_says_so() -> None:
         "micro_batch_size": False,
         "activation_checkpointing": False,
         "loss": False,
+        "attention": False,
         "max_length": True,
         "method": True,
         "rank": True,

@@ -25,6 +25,7 @@ from launcher.job import (
     Method,
     MethodSpec,
     Objective,
+    Optimizer,
     PinSpec,
     PlannerSpec,
 )
@@ -69,7 +70,7 @@ def all_plans(job: JobSpec, combination: tuple[Method, int, int]) -> list[Plan]:
             activation_checkpointing=mode,
             attention=pin.attention or Attention.SDPA,
             loss=pin.loss or Loss.CHUNKED,
-            optimizer=job.training.optimizer,
+            optimizer=optimizers_of(job)[0],
             precision=job.training.precision,
         )
         for mode in MODES
@@ -87,10 +88,26 @@ def all_plans(job: JobSpec, combination: tuple[Method, int, int]) -> list[Plan]:
     ]
 
 
+def optimizers_of(job: JobSpec) -> tuple[Optimizer, ...]:
+    """What makes the update of a job's optimizer, states on the device first; of torch's AdamW the fused one alone."""
+    pin, own = job.planner.pin.optimizer, job.training.optimizer
+    if pin:
+        return (pin,)
+    if own is Optimizer.ADAMW_TORCH:
+        return (Optimizer.ADAMW_TORCH_FUSED,)
+    name = own.value.removeprefix("paged_")
+    return tuple(item for item in Optimizer if item.value in (name, f"paged_{name}"))
+
+
 def with_each_loss(job: JobSpec, combination: tuple[Method, int, int]) -> list[Plan]:
-    """Those with both losses, of equals the one that works on tiles first."""
+    """Those with both losses and every optimizer, of equals the one that works on tiles first, and has no pages."""
     losses = (job.planner.pin.loss,) if job.planner.pin.loss else (Loss.CHUNKED, Loss.PLAIN)
-    return [replace(plan, loss=loss) for plan in all_plans(job, combination) for loss in losses]
+    return [
+        replace(plan, loss=loss, optimizer=optimizer)
+        for optimizer in optimizers_of(job)
+        for plan in all_plans(job, combination)
+        for loss in losses
+    ]
 
 
 def budget_of(job: JobSpec) -> int:
@@ -117,12 +134,21 @@ def brute_force(job: JobSpec, law: Law) -> Truth:
         if job.planner.objective is Objective.MEMORY:
             fitting.sort(key=lambda plan: (law.peak(plan), plans.index(plan)))
         else:
+            resident = [plan for plan in fitting if plan.optimizer is optimizers_of(job)[0]]
+            if resident:
+                fitting = resident
+                visited = [
+                    plan for plan in visited if plan.optimizer is optimizers_of(job)[0] or plan not in plans
+                ]
             fitting = [plan for plan in fitting if not recomputes_for_nothing(plan, fitting)]
             if law.knows_speed:
                 fitting = in_order_of_speed(fitting, law)
                 faster = [plan for plan in fitting if is_worth_its_loss(plan, fitting, law)]
                 fitting = [*faster, *(plan for plan in fitting if plan not in faster)]
         if fitting:
+            if not any(plan.optimizer is not fitting[0].optimizer for plan in visited if plan in plans):
+                # one plan stands for those with pages, which nobody has to look at
+                visited += [replace(fitting[0], optimizer=item) for item in optimizers_of(job)[1:]]
             return Truth(fitting, visited)
     return Truth([], visited)
 
@@ -144,8 +170,10 @@ def is_worth_its_loss(plan: Plan, fitting: list[Plan], law: Law) -> bool:
 def is_refused(job: JobSpec, plan: Plan, law: Law) -> bool:
     """Whether a plan that fits has a grade that the job refuses, by the shares that docs/design.md names."""
     free = 1 - law.peak(plan) / job.hardware.memory_bytes
-    savers = (plan.activation_checkpointing is not KEPT) + (
-        plan.micro_batch_size == 1 and plan.gradient_accumulation_steps > 1
+    savers = (
+        (plan.activation_checkpointing is not KEPT)
+        + (plan.micro_batch_size == 1 and plan.gradient_accumulation_steps > 1)
+        + ("8bit" in plan.optimizer.value or "paged" in plan.optimizer.value)
     )
     if Grade.TIGHT in job.planner.refused_grades:
         return free < 0.15
@@ -207,7 +235,9 @@ def random_job(seed: int, law: Law) -> JobSpec:
         objective=dice.choice([Objective.SPEED, Objective.COST, Objective.MEMORY]),
     )
     job = job_with(1, planner, batch)
-    peaks = [law.peak(plan) for combination in combinations(job) for plan in all_plans(job, combination)]
+    optimizer = dice.choice([*Optimizer][:2] * 3 + [*Optimizer][2:9])
+    job = replace(job, training=replace(job.training, optimizer=optimizer))
+    peaks = [law.peak(plan) for combination in combinations(job) for plan in with_each_loss(job, combination)]
     memory = round(dice.uniform(0.75 * min(peaks), 1.1 * max(peaks)))
     return replace(job, hardware=replace(job.hardware, memory_bytes=memory))
 

@@ -23,6 +23,18 @@ def sharded_categories(plan: Plan) -> tuple[Category, ...]:
     return (*SHARDED, Category.PARAMETERS) if plan.zero_stage == 3 else SHARDED
 
 
+def differing_categories(known: Plan, plan: Plan) -> tuple[Category, ...]:
+    """What may be more in one plan than in another one that differs in checkpointing, loss or optimizer alone."""
+    found: tuple[Category, ...] = ()
+    if known.activation_checkpointing is not plan.activation_checkpointing:
+        found += RECOMPUTED
+    if known.loss is not plan.loss:
+        found += (Category.LOGITS_AND_LOSS,)
+    if known.optimizer is not plan.optimizer:  # states are in host memory, or not
+        found += (Category.OPTIMIZER_STATE,)
+    return found
+
+
 def computes_alike(job: JobSpec, plan: Plan) -> bool:
     """Whether all engines compute in the same dtypes: DeepSpeed turns fp32 adapters and autocast weights to 16 bits."""
     if plan.precision is Precision.FP32:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from launcher.hardware import HardwareSpec
 from launcher.job import Checkpointing, Engine, Precision
+from launcher.memory import TRAINING, MemoryEstimate
 from launcher.plan import Plan
 from launcher.step_time import StepTime
 
@@ -128,6 +129,27 @@ def offload_seconds(
     return update + (moved / rate + max(0.0, fetched / rate - window) if rate else 0.0)
 
 
+def with_paging(step: StepTime, hardware: HardwareSpec, estimate: MemoryEstimate) -> StepTime:
+    """A step with what pages of optimizer states take over the link to the host.
+
+    States that fit beside all else stay on the device. Others are fetched in every step (bitsandbytes 0.50,
+    optim/optimizer.py, `prefetch_state`) as pages of managed memory, and each pushes out what was used longest ago, which
+    in a loop over all states is always what comes next; so all of them cross the link, in and out. Nobody has measured it
+    here.
+
+    Args:
+        step: The step by itself.
+        hardware: Its link to the host; one of unknown rate adds nothing.
+        estimate: The memory of its plan, whose optimizer is a paged one.
+    """
+    rate = LINK_EFFICIENCY * hardware.host_link_bytes_per_second
+    paged = 0 if estimate.host is None else estimate.host.state_bytes
+    taken = max((peak.allocated_bytes for peak in estimate.phases if peak.phase in TRAINING), default=0)
+    if not rate or taken + estimate.context_bytes + paged <= hardware.memory_bytes:
+        return step
+    return replace(step, communication_seconds=step.communication_seconds + 2 * paged / rate)
+
+
 def link_bytes_per_second(hardware: HardwareSpec, *, across_nodes: bool) -> float:
     """Rate of the slowest link that a ring passes, one direction; 0 where no link is known."""
     within = hardware.device_link_bytes_per_second / 2 or hardware.host_link_bytes_per_second
@@ -160,4 +182,4 @@ def with_communication(
     weights = all_weight_bytes or held_weight_bytes * (devices if plan.zero_stage == 3 else 1)
     seconds = communication_seconds(plan, hardware, traffic(plan, trained_bytes, weights), step.seconds)
     seconds += offload_seconds(plan, hardware, trained_bytes, weights, step.seconds)
-    return replace(step, communication_seconds=seconds)
+    return replace(step, communication_seconds=step.communication_seconds + seconds)

@@ -7,7 +7,7 @@ from typing import Final
 
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec, Method, StoredDtype
-from launcher.memory import Category, HostEstimate, MemoryEstimate, Phase, PhasePeak
+from launcher.memory import TRAINING, Category, HostEstimate, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.host import disk_estimate, host_estimate, weight_bytes
 from launcher.planner.skyline import Skyline
@@ -66,15 +66,8 @@ def _with_unpaged_states(peak: PhasePeak, phases: Sequence[PhasePeak], host: Hos
 
     They stay there (optim/optimizer.py, `load_state_dict`), beside all that a step has on the device.
     """
-    training = [known for known in phases if known.phase in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)]
-    paged = max(
-        (
-            known.by_category_bytes[Category.OPTIMIZER_STATE]
-            for known in host.phases
-            if known.phase is Phase.OPTIMIZER_STEP
-        ),
-        default=0,
-    )
+    training = [known for known in phases if known.phase in TRAINING]
+    paged = host.state_bytes
     highest = max(training, key=lambda known: known.allocated_bytes, default=peak)
     if host.phases == tuple(phases) or not paged or highest.allocated_bytes + paged <= peak.allocated_bytes:
         return peak

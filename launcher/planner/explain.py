@@ -5,15 +5,18 @@ All prices come from the skylines that the search uses, of the plan taken too, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from launcher.engine_limits import engine_limits
 from launcher.errors import LauncherError
 from launcher.explanation import AtCapacity, Change, Explanation
-from launcher.job import Checkpointing, Engine, JobSpec, Loss, Method, Optimizer
-from launcher.memory import MemoryEstimate, Phase
+from launcher.hardware import DeviceKind
+from launcher.job import Attention, Checkpointing, Engine, JobSpec, Loss, Method, Optimizer
+from launcher.memory import TRAINING, MemoryEstimate, Phase
+from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Grade, Plan, PlanChoice, Squeeze
+from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements
 from launcher.planner.forecast import Forecaster
 from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, semantic_plans
 from launcher.units import format_bytes
@@ -120,6 +123,9 @@ def _options(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
             yield "activation_checkpointing", words, replace(plan, activation_checkpointing=mode), False
     other = Loss.PLAIN if plan.loss is Loss.CHUNKED else Loss.CHUNKED
     yield "loss", f"{plan.loss.value} -> {other.value}", replace(plan, loss=other), False
+    if plan.attention is Attention.SDPA and plan.activation_checkpointing is not Checkpointing.SELECTIVE:
+        yield "attention", "sdpa -> eager", replace(plan, attention=Attention.EAGER), False
+    yield from _other_arrangements(job, plan)
     for length in (plan.max_length // 2, plan.max_length * 2):
         if length >= 8:
             yield "max_length", f"{plan.max_length} -> {length}", replace(plan, max_length=length), True
@@ -136,9 +142,36 @@ def _options(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
         for rank in (plan.rank // 2, plan.rank * 2):
             if rank:
                 yield "rank", f"{plan.rank} -> {rank}", replace(plan, rank=rank), True
-    if plan.optimizer is not Optimizer.ADAMW_8BIT:
+    for optimizer in implementations(plan.optimizer):
+        has_pages = optimizer in PAGED_OPTIMIZERS
+        if optimizer is not plan.optimizer and (not has_pages or job.hardware.kind is DeviceKind.CUDA):
+            words = f"{plan.optimizer.value} -> {optimizer.value}"
+            yield "optimizer", words, replace(plan, optimizer=optimizer), False
+    if Optimizer.ADAMW_8BIT not in implementations(plan.optimizer):
         words = f"{plan.optimizer.value} -> {Optimizer.ADAMW_8BIT.value}"
         yield "optimizer", words, replace(plan, optimizer=Optimizer.ADAMW_8BIT), True
+
+
+def _other_arrangements(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
+    """What several devices could share a little less or more of, engines that can't do it among them."""
+    if plan.world_size == 1:
+        return
+    pin = replace(
+        job.planner.pin, engine=None, zero_stage=None, offload_optimizer=None, offload_parameters=None
+    )
+    free = replace(job, planner=replace(job.planner, pin=pin))
+    here = arrangement_of(plan)
+    possible = [item for item in arrangements(free, plan)[0] if item.small_buckets is here.small_buckets]
+    for item in neighbours(possible, here):
+        yield "engine", f"{here.words()} -> {item.words()}", item.applied_to(plan, free), False
+
+
+def neighbours(items: Sequence[Arrangement], here: Arrangement) -> tuple[Arrangement, ...]:
+    """What comes before and after one of some arrangements; none where it is not among them."""
+    if here not in items:
+        return ()
+    place = items.index(here)
+    return tuple(items[index] for index in (place - 1, place + 1) if 0 <= index < len(items))
 
 
 def _at_capacity(job: JobSpec, choice: PlanChoice, factor: float, search: Search) -> AtCapacity:
@@ -218,11 +251,7 @@ def _setting_at_the_peak(job: JobSpec, estimate: MemoryEstimate) -> str:
     """A setting apart from training that makes the highest moment; empty when training does."""
     peak, evaluation = estimate.peak, job.evaluation
     training = max(
-        (
-            item.allocated_bytes
-            for item in estimate.phases
-            if item.phase in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)
-        ),
+        (item.allocated_bytes for item in estimate.phases if item.phase in TRAINING),
         default=0,
     )
     above = format_bytes(peak.allocated_bytes - training)

@@ -18,31 +18,29 @@ from launcher.plan import Plan
 from launcher.planner.bounds import (
     RECOMPUTED,
     computes_alike,
+    differing_categories,
     differs_in_engine,
     gradient_bytes,
     replicated_plan,
     sharded_categories,
     static_floor_bytes,
 )
-from launcher.planner.communication import with_communication
+from launcher.planner.communication import with_communication, with_paging
 from launcher.planner.depth import DepthMismatch, DepthPlan, assemble_first
 from launcher.planner.estimate import context_bytes, read_estimate
 from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.reserve import with_reserved, with_workspaces
 from launcher.planner.skyline import Profile, Skyline
-from launcher.planner.space import losses
+from launcher.planner.space import losses, optimizers
 from launcher.planner.speed import SpeedModel
-from launcher.planner.stream import Stream, phase_peaks, with_waiting_inputs
-from launcher.planner.stream_depth import extend_stream
+from launcher.planner.stream import Stream, with_waiting_inputs
+from launcher.planner.stream_depth import check_peaks, extend_stream
 from launcher.planner.subject import alone, subject_of
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Subject, SubjectFacts, Tracer
 from launcher.rates import Rates
 from launcher.step_time import StepTime
-
-PEAK_TOLERANCE = 1e-3
-"""Share by which the peaks of a stream and of the skyline from the same traces may differ."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +133,15 @@ class Forecaster:
 
         With one micro batch per step nothing is accumulated; otherwise the step is that of two micro batches,
         whose second one has the whole gradients beside what it needs itself. Without them, and without the
-        inputs that wait, it needs no more than the plan. Nor does another checkpointing, or another loss, without what
-        that changes.
+        inputs that wait, it needs no more than the plan. Nor does another checkpointing, loss or implementation of the
+        optimizer, without what that changes.
         """
         question = self._question(plan, exact=False)
         accumulating = replace(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
         bounds = [static_floor_bytes(plan, question.facts) + context_bytes(self._job.hardware, plan)]
-        for mode, known, loss in product(Checkpointing, {plan, accumulating}, losses(self._job)):
-            alike = replace(known, activation_checkpointing=mode, loss=loss)
+        kinds = product(Checkpointing, {plan, accumulating}, losses(self._job), optimizers(self._job))
+        for mode, known, loss, optimizer in kinds:
+            alike = replace(known, activation_checkpointing=mode, loss=loss, optimizer=optimizer)
             if self.is_prepared(alike):
                 bounds.append(self._bound_from(alike, plan, question.facts))
         if plan.zero_stage and plan.world_size > 1 and computes_alike(self._job, plan):
@@ -161,16 +160,15 @@ class Forecaster:
         return self._job.hardware.context_bytes + skyline.floor_bytes(*shape, without, only_steps=only_steps)
 
     def _bound_from(self, known: Plan, plan: Plan, facts: SubjectFacts) -> int:
-        """What a plan with a trace, which differs in checkpointing, loss or accumulation, says of one without."""
+        """What a plan with a trace, which differs in one or more of four knobs, says of one without."""
         estimate = self.estimate(known)
         bound = estimate.peak_device_bytes
-        differs = known.loss is not plan.loss
-        without: tuple[Category, ...] = (Category.LOGITS_AND_LOSS,) if differs else ()
-        if known.activation_checkpointing is not plan.activation_checkpointing:
-            without += RECOMPUTED
+        without = differing_categories(known, plan)
         if without:
-            # what ZeRO 3 has gathered when a phase begins hangs on the step before; evaluation has a loss too
-            bound = self._floor(known, without, only_steps=plan.zero_stage == 3 or differs)
+            # what ZeRO 3 has gathered when a phase begins hangs on the step before; evaluation has a loss too, and a
+            # resumed run has its states on the device
+            only_steps = plan.zero_stage == 3 or not set(without) <= set(RECOMPUTED)
+            bound = self._floor(known, without, only_steps=only_steps)
         if known.gradient_accumulation_steps != plan.gradient_accumulation_steps:
             # under an engine the gradients that are held at the step are a part of those that were accumulated
             bound -= max(estimate.resident_bytes[Category.GRADIENTS], gradient_bytes(plan, facts))
@@ -208,7 +206,12 @@ class Forecaster:
             UnsupportedByPlanner: When the tracer can't follow the plan, or a rate is missing.
         """
         question = self._question(plan, exact)
-        return self._step_time(question, self._kept(question) or self._make(question), plan)
+        step = self._step_time(question, self._kept(question) or self._make(question), plan)
+        return (
+            with_paging(step, self._job.hardware, self.estimate(plan, exact=exact))
+            if step and plan.uses_pages
+            else step
+        )
 
     def step_floor_seconds(self, plan: Plan, like: Plan | None = None) -> float:
         """A time that the plan's step can't go below, from traces that exist; 0 when none says anything.
@@ -294,7 +297,8 @@ class Forecaster:
             (shallow, low), (deep, high) = streams.items()
             try:
                 stream = extend_stream(low, high, (num_layers - shallow) // (deep - shallow), deep - shallow)
-                _check_against(skyline, stream, question)
+                shape = question.shape.batch, question.shape.length, question.accumulation
+                check_peaks(stream, skyline.peaks(*shape))
                 return stream
             except DepthMismatch as mismatch:
                 logging.getLogger(__name__).info("tracing deeper: %s", mismatch)
@@ -383,15 +387,3 @@ class Forecaster:
             self._cache.keep_facts(key, facts)
         self._facts[key] = facts
         return facts
-
-
-def _check_against(skyline: Skyline, stream: Stream, question: _Question) -> None:
-    """Raises DepthMismatch when a stream and a skyline that come from the same traces have different peaks."""
-    batch, length = question.shape.batch, question.shape.length
-    wanted = {
-        peak.phase: peak.allocated_bytes for peak in skyline.peaks(batch, length, question.accumulation)
-    }
-    for peak in phase_peaks(stream):
-        apart = abs(peak.allocated_bytes - wanted[peak.phase])
-        if apart > PEAK_TOLERANCE * wanted[peak.phase]:
-            raise DepthMismatch(f"{peak.phase.value}: {peak.allocated_bytes} bytes, not {wanted[peak.phase]}")

@@ -18,7 +18,7 @@ from launcher.planner.host import short_on_host
 from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.options import Options
 from launcher.planner.refusal import Judge
-from launcher.planner.space import checkpointing_modes, headroom_bytes, losses
+from launcher.planner.space import checkpointing_modes, headroom_bytes, losses, optimizers
 
 
 class Pricing:
@@ -47,7 +47,7 @@ class Pricing:
         Args:
             options: The plans.
             weighed: Those of other arrangements.
-            rival: A plan with another loss that fits; None: there is none.
+            rival: A plan with another loss or optimizer that fits; None: there is none.
         """
         while True:
             for plan in [plan for plan in options.unpriced if self._forecaster.is_prepared(plan)]:
@@ -85,10 +85,11 @@ class Pricing:
         """Rejects all plans of an arrangement with a checkpointing that the tracer can't follow.
 
         Raises:
-            UnsupportedByPlanner: When that keeps all activations; then it is neither for the checkpointing nor the loss.
+            UnsupportedByPlanner: When that keeps all activations; then it is for neither of the three.
         """
         mode = plan.activation_checkpointing
-        if mode is self._first_mode and plan.loss is losses(self._job)[0]:
+        is_first = plan.loss is losses(self._job)[0] and plan.optimizer is optimizers(self._job)[0]
+        if mode is self._first_mode and is_first:
             raise failure
         for item in (*(price.plan for price in options.fitting), *options.unpriced):
             if item.activation_checkpointing is mode:
@@ -142,7 +143,7 @@ class Pricing:
         return mode, plan.gradient_accumulation_steps == 1, mode > 0 and micro == 1, micro
 
     def betters(self, price: Price, rival: Price | None) -> bool:
-        """Whether a plan is taken in place of one with another loss: it is faster, or smaller, beyond doubt.
+        """Whether a plan is taken in place of one with another loss or optimizer: it is faster, or smaller, beyond doubt.
 
         Host memory is for what doesn't fit without it.
         """
@@ -153,6 +154,8 @@ class Pricing:
             return True
         if not self.ranking.by_memory and rival.plan.uses_offload is not plan.uses_offload:
             return rival.plan.uses_offload
+        if not self.ranking.by_memory and rival.plan.uses_pages is not plan.uses_pages:
+            return rival.plan.uses_pages
         return self.ranking.within(value) < self.ranking.value(rival)
 
     def contenders(self, options: Options) -> list[Price]:

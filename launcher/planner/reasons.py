@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from launcher.job import Checkpointing, JobSpec
+from launcher.job import Checkpointing, JobSpec, Optimizer
 from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, Rejection
 from launcher.planner.arrangements import Arrangement, arrangement_of, arrangement_words
 from launcher.planner.objective import SAME, Price, Ranking
-from launcher.planner.space import losses
+from launcher.planner.space import losses, optimizers
 from launcher.units import format_bytes, format_step
 
 NOT_PRICED = "; not priced"
@@ -79,6 +79,11 @@ def exchanges_more(arrangement: Arrangement) -> str:
     if arrangement.small_buckets:
         return f"{arrangement.words()} waits for each exchange, and a plan that recomputes nothing fits{NOT_PRICED}"
     return f"{arrangement.words()} exchanges no less than what fits with nothing recomputed{NOT_PRICED}"
+
+
+def pages_in_vain(optimizer: Optimizer) -> str:
+    """A plan whose optimizer states would be paged, where one fits that has them on the device."""
+    return f"{optimizer.value} is for states that don't fit on the device, and these do{NOT_PRICED}"
 
 
 def shards_in_vain(plan: Plan, fitting: Plan) -> str:
@@ -191,6 +196,8 @@ def taken(
     first = losses(job)[0]
     if plan.loss is not first:
         words.append(f"with {first.value} loss no plan that fits is as good")
+    if plan.optimizer is not optimizers(job)[0]:
+        words.append(_paged(plan, optimizers(job)[0], rejected))
     words += _shortfalls(plan, rejected)
     words.append(f"{format_bytes(budget_bytes - best.estimate.peak_device_bytes)} remain above the headroom")
     if left:
@@ -205,11 +212,8 @@ def _shortfalls(plan: Plan, rejected: Sequence[Rejection]) -> list[str]:
     ordinary = replace(arrangement_of(plan), small_buckets=False)
     for item in rejected:
         is_alike = item.plan.activation_checkpointing is plan.activation_checkpointing
-        is_same_job = (item.plan.method, item.plan.max_length, item.plan.rank) == (
-            plan.method,
-            plan.max_length,
-            plan.rank,
-        )
+        is_alike &= item.plan.optimizer is plan.optimizer
+        is_same_job = _is_same_job(item.plan, plan)
         if not (item.short_by_bytes > 0 and is_alike and is_same_job and _shards_less(item.plan, plan)):
             continue
         if arrangement_of(item.plan) != ordinary:
@@ -221,6 +225,22 @@ def _shortfalls(plan: Plan, rejected: Sequence[Rejection]) -> list[str]:
                 f"same plan is short by {format_bytes(item.short_by_bytes)} or more"
             )
     return words + [f"{name} is short by {format_bytes(size)} or more" for name, size in short.items()]
+
+
+def _paged(plan: Plan, resident: Optimizer, rejected: Sequence[Rejection]) -> str:
+    """By how much plans of the same job are short at least whose states are on the device."""
+    short = [
+        item.short_by_bytes
+        for item in rejected
+        if item.plan.optimizer is resident and item.short_by_bytes > 0 and _is_same_job(item.plan, plan)
+    ]
+    least = f" short by {format_bytes(min(short))} or more" if short else " no plan"
+    return f"optimizer states go to host memory where the device is full, because with {resident.value} it is{least}"
+
+
+def _is_same_job(other: Plan, plan: Plan) -> bool:
+    """Whether two plans make the same result."""
+    return (other.method, other.max_length, other.rank) == (plan.method, plan.max_length, plan.rank)
 
 
 def _shards_less(other: Plan, plan: Plan) -> bool:

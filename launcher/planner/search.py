@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError
@@ -29,7 +30,14 @@ from launcher.planner.options import Options, repeats
 from launcher.planner.pins import OTHER_ENGINE
 from launcher.planner.pricing import Pricing
 from launcher.planner.refusal import Judge
-from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, losses, semantic_plans
+from launcher.planner.space import (
+    batch_splits,
+    checkpointing_modes,
+    headroom_bytes,
+    losses,
+    optimizers,
+    semantic_plans,
+)
 
 
 def search(job: JobSpec, forecaster: Forecaster, judge: Judge | None = None) -> PlanChoice:
@@ -52,10 +60,10 @@ def search(job: JobSpec, forecaster: Forecaster, judge: Judge | None = None) -> 
 
 @dataclass
 class _Pass:
-    """The arrangements of the devices with one loss."""
+    """The arrangements of the devices with one loss and one implementation of the optimizer."""
 
     semantic: Plan
-    """The combination of the other knobs, with the loss."""
+    """The combination of the other knobs, with both."""
     waiting: list[Arrangement]
     """Arrangements that were not weighed yet."""
     weighed: list[Options]
@@ -95,14 +103,22 @@ class _Search:
         """The best plan of a combination at its true shape, and the next best one that was priced.
 
         The first loss stays unless a plan with another one is better beyond doubt: a trace with that is worth its time
-        only where it may be.
+        only where it may be. States are paged only where nothing fits without.
         """
-        passes = [self._pass(replace(semantic, loss=loss)) for loss in losses(self._job)]
+        kinds = [
+            replace(semantic, optimizer=optimizer, loss=loss)
+            for optimizer, loss in product(optimizers(self._job), losses(self._job))
+        ]
+        passes: list[_Pass] = []
         exact: Price | None = None
         while exact is None:
             taken: Price | None = None
-            for item in passes:
-                taken = self._best_arranged(item, taken) or taken
+            for index, kind in enumerate(kinds):
+                if taken is not None and self._pages_in_vain(kind, taken.plan):
+                    continue
+                if index == len(passes):
+                    passes.append(self._pass(kind))
+                taken = self._best_arranged(passes[index], taken) or taken
             if taken is None:
                 return None, None
             (options,) = (o for item in passes for o in item.weighed if any(p is taken for p in o.fitting))
@@ -111,6 +127,10 @@ class _Search:
             for later in item.waiting:
                 plan = later.applied_to(item.semantic, self._job)
                 self._prices.reject(plan, reasons.exchanges_more(later), 0, 0)
+        for optimizer in {kind.optimizer for kind in kinds[len(passes) :]}:
+            self._prices.reject(
+                replace(exact.plan, optimizer=optimizer), reasons.pages_in_vain(optimizer), 0, 0
+            )
         weighed = [options for item in passes for options in item.weighed]
         contenders = [price for options in weighed for price in self._prices.contenders(options)]
         others = [price for price in contenders if price is not taken]
@@ -118,6 +138,10 @@ class _Search:
         for options in weighed:
             self._reject_others(options, exact, (taken, second))
         return exact, second
+
+    def _pages_in_vain(self, kind: Plan, fitting: Plan) -> bool:
+        """Whether plans would page their states where one fits that doesn't (unless memory counts)."""
+        return not self._ranking.by_memory and kind.uses_pages and not fitting.uses_pages
 
     def _pass(self, semantic: Plan) -> _Pass:
         """All that the devices can be arranged to, and rejects the rest."""
@@ -135,7 +159,7 @@ class _Search:
 
         Args:
             item: The arrangements with one loss.
-            rival: The best plan with another loss, which this one must be better than; None: there is none.
+            rival: The best plan with another loss or optimizer, which this one must be better than; None: there is none.
         """
         for options in item.weighed:  # a plan may have turned out not to fit at its true shape
             self._prices.settle(options, item.weighed, rival)
@@ -147,7 +171,7 @@ class _Search:
         return self._ranking.best(better) if better else None
 
     def _better(self, item: _Pass, rival: Price | None) -> list[Price]:
-        """Plans that fit, may be taken, and are better than one with another loss."""
+        """Plans that fit, may be taken, and are better than one with another loss or optimizer."""
         contenders = (price for options in item.weighed for price in self._prices.contenders(options))
         return [price for price in contenders if self._prices.betters(price, rival)]
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind
-from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Task
+from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Task
+from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Plan
 from launcher.planner.interval import CONVENTION
 
@@ -42,9 +43,24 @@ def semantic_plans(job: JobSpec) -> Iterator[Plan]:
                     activation_checkpointing=pin.activation_checkpointing or Checkpointing.NONE,
                     attention=pin.attention or Attention.SDPA,
                     loss=loss,
-                    optimizer=job.training.optimizer,
+                    optimizer=optimizers(job)[0],
                     precision=job.training.precision,
                 )
+
+
+def optimizers(job: JobSpec) -> tuple[Optimizer, ...]:
+    """Implementations of the optimizer that a job can choose from; a later one is taken only where nothing fits before.
+
+    torch's fused kernel does in one pass what foreach does in a dozen, whose temporaries are as large as the gradients;
+    it is never the slower or the larger one. Pages are for states that don't fit; a CPU has no other memory.
+    """
+    own, pinned = job.training.optimizer, job.planner.pin.optimizer
+    same = implementations(own)
+    if pinned:
+        return (pinned,)
+    if not any(name in PAGED_OPTIMIZERS for name in same):
+        return same[:1]
+    return same if job.hardware.kind is DeviceKind.CUDA else (own,)
 
 
 def losses(job: JobSpec) -> tuple[Loss, ...]:

@@ -16,17 +16,20 @@ Played in the order of time, the ranks say which birth each release belongs to.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.memory import PhasePeak
 from launcher.planner.depth import DepthMismatch, match
-from launcher.planner.stream import LAYER, Stream
+from launcher.planner.stream import LAYER, Stream, phase_peaks
 
 SMALL_BYTES = 1 << 16
 """Sizes up to this do not tell kinds of blocks apart: those of stacked norms grow with depth."""
+PEAK_TOLERANCE = 1e-3
+"""Share by which the peaks of a stream and of the skyline from the same traces may differ."""
 
 Integers = NDArray[np.int64]
 _Description = tuple[int, int, tuple[str, int, str], str]
@@ -257,3 +260,15 @@ def _rename(
         names.append(f"{before}{layer}{after}" if LAYER.search(known[module]) else before)
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
     return tuple(numbers), np.array([numbers[name] for name in names], dtype=np.int32)[index.reshape(-1)]
+
+
+def check_peaks(stream: Stream, peaks: Iterable[PhasePeak]) -> None:
+    """Compares a stream with the peaks of the skyline that comes from the same traces.
+
+    Raises:
+        DepthMismatch: When they differ.
+    """
+    wanted = {peak.phase: peak.allocated_bytes for peak in peaks}
+    for peak in phase_peaks(stream):
+        if abs(peak.allocated_bytes - wanted[peak.phase]) > PEAK_TOLERANCE * wanted[peak.phase]:
+            raise DepthMismatch(f"{peak.phase.value}: {peak.allocated_bytes} bytes, not {wanted[peak.phase]}")

@@ -15,7 +15,7 @@ from launcher.domain import Domain, Exponents
 from launcher.errors import LauncherError
 from launcher.hardware import DeviceKind
 from launcher.job import JobSpec
-from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
+from launcher.memory import TRAINING, Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.estimate import WORKSPACES, context_bytes
 from launcher.planner.forecast import Forecaster
@@ -302,7 +302,7 @@ def _with_unpaged_states(rows: Mapping[Phase, Rows], exponents: Sequence[Exponen
     first = host.exponents.index(CONSTANT)
     if (steps[0] != steps[0][0]).any() or np.delete(steps[0], first, axis=1).any():
         raise NotFoldable("its paged optimizer states depend on the shape")
-    training = [rows[phase] for phase in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP) if phase in rows]
+    training = [rows[phase] for phase in TRAINING if phase in rows]
     lifted = np.concatenate(training).copy()
     lifted[:, states, exponents.index(CONSTANT)] += steps[0][0, first]
     return np.concatenate([rows[Phase.RESUME], lifted])

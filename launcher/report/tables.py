@@ -116,6 +116,7 @@ def brief_words(plan: Plan) -> str:
     words += [plan.method.value + (f" r{plan.rank}" if plan.rank else ""), f"length {plan.max_length}"]
     words += [f"micro batch {plan.micro_batch_size}", f"checkpointing {plan.activation_checkpointing.value}"]
     words += [] if plan.loss is Loss.CHUNKED else [f"{plan.loss.value} loss"]
+    words += [plan.optimizer.value] if plan.uses_pages else []
     return ", ".join(words)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from transformers import Trainer
 
-from launcher.memory import Category, Phase, Region, Timeline, last_step
+from launcher.memory import TRAINING, Category, Phase, Region, Timeline, last_step
 from launcher.regions import RegionWatch
 from launcher.run_record import WORKER_MARK
 from launcher.worker.account import Account, AccountedPeak
@@ -90,7 +90,7 @@ class Recorder:
             begins_anew: Whether the account of this phase must not rest on that of the one before.
         """
         is_early = steps < METERED_STEPS
-        in_step = phase in (Phase.TRAIN_STEP, Phase.OPTIMIZER_STEP)
+        in_step = phase in TRAINING
         wanted = is_early or (not in_step and phase not in self._seen)
         self.mark_residents()
         if self.is_on and (begins_anew or not wanted):
