@@ -206,11 +206,6 @@ def _offload_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
     keys = " and ".join(offloaded)
     return [
         (
-            hardware.world_size == 1 and bool(offloaded),
-            f"{keys}: this version offloads with several devices only",
-            f"leave {keys} unset, or hardware.num_devices=2 or more",
-        ),
-        (
             pin.engine is Engine.FSDP2 and bool(offloaded),
             f"{keys} with planner.pin.engine=fsdp2: FSDP2's offload needs a GPU, and was never compared with one",
             "planner.pin.engine=deepspeed with planner.pin.zero_stage=3",

@@ -150,6 +150,17 @@ class HostEstimate:
         return max((peak.by_category_bytes[Category.OPTIMIZER_STATE] for peak in training), default=0)
 
     @property
+    def lasting_bytes(self) -> int:
+        """The highest that is left without what hangs on the shape of a batch."""
+        return self.process_bytes + max(
+            (
+                peak.allocated_bytes - sum(peak.by_category_bytes[name] for name in PINNED)
+                for peak in self.phases
+            ),
+            default=0,
+        )
+
+    @property
     def peak_bytes(self) -> int:
         """Highest bytes over all phases."""
         return self.process_bytes + max((peak.allocated_bytes for peak in self.phases), default=0)

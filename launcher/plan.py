@@ -171,17 +171,20 @@ class Rejection:
     """Whether it fits, and its grade is refused; `short_by_bytes` are then the bytes less with which it is not."""
     is_unexplored: bool = False
     """Whether it exceeds the budget, nobody knows by how much, and its like with the first choice of loss is priced."""
+    is_host_short: bool = False
+    """Whether it is host memory that `short_by_bytes` is about; of the device's it may need too much besides."""
 
 
 def nearest(rejected: Iterable[Rejection]) -> Rejection | None:
     """Of plans that exceed their budget, the one that does by least; None where none does.
 
-    Those that fit and are refused for their grade come before those that exceed the budget. What no engine can carry
-    out, and what merely isn't the best, is short of nothing. Unexplored ones are left out.
+    Those that fit and are refused for their grade come before those that exceed the budget, and those that exceed the
+    host's memory come last. What no engine can carry out, and what merely isn't the best, is short of nothing.
+    Unexplored ones are left out.
     """
     return min(
         (item for item in rejected if item.short_by_bytes > 0 and not item.is_unexplored),
-        key=lambda item: (not item.is_refused, item.short_by_bytes),
+        key=lambda item: (not item.is_refused, item.is_host_short, item.short_by_bytes),
         default=None,
     )
 

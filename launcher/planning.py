@@ -66,7 +66,8 @@ def plan_job(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:
         )
         if plan is not None and estimate is not None
     }
-    choice = replace(choice, **estimates, notes=(*choice.notes, *note, *trust_notes(job)))  # type: ignore[arg-type]  # the names are above
+    notes = (*choice.notes, *note, *trust_notes(job), *_offload_notes(job, choice))
+    choice = replace(choice, **estimates, notes=notes)  # type: ignore[arg-type]  # the names are above
     if choice.plan is None or choice.estimate is None:
         return choice
     return replace(choice, squeeze=squeeze(choice.plan, choice.estimate, choice.capacity_bytes))
@@ -89,6 +90,13 @@ def trust_notes(job: JobSpec) -> tuple[str, ...]:
     else:
         which = "whatever revision is newest: model.revision pins one"
     return (f"model.trust_remote_code=true: Python code from `{model.path}` ({which}) runs with your rights",)
+
+
+def _offload_notes(job: JobSpec, choice: PlanChoice) -> tuple[str, ...]:
+    """What a plan that offloads asks of the machine."""
+    if choice.plan is None or not choice.plan.uses_offload or job.hardware.kind is DeviceKind.CPU:
+        return ()
+    return ("DeepSpeed compiles its CPU Adam when it first runs: a C++ compiler and ninja must be there",)
 
 
 def with_headroom(job: JobSpec, past: Sequence[Residual]) -> tuple[JobSpec, tuple[str, ...]]:
@@ -147,7 +155,9 @@ def find_plan(job: JobSpec, tracer: Tracer | None = None) -> PlanChoice:
 def needed_libraries(job: JobSpec) -> tuple[str, ...]:
     """Optional libraries that the tracer of a job must not hide."""
     quantizes = any(uses_bitsandbytes(plan) for plan in semantic_plans(job))
-    return (("bitsandbytes",) if quantizes else ()) + (("deepspeed",) if job.hardware.world_size > 1 else ())
+    pin, several = job.planner.pin, job.hardware.world_size > 1
+    is_sharded = several or bool(pin.offload_optimizer or pin.offload_parameters)
+    return (("bitsandbytes",) if quantizes else ()) + (("deepspeed",) if is_sharded else ())
 
 
 def trace_cache(job: JobSpec) -> TraceCache:

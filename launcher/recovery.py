@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from launcher.checkpoints import last_checkpoint, step_of
 from launcher.errors import WorkerOutOfMemory
-from launcher.job import ChoicesSpec, Engine, JobSpec
+from launcher.job import ChoicesSpec, JobSpec
 from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan
 from launcher.planner.forecast import Forecaster
@@ -70,10 +70,9 @@ def _restricted(order: WorkerOrder, is_continued: bool) -> JobSpec:
     job, plan = order.job, order.plan
     pin = replace(job.planner.pin, method=plan.method, rank=plan.rank or None, max_length=plan.max_length)
     if is_continued:
-        pin = replace(pin, optimizer=plan.optimizer)
-    if is_continued and plan.engine is not Engine.NONE:
         pin = replace(
             pin,
+            optimizer=plan.optimizer,
             engine=plan.engine,
             zero_stage=plan.zero_stage,
             offload_optimizer=plan.offload_optimizer,

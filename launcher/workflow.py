@@ -124,9 +124,20 @@ def smallest_change(choice: PlanChoice) -> str:
             f"hardware with {format_bytes(nearest.short_by_bytes)} more memory, shorter data.max_length, or "
             "planner.refused_grades=[], which takes the plan as it is"
         )
+    if nearest.is_host_short:
+        return (
+            f"hardware with {format_bytes(nearest.short_by_bytes)} more host memory (hardware.host_memory_bytes), or "
+            "planner.pin.offload_optimizer=false"
+        )
+    on_host = [item.short_by_bytes for item in choice.rejected if item.is_host_short]
+    offload = (
+        f", or with {format_bytes(min(on_host))} or more of host memory beyond what there is"
+        if on_host
+        else ""
+    )
     return (
         f"shorter data.max_length, a lower planner.headroom, or hardware with "
-        f"{format_bytes(nearest.short_by_bytes)} more memory"
+        f"{format_bytes(nearest.short_by_bytes)} more memory{offload}"
     )
 
 

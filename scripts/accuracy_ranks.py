@@ -94,7 +94,7 @@ class RankJob:
 
 
 def jobs() -> Iterator[RankJob]:
-    """Stages 0 to 3 and FSDP2 x full and LoRA x checkpointing x two shapes, and four processes and offload of a few."""
+    """Stages 0 to 3 and FSDP2 x full and LoRA x checkpointing x two shapes, and four processes and offload."""
     for label, (engine, stage) in ARRANGEMENTS.items():
         for method in (Method.FULL, Method.LORA):
             for mode in (Checkpointing.NONE, Checkpointing.FULL):
@@ -111,6 +111,10 @@ def jobs() -> Iterator[RankJob]:
             shape = micro, length, accumulation
             plan = plan_of(Engine.DEEPSPEED, stage, Method.FULL, Checkpointing.NONE, *shape, **offloaded)
             yield RankJob(name, plan)
+        plan = plan_of(
+            Engine.DEEPSPEED, stage, Method.FULL, Checkpointing.NONE, 1, 384, 2, num_devices=1, **offloaded
+        )
+        yield RankJob(f"{label}-full-none-1x384x2-1rank", plan)
     plan = plan_of(Engine.DEEPSPEED, 3, Method.FULL, Checkpointing.NONE, 1, 384, 2)
     if plan.buckets is not None:
         plan = replace(plan, buckets=replace(plan.buckets, sub_group_elements=GROUP_ELEMENTS))

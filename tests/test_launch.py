@@ -30,7 +30,7 @@ from launcher.plan import Plan
 from launcher.run import endings, launch, node, supervise
 from launcher.run.endings import left_nothing, log_tail, raise_for_outcome
 from launcher.run.launch import complete_run, discard_run, launch_worker, prepare_run, require_unused
-from launcher.run.lock import sole_launcher
+from launcher.run.lock import sole_launcher, works_on
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
 
@@ -249,6 +249,8 @@ def test_workers_of_a_launcher_that_is_gone_are_ended(stage: Stage) -> None:
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", str(stage.paths.root)])
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     stage.paths.pid(0).write_text(str(orphan.pid))
+    while not works_on(orphan.pid, stage.paths.root):  # a program's arguments are there a moment after it
+        time.sleep(0.01)
     assert stage.play("end()") == DONE
     orphan.wait(10)
     assert stage.shown == [f"ending process {orphan.pid}: the launcher that started it is gone"]

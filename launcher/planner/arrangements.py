@@ -109,13 +109,13 @@ ON_HOST = (
     Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True),
     Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, offload_parameters=True),
 )
+WAITING = (*ON_HOST, *(replace(item, small_buckets=True) for item in ON_HOST))
 TOGETHER = (
     Arrangement(Engine.DDP, 0),
     *ON_DEVICE,
     Arrangement(Engine.FSDP2, 3),
     *(replace(item, small_buckets=True) for item in ON_DEVICE if item.zero_stage > 1),
-    *ON_HOST,
-    *(replace(item, small_buckets=True) for item in ON_HOST),
+    *WAITING,
 )
 """From nothing sharded to everything, then with small buckets, and then the same in host memory. With the same buckets
 and as much offloaded each holds less than those before it (FSDP2 as much as ZeRO 3), and exchanges no less. ZeRO 1 has no
@@ -136,10 +136,7 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
         ConfigError: When the pinned values leave nothing.
     """
     pin = job.planner.pin
-    if job.hardware.world_size == 1:
-        candidates: tuple[Arrangement, ...] = (ALONE,)
-    else:
-        candidates = TOGETHER
+    candidates = TOGETHER if job.hardware.world_size > 1 else (ALONE, *WAITING)
     wanted = (pin.offload_optimizer, pin.offload_parameters)
     if job.hardware.kind is DeviceKind.CPU:
         wanted = (bool(wanted[0] or wanted[1]), bool(wanted[1]))

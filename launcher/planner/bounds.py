@@ -94,11 +94,23 @@ def gradient_bytes(plan: Plan, facts: SubjectFacts) -> int:
     return facts.trained_bytes
 
 
+def host_floor_bytes(plan: Plan, facts: SubjectFacts) -> int:
+    """What a rank holds in host memory at least, before anything is traced; 0 where nobody knows.
+
+    DeepSpeed's CPU Adam has a copy of the trained weights and two states in fp32 there.
+    """
+    if plan.engine is not Engine.DEEPSPEED or not plan.offload_optimizer:
+        return 0
+    states = 3 * 4 * facts.trained_elements
+    return (states + (facts.weight_bytes if plan.offload_parameters else 0)) // plan.world_size
+
+
 def replicated_plan(plan: Plan) -> Plan:
-    """The same job under DDP, whatever its buckets."""
-    return replace(plan, engine=Engine.DDP, zero_stage=0, buckets=None, **NO_OFFLOAD)
+    """The same job with nothing sharded, whatever its buckets: under DDP, or on one device without an engine."""
+    engine = Engine.NONE if plan.world_size == 1 else Engine.DDP
+    return replace(plan, engine=engine, zero_stage=0, buckets=None, **NO_OFFLOAD)
 
 
 def differs_in_engine(known: Plan, replicated: Plan) -> bool:
-    """Whether a plan is the same job under DDP."""
-    return known.engine is Engine.DDP and replace(known, buckets=None) == replicated
+    """Whether a plan is the same job with nothing sharded."""
+    return known.engine is replicated.engine and replace(known, buckets=None) == replicated

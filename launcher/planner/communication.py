@@ -176,7 +176,7 @@ def with_communication(
         trained_bytes: Gradients of all that is trained, as they are exchanged.
         all_weight_bytes: All weights; 0: nobody knows, and they are as many shares as there are devices.
     """
-    if plan.world_size == 1:
+    if plan.engine is Engine.NONE:
         return step
     devices = plan.num_devices if plan.shard_within_node else plan.world_size
     weights = all_weight_bytes or held_weight_bytes * (devices if plan.zero_stage == 3 else 1)

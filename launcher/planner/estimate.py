@@ -28,7 +28,7 @@ has other buffers, and among more ranks more of them, which nobody has measured 
 
 def context_bytes(hardware: HardwareSpec, plan: Plan) -> int:
     """What the runtime takes on a device, outside of the allocator."""
-    if hardware.kind is DeviceKind.CUDA and plan.world_size > 1:
+    if hardware.kind is DeviceKind.CUDA:
         return hardware.context_bytes + COLLECTIVES_BYTES.get(plan.engine, 0)
     return hardware.context_bytes
 

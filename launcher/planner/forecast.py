@@ -21,6 +21,7 @@ from launcher.planner.bounds import (
     differing_categories,
     differs_in_engine,
     gradient_bytes,
+    host_floor_bytes,
     replicated_plan,
     sharded_categories,
     static_floor_bytes,
@@ -91,7 +92,7 @@ class Forecaster:
         self._facts: dict[str, SubjectFacts] = {}
         self._skylines: dict[str, Skyline] = {}
         self._streams: dict[str, Mapping[int, Stream]] = {}
-        # plans under DDP that were asked for, by what they are without buckets
+        # plans with nothing sharded that were asked for, by what they are without buckets
         self._replicated: dict[Plan, Plan] = {}
         self._pending: dict[str, tuple[Future[Profile], ...]] = {}
 
@@ -144,11 +145,15 @@ class Forecaster:
             alike = replace(known, activation_checkpointing=mode, loss=loss, optimizer=optimizer)
             if self.is_prepared(alike):
                 bounds.append(self._bound_from(alike, plan, question.facts))
-        if plan.zero_stage and plan.world_size > 1 and computes_alike(self._job, plan):
+        if plan.zero_stage and computes_alike(self._job, plan):
             like = replicated_plan(plan)
             same = [known for known, exact in self._questions if not exact and differs_in_engine(known, like)]
             bounds += [self._floor(known, sharded_categories(plan), only_steps=True) for known in same]
         return max(bounds)
+
+    def host_floor_bytes(self, plan: Plan) -> int:
+        """Host memory that a plan takes at least, for what is known without a trace; 0 when nothing is."""
+        return host_floor_bytes(plan, self._question(plan, exact=False).facts)
 
     def _floor(self, known: Plan, without: Collection[Category], *, only_steps: bool) -> int:
         """The peak of a plan with a trace, had some categories nothing; 0 where there is no trace."""
@@ -238,7 +243,7 @@ class Forecaster:
             is_other = loss is not plan.loss
             step = self._step_known(alike, plan, without_loss=is_other)
             floor = max(floor, 0.0 if step is None else step.seconds)
-            replicated = self._replicated.get(replicated_plan(alike)) if plan.world_size > 1 else None
+            replicated = self._replicated.get(replicated_plan(alike)) if plan.zero_stage else None
             if replicated is not None and computes_alike(self._job, plan):
                 step = self._step_known(replicated, plan, without_loss=is_other)
                 # what is sharded is updated in parts
@@ -350,7 +355,7 @@ class Forecaster:
         known = self._questions.get((plan, exact))
         if known is None:
             known = self._questions[plan, exact] = self._ask(plan, exact)
-            if plan.engine is Engine.DDP and not exact:
+            if plan.engine in (Engine.DDP, Engine.NONE) and not exact:
                 self._replicated[replicated_plan(plan)] = plan
         return known
 

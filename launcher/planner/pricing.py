@@ -40,6 +40,7 @@ class Pricing:
         self.rejected: list[Rejection] = []
         self._bounded: list[Plan] = []
         self._peaks: dict[Plan, int] = {}
+        self._host_floors: dict[tuple[object, ...], int] = {}
 
     def settle(self, options: Options, weighed: Sequence[Options], rival: Price | None = None) -> None:
         """Prices plans until no other one can be the best, or as good.
@@ -76,6 +77,9 @@ class Pricing:
             self._reject_mode(plan, options, failure)
             return
         self._peaks[plan] = price.estimate.peak_device_bytes
+        if plan.uses_offload and price.estimate.host is not None:
+            known = self._host_floors.get(_on_host(plan), 0)
+            self._host_floors[_on_host(plan)] = max(known, price.estimate.host.lasting_bytes)
         if self._fits(price):
             options.fitting.append(price)
         elif plan.gradient_accumulation_steps > 1 and price.estimate.peak_device_bytes > self.budget_bytes:
@@ -102,13 +106,13 @@ class Pricing:
     def _fits(self, price: Price) -> bool:
         """Whether a plan fits; it is rejected when it doesn't."""
         estimate = price.estimate
+        short = short_on_host(estimate, self._job.hardware)
+        if short > 0:  # a larger device would not help
+            text = reasons.too_large_on_host(estimate, short)
+            self.reject(price.plan, text, short, estimate.peak_device_bytes, is_host_short=True)
+            return False
         if estimate.peak_device_bytes > self.budget_bytes:
             self._reject_too_large(price.plan, estimate)
-            return False
-        short = short_on_host(estimate, self._job.hardware)
-        if short > 0:
-            text = reasons.too_large_on_host(estimate, short)
-            self.reject(price.plan, text, short, estimate.peak_device_bytes)
             return False
         refusal = None if self._judge is None else self._judge(price.plan, estimate)
         if refusal is not None:
@@ -190,6 +194,13 @@ class Pricing:
     def _drop_hopeless(self, options: Options) -> None:
         """Rejects what can't fit, for what is known of others."""
         for plan in list(options.unpriced):
+            on_host = max(self._forecaster.host_floor_bytes(plan), self._host_floors.get(_on_host(plan), 0))
+            if 0 < self._job.hardware.host_memory_bytes < on_host:
+                options.unpriced.remove(plan)
+                text = reasons.by_host_bound(on_host, self._job.hardware.host_memory_bytes)
+                short = on_host - self._job.hardware.host_memory_bytes
+                self.reject(plan, text, short, 0, is_host_short=True)
+                continue
             same = [
                 price
                 for price in options.failed
@@ -245,12 +256,10 @@ class Pricing:
             self.rejected.remove(found)
             self._reject_too_large(found.plan, self._forecaster.estimate(found.plan))
 
-    def reject(
-        self, plan: Plan, reason: str, short_by_bytes: int, peak_bytes: int, *, is_unexplored: bool = False
-    ) -> None:
+    def reject(self, plan: Plan, reason: str, short_by_bytes: int, peak_bytes: int, **flags: bool) -> None:
         """Writes down why a plan is not taken."""
         self._peaks[plan] = max(peak_bytes, self._peaks.get(plan, 0))
-        item = Rejection(plan, reason, short_by_bytes, peak_bytes, is_unexplored=is_unexplored)
+        item = Rejection(plan, reason, short_by_bytes, peak_bytes, **flags)
         self.rejected.append(item)
 
     def reject_worse(self, price: Price, best: Price) -> None:
@@ -271,3 +280,9 @@ def _is_larger(plan: Plan, like: Plan) -> bool:
         plan.activation_checkpointing is like.activation_checkpointing
         and plan.micro_batch_size > like.micro_batch_size
     )
+
+
+def _on_host(plan: Plan) -> tuple[object, ...]:
+    """What decides how much an engine holds in host memory, whatever is recomputed and however large a micro batch is."""
+    job = plan.method, plan.rank, plan.optimizer, plan.gradient_accumulation_steps > 1
+    return *job, plan.engine, plan.zero_stage, plan.offload_optimizer, plan.offload_parameters

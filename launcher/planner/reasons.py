@@ -56,6 +56,14 @@ def by_bound(bound_bytes: int, budget_bytes: int) -> str:
     return f"needs at least {format_bytes(bound_bytes)}, {format_bytes(bound_bytes - budget_bytes)} over the budget"
 
 
+def by_host_bound(bound_bytes: int, host_bytes: int) -> str:
+    """A plan of which only a lower bound of its host memory is known."""
+    return (
+        f"needs at least {format_bytes(bound_bytes)} of host memory, {format_bytes(bound_bytes - host_bytes)} more than "
+        "there is"
+    )
+
+
 def worse(price: Price, best: Price, ranking: Ranking) -> str:
     """A plan that fits, and ranks below the plan taken."""
     more = price.estimate.peak_device_bytes - best.estimate.peak_device_bytes
@@ -212,7 +220,7 @@ def _shortfalls(plan: Plan, rejected: Sequence[Rejection]) -> list[str]:
     ordinary = replace(arrangement_of(plan), small_buckets=False)
     for item in rejected:
         is_alike = item.plan.activation_checkpointing is plan.activation_checkpointing
-        is_alike &= item.plan.optimizer is plan.optimizer
+        is_alike &= item.plan.optimizer is plan.optimizer and not item.is_host_short
         is_same_job = _is_same_job(item.plan, plan)
         if not (item.short_by_bytes > 0 and is_alike and is_same_job and _shards_less(item.plan, plan)):
             continue
@@ -232,7 +240,10 @@ def _paged(plan: Plan, resident: Optimizer, rejected: Sequence[Rejection]) -> st
     short = [
         item.short_by_bytes
         for item in rejected
-        if item.plan.optimizer is resident and item.short_by_bytes > 0 and _is_same_job(item.plan, plan)
+        if item.plan.optimizer is resident
+        and item.short_by_bytes > 0
+        and not item.is_host_short
+        and _is_same_job(item.plan, plan)
     ]
     least = f" short by {format_bytes(min(short))} or more" if short else " no plan"
     return f"optimizer states go to host memory where the device is full, because with {resident.value} it is{least}"
@@ -260,10 +271,11 @@ def none_fits(nearest: Rejection, considered: int, capacity_bytes: int, headroom
             f"none of {considered} plans is taken; of {plan.method.value}, length {plan.max_length}, micro batch "
             f"{plan.micro_batch_size}, checkpointing {plan.activation_checkpointing.value} the plan {nearest.reason}"
         )
+    where = " of host memory" if nearest.is_host_short else ""
     return (
         f"none of {considered} plans fits {format_bytes(capacity_bytes - headroom_bytes)} "
         f"({format_bytes(capacity_bytes)} less {format_bytes(headroom_bytes)} headroom); "
-        f"the nearest is short by {format_bytes(nearest.short_by_bytes)}: {plan.method.value}, length "
+        f"the nearest is short by {format_bytes(nearest.short_by_bytes)}{where}: {plan.method.value}, length "
         f"{plan.max_length}, micro batch {plan.micro_batch_size}, checkpointing "
         f"{plan.activation_checkpointing.value}"
     )

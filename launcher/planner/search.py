@@ -70,6 +70,11 @@ class _Pass:
     """The plans of those that were."""
 
 
+def _nearness(item: Rejection) -> tuple[bool, bool, int, bool]:
+    """By which rejected plans are listed: nearest to fitting first, of those that fit what was priced."""
+    return item.is_unexplored, item.is_host_short, item.short_by_bytes, not item.peak_bytes
+
+
 class _Search:
     """One search."""
 
@@ -255,14 +260,14 @@ class _Search:
         if best is not None and second is not None:
             text = reasons.runner_up(second, best, self._ranking)
             seconds = None if second.step is None else second.step.seconds
-            rejected.append(Rejection(second.plan, text, 0, second.estimate.peak_device_bytes, seconds))
+            rejected.insert(0, Rejection(second.plan, text, 0, second.estimate.peak_device_bytes, seconds))
         return PlanChoice(
             plan=None if best is None else best.plan,
             reason=reason,
             estimate=None if best is None else best.estimate,
             runner_up=None if second is None else second.plan,
             runner_up_estimate=None if second is None else second.estimate,
-            rejected=tuple(sorted(rejected, key=lambda item: (item.is_unexplored, item.short_by_bytes))),
+            rejected=tuple(sorted(rejected, key=_nearness)),
             capacity_bytes=self._job.hardware.memory_bytes,
             headroom_bytes=headroom_bytes(self._job),
             num_considered=len(rejected) + (best is not None),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from launcher.domain import Domain, Exponents
 from launcher.errors import LauncherError
 from launcher.hardware import DeviceKind
-from launcher.job import JobSpec
+from launcher.job import Engine, JobSpec
 from launcher.memory import TRAINING, Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.estimate import WORKSPACES, context_bytes
@@ -182,8 +182,8 @@ def _not_traced(job: JobSpec, found: Sequence[Plan], forecaster: Forecaster) -> 
     for number, inside in enumerate(found):
         if number == 0 or forecaster.is_prepared(inside):
             continue
-        if job.hardware.world_size > 1:
-            refused[inside] = "a trace with several devices takes minutes, and the search needed none here"
+        if inside.engine is not Engine.NONE:
+            refused[inside] = "a trace of an engine takes minutes, and the search needed none here"
         elif _is_one_shape(forecaster.domain(inside)):
             refused[inside] = "every shape needs a trace of its own here, and the search needed none"
         elif number >= MOST_REGIMES:

@@ -33,6 +33,7 @@ def plan_document(
                 "peak_device_bytes": item.peak_bytes or None,
                 "step_seconds": item.step_seconds,
                 "is_refused": item.is_refused,
+                "is_host_short": item.is_host_short,
             }
             for item in choice.rejected
         ],

@@ -89,7 +89,8 @@ def engine_words(plan: Plan) -> str:
     nodes = f"{plan.num_nodes} x " if plan.num_nodes > 1 else ""
     offloaded = offload_words(plan.offload_optimizer, plan.offload_parameters)
     buckets = SMALL_BUCKETS if plan.has_small_buckets else ""
-    return f"{name} on {nodes}{plan.num_devices} devices{offloaded}{buckets}"
+    devices = "one device" if plan.world_size == 1 else f"{nodes}{plan.num_devices} devices"
+    return f"{name} on {devices}{offloaded}{buckets}"
 
 
 def _speed_lines(step: StepTime | None, hardware: HardwareSpec) -> list[str]:
