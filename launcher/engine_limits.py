@@ -9,7 +9,7 @@ from launcher.hardware import DeviceKind
 from launcher.job import Checkpointing, Engine, JobSpec, Method, OffloadDevice, Optimizer, Quantization
 from launcher.plan import Plan
 
-ADAMW = (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED)
+CPU_ADAM = (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED)
 """Optimizers that DeepSpeed's CPU Adam computes alike (accelerate 1.15, `map_pytorch_optim_to_deepspeed`)."""
 
 
@@ -65,9 +65,9 @@ def _offload_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
             plan.engine is Engine.DEEPSPEED
             and plan.offload_optimizer
             and job.hardware.kind is not DeviceKind.CPU
-            and plan.optimizer not in ADAMW,
+            and plan.optimizer not in CPU_ADAM,
             f"with offload accelerate puts DeepSpeed's CPU Adam in the place of {plan.optimizer.value}; use "
-            f"{' or '.join(name.value for name in ADAMW)}",
+            f"{' or '.join(name.value for name in CPU_ADAM)}",
         ),
         (
             is_fsdp and plan.offload_optimizer != plan.offload_parameters,

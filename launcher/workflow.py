@@ -17,10 +17,12 @@ from typing import Any
 from launcher.checkpoints import last_checkpoint
 from launcher.cluster import Cluster
 from launcher.documents import read_document, to_json
+from launcher.engine_limits import CPU_ADAM
 from launcher.errors import LauncherError, LaunchError, NoPlanFits, WorkerOutOfMemory
-from launcher.job import JobSpec
+from launcher.hardware import DeviceKind
+from launcher.job import Engine, JobSpec, Method
 from launcher.length_choice import LengthReport, report_lengths, settle_length
-from launcher.plan import PlanChoice
+from launcher.plan import Plan, PlanChoice
 from launcher.planner.forecast import Forecaster
 from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
@@ -86,7 +88,7 @@ def planned(job: JobSpec) -> tuple[JobSpec, PlanChoice, Answer]:
     if lengths is not None:
         text = f"{text}\n\n{lengths.text}"
     document = document_of(job, choice, seconds, lengths)
-    failure = None if choice.feasible else NoPlanFits(choice.reason, smallest_change(choice))
+    failure = None if choice.feasible else NoPlanFits(choice.reason, smallest_change(job, choice))
     return job, choice, Answer(text, document, failure)
 
 
@@ -115,7 +117,7 @@ def say_nothing(line: str) -> None:
     """A plan is one answer, with no lines before it."""
 
 
-def smallest_change(choice: PlanChoice) -> str:
+def smallest_change(job: JobSpec, choice: PlanChoice) -> str:
     """What would make a job fit that has no plan."""
     nearest = choice.nearest
     assert nearest is not None  # something exceeds the budget, or a plan was found
@@ -125,20 +127,25 @@ def smallest_change(choice: PlanChoice) -> str:
             "planner.refused_grades=[], which takes the plan as it is"
         )
     if nearest.is_host_short:
-        return (
-            f"hardware with {format_bytes(nearest.short_by_bytes)} more host memory (hardware.host_memory_bytes), or "
-            "planner.pin.offload_optimizer=false"
+        return f"hardware with {format_bytes(nearest.short_by_bytes)} more host memory (hardware.host_memory_bytes)"
+    offload = ""
+    if on_host := [item.short_by_bytes for item in choice.rejected if item.is_host_short]:
+        offload = f", or with {format_bytes(min(on_host))} or more of host memory beyond what there is"
+    elif _may_offload(job, nearest.plan):
+        offload = (
+            "; or planner.pin.offload_optimizer=true, which takes 12 bytes of host memory per weight or more"
         )
-    on_host = [item.short_by_bytes for item in choice.rejected if item.is_host_short]
-    offload = (
-        f", or with {format_bytes(min(on_host))} or more of host memory beyond what there is"
-        if on_host
-        else ""
-    )
     return (
         f"shorter data.max_length, a lower planner.headroom, or hardware with "
         f"{format_bytes(nearest.short_by_bytes)} more memory{offload}"
     )
+
+
+def _may_offload(job: JobSpec, plan: Plan) -> bool:
+    """Whether states could be offloaded, and nobody has said so: a single device offloads only what is pinned."""
+    alone = plan.engine is Engine.NONE and job.hardware.kind is DeviceKind.CUDA
+    unsaid = job.planner.pin.offload_optimizer is None
+    return alone and unsaid and plan.method is Method.FULL and plan.optimizer in CPU_ADAM
 
 
 def run_answer(job: JobSpec, show: Show) -> Answer:
@@ -157,7 +164,7 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         show(lengths.text)
     if choice.plan is None or choice.estimate is None:
         document = document_of(job, choice, seconds, lengths)
-        return Answer("", document, NoPlanFits(choice.reason, smallest_change(choice)))
+        return Answer("", document, NoPlanFits(choice.reason, smallest_change(job, choice)))
     root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
     paths = RunPaths(root.resolve())
     document = document_of(job, choice, seconds, lengths, str(paths.root))
@@ -198,7 +205,7 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
                 show(tables.plan_text(found.job, choice, seconds))
                 document = document_of(found.job, choice, seconds, None, str(paths.root))
                 if choice.plan is None:
-                    return Answer("", document, NoPlanFits(choice.reason, smallest_change(choice)))
+                    return Answer("", document, NoPlanFits(choice.reason, smallest_change(job, choice)))
             before, order = order, found.order(order)
             require_disk(paths.root, still_written_bytes(paths, order.job.training, order.predicted.disk))
             give_order(paths, before, order, changes, document, show)

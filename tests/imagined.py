@@ -158,6 +158,9 @@ class FakeForecaster(Forecaster):
         assert max(bounds) <= self.law.price(plan).peak_device_bytes
         return max(bounds)
 
+    def host_floor_bytes(self, plan: Plan) -> int:
+        return 0
+
     def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
         self.prepare([plan], exact=exact)
         return self.law.price(plan, exact=exact)

@@ -198,7 +198,7 @@ def _shown(job: JobSpec, choice: PlanChoice, scratch: Path) -> str:
     assert plan_text(job, choice, 1.0)
     document = plan_document(choice, {}, 1.0, "")
     if choice.plan is None or choice.estimate is None:
-        assert NoPlanFits(choice.reason, smallest_change(choice)).message
+        assert NoPlanFits(choice.reason, smallest_change(job, choice)).message
         return "no plan fits"
     paths = RunPaths(scratch / "run")
     prepare_run(paths, WorkerOrder(job, choice.plan, choice.estimate, "weights", "", choice.step), document)

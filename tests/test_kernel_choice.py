@@ -206,7 +206,7 @@ def test_a_job_too_large_for_its_states_gets_pages(tracer: Tracer) -> None:
         if item.max_length == 512
     ]
     job = resolve(load_job([*changes, f"hardware.memory_bytes={min(peaks) - 10**6}"]), ())
-    choice = plan_job(job)
+    choice = plan_job(job, tracer)
     assert choice.plan is not None and choice.plan.optimizer is Optimizer.PAGED_ADAMW_8BIT
     assert "with adamw_8bit it is short by" in choice.reason
     assert choice.step is not None and choice.step.communication_seconds > 0

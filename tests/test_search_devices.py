@@ -1,4 +1,4 @@
-"""Proves that on several devices the search finds a plan as fast as the fastest of all that fit, or the smallest one.
+"""Proves that on several devices, and with offload on one, the search finds the fastest plan that fits, or the smallest.
 
 As in test_search.py a law written by hand plays the traces. What a stage shards is an n-th of it, later stages exchange
 more, buckets hold a share of what they can at most, small ones nothing, whose exchange is waited for, and host memory is
@@ -25,21 +25,23 @@ from launcher.job import (
     MethodSpec,
     ModelSpec,
     Objective,
+    PinSpec,
     PlannerSpec,
     TrainingSpec,
 )
-from launcher.memory import Category, MemoryEstimate, PhasePeak
+from launcher.memory import Category, HostEstimate, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.planner.arrangements import Arrangement, arrangement_of, with_ordinary_buckets
 from launcher.planner.bounds import buckets_hold_bytes
 from launcher.planner.objective import SAME
 from launcher.planner.options import repeats
 from launcher.planner.search import search
+from launcher.planner.space import semantic_plans
 from launcher.step_time import StepTime
 from tests.imagined import MODES, FakeForecaster, Law
 
 DEVICES = 4
-ORDER = (
+TOGETHER = (
     Arrangement(Engine.DDP, 0),
     Arrangement(Engine.DEEPSPEED, 1),
     Arrangement(Engine.DEEPSPEED, 2),
@@ -53,6 +55,8 @@ ORDER = (
     Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, small_buckets=True),
     Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, offload_parameters=True, small_buckets=True),
 )
+ALONE = tuple(item for item in TOGETHER if item.offloads)
+"""One device offloads only where that is pinned."""
 ARCHITECTURE = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 1}
 LARGER_BATCH_SEEDS = (99, 336, 496)
 """Jobs in which a later arrangement is faster, with a micro batch that the first one without recomputation can't hold."""
@@ -71,11 +75,13 @@ class ShardedLaw(Law):
         """A rank's."""
         whole = super().price(plan, exact=exact)
         shares = {
-            Category.PARAMETERS: 0.0 if plan.offload_parameters else 1 / DEVICES ** (plan.zero_stage == 3),
-            Category.GRADIENTS: 1 / DEVICES ** (plan.zero_stage >= 2),
+            Category.PARAMETERS: 0.0
+            if plan.offload_parameters
+            else 1 / plan.world_size ** (plan.zero_stage == 3),
+            Category.GRADIENTS: 1 / plan.world_size ** (plan.zero_stage >= 2),
             Category.OPTIMIZER_STATE: 0.0
             if plan.offload_optimizer
-            else 1 / DEVICES ** (plan.zero_stage >= 1),
+            else 1 / plan.world_size ** (plan.zero_stage >= 1),
         }
         held = (
             0 if plan.has_small_buckets else round(self.bucket_share * buckets_hold_bytes(plan, ARCHITECTURE))
@@ -89,7 +95,17 @@ class ShardedLaw(Law):
             sizes[Category.TEMPORARIES] += held
             phases.append(PhasePeak(phase.phase, sum(sizes.values()), sizes))
         gradients = round(whole.resident_bytes[Category.GRADIENTS] * shares[Category.GRADIENTS])
-        return replace(whole, phases=tuple(phases), resident_bytes={Category.GRADIENTS: gradients})
+        resident = {Category.GRADIENTS: gradients}
+        return replace(whole, phases=tuple(phases), resident_bytes=resident, host=self.host(plan))
+
+    def host(self, plan: Plan) -> HostEstimate:
+        """States and parameters that are offloaded, and the batches that wait."""
+        sizes = dict.fromkeys(Category, 0) | {
+            Category.OPTIMIZER_STATE: 6 * self.parameters // plan.world_size * plan.offload_optimizer,
+            Category.PARAMETERS: self.parameters // plan.world_size * plan.offload_parameters,
+            Category.INPUTS: 3 * plan.micro_batch_size * plan.max_length,
+        }
+        return HostEstimate(100, (PhasePeak(Phase.OPTIMIZER_STEP, sum(sizes.values()), sizes),), 0)
 
     def step(self, plan: Plan, *, without_loss: bool = False) -> StepTime | None:
         """Later arrangements exchange more: ZeRO 2 in every micro batch, ZeRO 3 weights as well; small buckets wait."""
@@ -110,18 +126,25 @@ class RankForecaster(FakeForecaster):
         return (*super()._regime(plan), arrangement_of(plan))
 
 
-def job_on_devices(dice: random.Random) -> JobSpec:
-    batch = DEVICES * dice.choice([1, 2, 4, 8, 12])
+def order_of(job: JobSpec) -> tuple[Arrangement, ...]:
+    """What the devices of a job can be arranged to, what comes first first."""
+    return ALONE if job.hardware.world_size == 1 else TOGETHER
+
+
+def job_on_devices(dice: random.Random, devices: int) -> JobSpec:
+    batch = devices * dice.choice([1, 2, 4, 8, 12])
     return JobSpec(
         model=ModelSpec(architecture=ARCHITECTURE),
         method=MethodSpec(name=Method.FULL),
         data=DataSpec(max_length=dice.choice([16, 64, 200])),
         training=TrainingSpec(global_batch_size=batch),
         hardware=HardwareSpec(
-            name="imagined", kind=DeviceKind.CUDA, memory_bytes=1, host_memory_bytes=0, num_devices=DEVICES
+            name="imagined", kind=DeviceKind.CUDA, memory_bytes=1, host_memory_bytes=0, num_devices=devices
         ),
         planner=PlannerSpec(
-            headroom=0.0, objective=dice.choice([Objective.SPEED, Objective.SPEED, Objective.MEMORY])
+            pin=PinSpec(offload_optimizer=True if devices == 1 else None),
+            headroom=0.0,
+            objective=dice.choice([Objective.SPEED, Objective.SPEED, Objective.MEMORY]),
         ),
     )
 
@@ -144,8 +167,8 @@ def law_on_devices(dice: random.Random) -> ShardedLaw:
 
 def all_plans(job: JobSpec, like: Plan) -> Iterator[Plan]:
     """Every loss, arrangement, checkpointing and split of the global batch."""
-    per_rank = job.training.global_batch_size // DEVICES
-    for loss, arrangement in product((Loss.CHUNKED, Loss.PLAIN), ORDER):
+    per_rank = job.training.global_batch_size // job.hardware.world_size
+    for loss, arrangement in product((Loss.CHUNKED, Loss.PLAIN), order_of(job)):
         arranged = arrangement.applied_to(replace(like, loss=loss), job)
         for mode in MODES:
             for micro in (size for size in range(1, per_rank + 1) if per_rank % size == 0):
@@ -157,18 +180,46 @@ def all_plans(job: JobSpec, like: Plan) -> Iterator[Plan]:
                 )
 
 
-@pytest.mark.parametrize("seed", [*range(60), *LARGER_BATCH_SEEDS])
-def test_no_plan_that_fits_is_faster(seed: int) -> None:
-    dice = random.Random(seed)
-    law, job = law_on_devices(dice), job_on_devices(dice)
-    roomy = replace(job, hardware=replace(job.hardware, memory_bytes=10**12))
-    some = search(roomy, RankForecaster(law)).plan
-    assert some is not None
-    plans = list(all_plans(job, some))
+def sized(dice: random.Random, law: ShardedLaw, job: JobSpec) -> tuple[list[Plan], JobSpec]:
+    """All plans of a job, and the job on devices that hold some of them, or none."""
+    plans = list(all_plans(job, next(semantic_plans(job))))
     peaks = [law.peak(plan) for plan in plans]
     memory = round(dice.uniform(0.9 * min(peaks), dice.choice([0.1, 0.3, 1.1]) * max(peaks)))
-    job = replace(job, hardware=replace(job.hardware, memory_bytes=memory))
-    fitting = [plan for plan in plans if law.peak(plan) <= memory]
+    host_memory = dice.choice([0, 0, 2 * law.parameters, 12 * law.parameters])
+    hardware = replace(job.hardware, memory_bytes=memory, host_memory_bytes=host_memory)
+    return plans, replace(job, hardware=hardware)
+
+
+def fits(plan: Plan, job: JobSpec, law: ShardedLaw) -> bool:
+    """Whether device and host hold a plan; a host of no bytes is an unknown one."""
+    hardware = job.hardware
+    is_on_host = not 0 < hardware.host_memory_bytes < law.host(plan).peak_bytes
+    return law.peak(plan) <= hardware.memory_bytes and is_on_host
+
+
+def test_the_jobs_of_one_device_reach_every_outcome() -> None:
+    ends = []
+    for seed in range(60):
+        dice = random.Random(seed)
+        law, job = law_on_devices(dice), job_on_devices(dice, 1)
+        plans, job = sized(dice, law, job)
+        fitting = [plan for plan in plans if fits(plan, job, law)]
+        on_device = [plan for plan in plans if law.peak(plan) <= job.hardware.memory_bytes]
+        ends.append((bool(fitting), len(on_device) > len(fitting)))
+    assert sum(found for found, _ in ends) >= 20
+    assert sum(not found and is_short for found, is_short in ends) >= 3, "the host is too small"
+
+
+@pytest.mark.parametrize(
+    ("seed", "devices"),
+    [(seed, DEVICES) for seed in (*range(60), *LARGER_BATCH_SEEDS)] + [(seed, 1) for seed in range(60)],
+)
+def test_no_plan_that_fits_is_faster(seed: int, devices: int) -> None:
+    dice = random.Random(seed)
+    law, job = law_on_devices(dice), job_on_devices(dice, devices)
+    plans, job = sized(dice, law, job)
+    fitting = [plan for plan in plans if fits(plan, job, law)]
+    memory = job.hardware.memory_bytes
     forecaster = RankForecaster(law)
     choice = search(job, forecaster)
     for arrangement in traced_small(forecaster) if fitting else ():  # else the nearest plan has a trace
@@ -193,7 +244,8 @@ def test_no_plan_that_fits_is_faster(seed: int) -> None:
         rivals = [plan for plan in rivals_of(held, law) if not recomputes_for_nothing(plan, held)]
         assert law.seconds(taken) <= (1 + SAME) * min(map(law.seconds, rivals))
     like = [plan for plan in fitting if shape_of(plan) == shape_of(taken)]
-    assert all(ORDER.index(arrangement_of(plan)) >= ORDER.index(arrangement_of(taken)) for plan in like)
+    order = order_of(job)
+    assert all(order.index(arrangement_of(plan)) >= order.index(arrangement_of(taken)) for plan in like)
 
 
 def traced_small(forecaster: RankForecaster) -> list[Arrangement]:

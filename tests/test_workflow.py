@@ -25,7 +25,10 @@ from launcher.planning import resolve, with_headroom
             ["hardware=cpu", "training.precision=fp32", "planner.pin.activation_checkpointing=offload"],
             "no other memory",
         ),
-        (["hardware=a100_40g", "planner.pin.offload_optimizer=true"], "with several devices only"),
+        (
+            ["hardware=a100_40g", "planner.pin.offload_optimizer=true", "training.optimizer=adamw_8bit"],
+            "CPU Adam in the place of adamw_8bit",
+        ),
         (
             ["hardware=a100_40g", "hardware.num_devices=2", "planner.pin.offload_device=nvme"],
             "while it swaps is not predicted",
@@ -78,12 +81,12 @@ def test_contradictions_are_told_all_at_once() -> None:
         [
             "recipe=llama_lora",
             "hardware=cpu",
-            "planner.pin.offload_parameters=true",
+            "planner.pin.micro_batch_size=3",
             "planner.pin.attention=flash_attention_2",
         ]
     )
     with pytest.raises(
-        ConfigError, match=r"FlashAttention-2.*several devices only\n\nhint: planner.*leave planner"
+        ConfigError, match=r"FlashAttention-2.*can't make training.*\n\nhint: planner.*the product must be"
     ) as caught:
         resolve(job, ())
     assert caught.value.exit_code == 2

@@ -126,7 +126,8 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
     """The arrangements that a job can choose from, simplest first; and those that can't carry it out, with the reason.
 
     FSDP2 shards what ZeRO 3 shards, and comes where ZeRO 3 can't, or where it is pinned. A CPU's host memory is the
-    device's own: there is offload only where it is pinned.
+    device's own: there is offload only where it is pinned. So it is on a single device, where each way to offload would
+    take a trace of an engine to tell that a job doesn't fit.
 
     Args:
         job: The job.
@@ -137,6 +138,8 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
     """
     pin = job.planner.pin
     candidates = TOGETHER if job.hardware.world_size > 1 else (ALONE, *WAITING)
+    if job.hardware.world_size == 1 and not (pin.offload_optimizer or pin.offload_parameters):
+        candidates = (ALONE,)
     wanted = (pin.offload_optimizer, pin.offload_parameters)
     if job.hardware.kind is DeviceKind.CPU:
         wanted = (bool(wanted[0] or wanted[1]), bool(wanted[1]))

@@ -19,8 +19,9 @@ SHARDED = (Category.OPTIMIZER_STATE, Category.GRADIENTS)
 
 
 def sharded_categories(plan: Plan) -> tuple[Category, ...]:
-    """What an arrangement makes less, beside the same plan under DDP."""
-    return (*SHARDED, Category.PARAMETERS) if plan.zero_stage == 3 else SHARDED
+    """What an arrangement makes less, beside the same plan with nothing sharded."""
+    shards = plan.zero_stage == 3 and (plan.world_size > 1 or plan.offload_parameters)
+    return (*SHARDED, Category.PARAMETERS) if shards else SHARDED
 
 
 def differing_categories(known: Plan, plan: Plan) -> tuple[Category, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.hardware import HardwareSpec
-from launcher.job import Engine, JobSpec, Loss
+from launcher.job import JobSpec, Loss
 from launcher.libraries import OPTIONAL_LIBRARIES, hide_libraries
 from launcher.plan import Plan
 from launcher.planner.depth import DepthPlan
@@ -103,31 +103,30 @@ def record(subject: Subject, shape: TracedShape, depth: int, accumulation: int) 
 class Tracer:
     """Two child processes that trace. Started at the first use; close it, or use it as a context.
 
-    Two more that have imported DeepSpeed follow where a plan is to be traced that needs it, and nobody said so before.
-
     Args:
         needed: Those of `OPTIONAL_LIBRARIES` that a traced step calls; the others are hidden from it.
     """
 
     def __init__(self, needed: Sequence[str] = ()) -> None:
         self._hidden = tuple(name for name in OPTIONAL_LIBRARIES if name not in needed)
-        self._pools: dict[tuple[str, ...], ForkedPool] = {}
+        self._pool: ForkedPool | None = None
 
     def facts(self, subject: Subject) -> Future[SubjectFacts]:
         """Starts reading a subject's facts."""
-        return self._started(subject).submit(facts_of, subject)
+        return self._started().submit(facts_of, subject)
 
     def records(
         self, subject: Subject, shape: TracedShape, depths: Sequence[int], accumulation: int
     ) -> tuple[Future[Profile], ...]:
         """Starts a trace at each depth."""
-        pool = self._started(subject)
+        pool = self._started()
         return tuple(pool.submit(record, subject, shape, depth, accumulation) for depth in depths)
 
     def close(self) -> None:
         """Ends the child processes."""
-        while self._pools:
-            self._pools.popitem()[1].close()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def __enter__(self) -> Tracer:
         return self
@@ -135,10 +134,7 @@ class Tracer:
     def __exit__(self, *failure: object) -> None:
         self.close()
 
-    def _started(self, subject: Subject) -> ForkedPool:
-        hidden = self._hidden
-        if subject.plan.engine is Engine.DEEPSPEED:
-            hidden = tuple(name for name in hidden if name != "deepspeed")
-        if hidden not in self._pools:
-            self._pools[hidden] = ForkedPool(NUM_PROCESSES, import_libraries, hidden)
-        return self._pools[hidden]
+    def _started(self) -> ForkedPool:
+        if self._pool is None:
+            self._pool = ForkedPool(NUM_PROCESSES, import_libraries, self._hidden)
+        return self._pool
