@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +38,6 @@ def small(plan: Plan) -> Plan:
     return replace(plan, buckets=small_buckets(ARCHITECTURE, plan))
 
 
-@contextmanager
-def open_forecaster() -> Iterator[Forecaster]:
+def open_forecaster(tracer: Tracer) -> Forecaster:
     """Predicts for the small job of `scripts.accuracy_ranks`, with nothing kept."""
-    with Tracer(("deepspeed",)) as tracer:
-        plan = full(Engine.DEEPSPEED, 1)
-        yield Forecaster(job_of(plan, Path("nowhere")), tracer, TraceCache(None))
+    return Forecaster(job_of(full(Engine.DEEPSPEED, 1), Path("nowhere")), tracer, TraceCache(None))

@@ -47,9 +47,14 @@ from tests.rank_plans import full, open_forecaster, small
 
 
 @pytest.fixture(scope="module")
-def forecaster() -> Iterator[Forecaster]:
-    with open_forecaster() as opened:
+def tracer() -> Iterator[Tracer]:
+    with Tracer(("deepspeed",)) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def forecaster(tracer: Tracer) -> Forecaster:
+    return open_forecaster(tracer)
 
 
 def job(num_devices: int, pin: PinSpec | None = None) -> JobSpec:
@@ -118,31 +123,35 @@ def test_pinned_sizes_are_not_weighed_small() -> None:
     ("stage", "method", "kind"),
     [
         pytest.param(2, Method.LORA, DeviceKind.CUDA, marks=pytest.mark.thorough),
-        (3, Method.FULL, DeviceKind.CPU),
+        pytest.param(3, Method.FULL, DeviceKind.CPU, marks=pytest.mark.thorough),
     ],
     ids=["adapters", "full"],
 )
 def test_small_buckets_are_for_what_ordinary_ones_leave_no_room(
-    stage: int, method: Method, kind: DeviceKind
+    stage: int, method: Method, kind: DeviceKind, tracer: Tracer
 ) -> None:
     """A device that is a little too small for a plan, which recomputes nothing with small buckets.
 
     With all weights trained they save less than the 2 MiB that a GPU's allocator takes at a time.
     """
     pins = PinSpec(
-        method=method, zero_stage=stage, offload_optimizer=False, micro_batch_size=1, max_length=2048
+        method=method,
+        zero_stage=stage,
+        offload_optimizer=False,
+        micro_batch_size=1,
+        max_length=2048,
+        loss=Loss.CHUNKED,
     )
     spec = job(2, pins)
     hardware = replace(spec.hardware, kind=kind)
     spec = replace(spec, hardware=hardware, planner=replace(spec.planner, headroom=0.0))
-    with Tracer(("deepspeed",)) as tracer:
-        forecaster = Forecaster(spec, tracer, TraceCache(None))
-        roomy = search(spec, forecaster)
-        assert roomy.plan is not None and roomy.estimate is not None
-        assert arrangement_of(roomy.plan) == Arrangement(Engine.DEEPSPEED, stage)
-        assert not any(item.peak_bytes and item.plan.has_small_buckets for item in roomy.rejected)
-        tight = replace(hardware, memory_bytes=roomy.estimate.peak_device_bytes - 1)
-        choice = search(replace(spec, hardware=tight), forecaster)
+    forecaster = Forecaster(spec, tracer, TraceCache(None))
+    roomy = search(spec, forecaster)
+    assert roomy.plan is not None and roomy.estimate is not None
+    assert arrangement_of(roomy.plan) == Arrangement(Engine.DEEPSPEED, stage)
+    assert not any(item.peak_bytes and item.plan.has_small_buckets for item in roomy.rejected)
+    tight = replace(hardware, memory_bytes=roomy.estimate.peak_device_bytes - 1)
+    choice = search(replace(spec, hardware=tight), forecaster)
     assert choice.plan is not None and choice.estimate is not None
     assert choice.plan == small(roomy.plan)
     assert "buckets are small, and nothing is exchanged while the device computes" in choice.reason
@@ -155,14 +164,13 @@ def test_small_buckets_are_for_what_ordinary_ones_leave_no_room(
 @pytest.mark.parametrize(
     ("stage", "buffers"), [pytest.param(2, 2, marks=pytest.mark.thorough), (3, 1)], ids=["two", "one"]
 )
-def test_small_buckets_save_what_ordinary_ones_held(stage: int, buffers: int) -> None:
+def test_small_buckets_save_what_ordinary_ones_held(stage: int, buffers: int, tracer: Tracer) -> None:
     """On a GPU: stage 2 overlaps with a second one."""
     pins = PinSpec(method=Method.FULL, zero_stage=stage, offload_optimizer=False)
     spec, like = job(2, pins), replace(alone(), max_length=2048)
     plans = [item.applied_to(like, spec) for item in arrangements(spec, like)[0]]
-    with Tracer(("deepspeed",)) as tracer:
-        forecaster = Forecaster(spec, tracer, TraceCache(None))
-        with_ordinary, with_small = (forecaster.estimate(plan).peak_allocated_bytes for plan in plans)
+    forecaster = Forecaster(spec, tracer, TraceCache(None))
+    with_ordinary, with_small = (forecaster.estimate(plan).peak_allocated_bytes for plan in plans)
     ordinary, fewer = plans[0].buckets, plans[1].buckets
     assert ordinary is not None and fewer is not None
     width = 4 if like.precision is Precision.FP32 else 2
@@ -184,6 +192,7 @@ def test_what_no_engine_can_carry_out_says_why(forecaster: Forecaster) -> None:
         search(job(8, pins), forecaster)
 
 
+@pytest.mark.thorough
 def test_what_an_engine_can_not_carry_out_is_no_option_of_a_search(forecaster: Forecaster) -> None:
     """The 16 MB that the plan without recomputation lacks are no reason to take what TRL refuses."""
     pins = PinSpec(
@@ -250,15 +259,14 @@ def test_offload_is_for_gpus_unless_it_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.thorough)], ids=["all", "optimizer"])
-def test_what_is_offloaded_is_on_the_host(stage: int) -> None:
+def test_what_is_offloaded_is_on_the_host(stage: int, tracer: Tracer) -> None:
     """DeepSpeed's own code, for a GPU: of every parameter 4 bytes of master weight, 8 of states, 4 of gradient."""
     elements = 6_450_432  # of the architecture, counted by transformers
     pin = PinSpec(zero_stage=stage, offload_optimizer=True, offload_parameters=stage == 3)
     spec = replace(job(8, pin), training=TrainingSpec(global_batch_size=16, precision=Precision.BF16))
     item, _ = arrangements(spec, replace(alone(), precision=Precision.BF16))[0]
     plan = item.applied_to(replace(alone(), precision=Precision.BF16), spec)
-    with Tracer(("deepspeed",)) as tracer:
-        estimate = Forecaster(spec, tracer, TraceCache(None)).estimate(plan)
+    estimate = Forecaster(spec, tracer, TraceCache(None)).estimate(plan)
     assert estimate.resident_bytes[Category.OPTIMIZER_STATE] == 0
     assert estimate.host is not None
     updating = next(peak for peak in estimate.host.phases if peak.phase is Phase.OPTIMIZER_STEP)

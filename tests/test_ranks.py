@@ -59,7 +59,8 @@ def test_each_rank_takes_what_was_predicted(engine: Engine, stage: int, method: 
     check_ranks(plan_of(engine, stage, method, Checkpointing.NONE, 1, 384, 2), model)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.thorough), 3])
+@pytest.mark.thorough
+@pytest.mark.parametrize("stage", [2, 3])
 def test_one_process_with_its_states_in_host_memory_takes_what_was_predicted(stage: int, model: Path) -> None:
     """DeepSpeed alone: whatever it shards, it has all of it."""
     shape = 1, 384, 2

@@ -1,6 +1,7 @@
 """Proves that every recipe says what it is, composes, and has a plan that fits the device its own command names.
 
-Plans are made by the real `launch` command with real traces; no weights, no network, no GPU.
+Plans are made as `launch` makes them, with real traces by processes that import the libraries once for all recipes; no
+weights, no network, no GPU. tests/test_readme.py runs recipes by the command itself.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher import workflow
 from launcher.config import config_root, group_choices, load_job
+from launcher.documents import to_json
 from launcher.job import Action
+from launcher.planner.tracer import Tracer
 
 RECIPES = sorted((config_root() / "recipes").rglob("*.yaml"))
-LAUNCH = str(Path(sys.executable).with_name("launch"))
 HEADER = ("What", "Command", "Peak", "Verified")
 PLAN_KEYS = {
     "method",
@@ -55,6 +58,23 @@ DOCUMENT_KEYS = {
 }
 
 DEFAULT = "smollm_lora"
+
+
+@pytest.fixture(scope="module")
+def tracers() -> Iterator[Callable[[Sequence[str]], Tracer]]:
+    """Tracers by the optional libraries that they need."""
+    opened: dict[tuple[str, ...], Tracer] = {}
+    with ExitStack() as stack:
+
+        def tracer(needed: Sequence[str]) -> Tracer:
+            key = tuple(needed)
+            if key not in opened:
+                opened[key] = stack.enter_context(Tracer(key))
+            return opened[key]
+
+        yield tracer
+
+
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 
 
@@ -92,16 +112,13 @@ def test_recipe_says_what_it_is(recipe: Path) -> None:
 
 
 @every_recipe
-def test_recipe_plans_on_the_device_of_its_command(recipe: Path, tmp_cwd: Path) -> None:
-    done = subprocess.run(
-        [LAUNCH, *command(recipe), "action=plan", "output=json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr
-    document: dict[str, Any] = json.loads(done.stdout)
+def test_recipe_plans_on_the_device_of_its_command(
+    recipe: Path, tracers: Callable[[Sequence[str]], Tracer], tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "Tracer", lambda needed: nullcontext(tracers(needed)))
+    _, _, answer = workflow.planned(load_job([*command(recipe), "action=plan"]))
+    assert answer.failure is None
+    document: dict[str, Any] = json.loads(to_json(answer.document))
     assert set(document) >= DOCUMENT_KEYS
     assert document["feasible"] is True
     assert set(document["plan"]) >= PLAN_KEYS

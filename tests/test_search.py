@@ -341,7 +341,7 @@ def test_many_more_jobs_agree_too() -> None:
 @pytest.mark.parametrize("refused", [(Grade.SQUEEZED,), (Grade.TIGHT,), (Grade.TIGHT, Grade.SQUEEZED)])
 def test_refused_grades_leave_what_trying_every_plan_leaves(refused: tuple[Grade, ...]) -> None:
     differing = 0
-    for seed in range(2000, 2400):
+    for seed in range(2000, 2200):
         law = random_law(seed)
         job = random_job(seed, law)
         job = replace(job, planner=replace(job.planner, headroom=0.0, refused_grades=refused))
@@ -356,7 +356,7 @@ def test_refused_grades_leave_what_trying_every_plan_leaves(refused: tuple[Grade
                 assert 1 - enough / job.hardware.memory_bytes == pytest.approx(share, abs=1e-5)
         if not truth.best and any(item.is_refused for item in choice.rejected):
             assert "which planner.refused_grades refuses" in choice.reason
-    assert differing >= 5
+    assert differing >= 3
 
 
 # what the rules are for

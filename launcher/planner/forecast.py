@@ -140,7 +140,8 @@ class Forecaster:
         question = self._question(plan, exact=False)
         accumulating = replace(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
         bounds = [static_floor_bytes(plan, question.facts) + context_bytes(self._job.hardware, plan)]
-        kinds = product(Checkpointing, {plan, accumulating}, losses(self._job), optimizers(self._job))
+        kernels = {plan.optimizer, *optimizers(self._job)}
+        kinds = product(Checkpointing, {plan, accumulating}, losses(self._job), kernels)
         for mode, known, loss, optimizer in kinds:
             alike = replace(known, activation_checkpointing=mode, loss=loss, optimizer=optimizer)
             if self.is_prepared(alike):
