@@ -80,8 +80,10 @@ def worse(price: Price, best: Price, ranking: Ranking) -> str:
     return f"slower than the plan taken: {_seconds(price, best)}"
 
 
-def exchanges_more(arrangement: Arrangement) -> str:
-    """An arrangement that shards more than one for which a plan that recomputes nothing fits."""
+def exchanges_more(arrangement: Arrangement, taken: Plan) -> str:
+    """An arrangement that comes after that of the plan taken."""
+    if arrangement.offloads and taken.uses_offload:
+        return f"{arrangement.words()} moves no less to and from the host than what fits{NOT_PRICED}"
     if arrangement.offloads:
         return f"{arrangement.words()} waits for the host, and a plan without offload fits{NOT_PRICED}"
     if arrangement.small_buckets:

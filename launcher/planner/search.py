@@ -131,7 +131,7 @@ class _Search:
         for item in passes:
             for later in item.waiting:
                 plan = later.applied_to(item.semantic, self._job)
-                self._prices.reject(plan, reasons.exchanges_more(later), 0, 0)
+                self._prices.reject(plan, reasons.exchanges_more(later, exact.plan), 0, 0)
         for optimizer in {kind.optimizer for kind in kinds[len(passes) :]}:
             self._prices.reject(
                 replace(exact.plan, optimizer=optimizer), reasons.pages_in_vain(optimizer), 0, 0
