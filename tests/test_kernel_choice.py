@@ -160,7 +160,7 @@ def shapes(plan: Plan) -> list[Plan]:
     ("hardware", "packing"),
     [
         ("a100_40g", True),
-        ("t4_16g", False),
+        pytest.param("t4_16g", False, marks=pytest.mark.thorough),
         pytest.param("a100_40g", False, marks=pytest.mark.thorough),
         pytest.param("t4_16g", True, marks=pytest.mark.thorough),
     ],

@@ -136,7 +136,7 @@ def test_a_decomposition_holds_a_copy_of_its_matrix(rows: int, columns: int) -> 
 @pytest.mark.parametrize(
     ("optimizer", "precision"),
     [
-        ("galore_adamw", "bf16"),
+        pytest.param("galore_adamw", "bf16", marks=pytest.mark.thorough),
         pytest.param("galore_adafactor", "fp32", marks=pytest.mark.thorough),
         pytest.param("apollo_adamw", "bf16", marks=pytest.mark.thorough),
     ],

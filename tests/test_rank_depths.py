@@ -97,7 +97,7 @@ def test_few_layers_tell_of_all_block_by_block(engine: Engine, stage: int, chang
     ("stage", "method", "mode"),
     [
         (2, Method.FULL, Checkpointing.NONE),
-        (3, Method.FULL, Checkpointing.FULL),
+        pytest.param(3, Method.FULL, Checkpointing.FULL, marks=pytest.mark.thorough),
         pytest.param(3, Method.LORA, Checkpointing.NONE, marks=pytest.mark.thorough),
     ],
 )

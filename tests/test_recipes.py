@@ -58,6 +58,8 @@ DOCUMENT_KEYS = {
 }
 
 DEFAULT = "smollm_lora"
+LIKE_OTHERS = ("llama70b_full", "qwen32b_lora")
+"""Recipes for several devices of which llama70b_qlora and mixtral_lora tell nearly as much, in less time."""
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,14 @@ def test_recipe_says_what_it_is(recipe: Path) -> None:
     assert job.method.name.value == recipe.stem.rsplit("_", 1)[1]
 
 
-@every_recipe
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, marks=pytest.mark.thorough) if path.stem in LIKE_OTHERS else path
+        for path in RECIPES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_recipe_plans_on_the_device_of_its_command(
     recipe: Path, tracers: Callable[[Sequence[str]], Tracer], tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

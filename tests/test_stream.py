@@ -424,6 +424,7 @@ def test_a_stream_that_contradicts_its_skyline_is_not_believed(monkeypatch: pyte
     assert tracer.depths == [2, 3, 3, 4, 6]
 
 
+@pytest.mark.thorough
 def test_a_skyline_that_contradicts_its_stream_is_not_believed_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,7 @@ class Pricing:
             self._reject_mode(plan, options, failure)
             return
         self._peaks[plan] = price.estimate.peak_device_bytes
-        if plan.uses_offload and price.estimate.host is not None:
+        if (plan.uses_offload or plan.uses_pages) and price.estimate.host is not None:
             known = self._host_floors.get(_on_host(plan), 0)
             self._host_floors[_on_host(plan)] = max(known, price.estimate.host.lasting_bytes)
         if self._fits(price):
@@ -89,7 +89,7 @@ class Pricing:
         """Rejects all plans of an arrangement with a checkpointing that the tracer can't follow.
 
         Raises:
-            UnsupportedByPlanner: When that keeps all activations; then it is for neither of the three.
+            UnsupportedByPlanner: When that keeps all activations; then it is for none of the three knobs.
         """
         mode = plan.activation_checkpointing
         is_first = plan.loss is losses(self._job)[0] and plan.optimizer is optimizers(self._job)[0]
