@@ -108,6 +108,7 @@ def test_a_price_of_an_unknown_device_is_a_mistake() -> None:
     }
 
 
+@pytest.mark.thorough
 def test_a_real_job_is_compared_by_the_command(tmp_path: Path) -> None:
     child = command(
         "recipe=smollm_lora", "hardware=[v100_16g,l4_24g]", "planner.prices={l4_24g: 0.8}",

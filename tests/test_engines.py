@@ -155,7 +155,7 @@ def test_two_processes_learn_as_one(
         )
 
 
-@pytest.mark.parametrize("engine", [Engine.DEEPSPEED, Engine.FSDP2])
+@pytest.mark.parametrize("engine", [Engine.DEEPSPEED, pytest.param(Engine.FSDP2, marks=pytest.mark.thorough)])
 def test_sharded_processes_learn_save_and_resume_as_one(
     engine: Engine, alone: Run, tiny: Path, tmp_path: Path
 ) -> None:

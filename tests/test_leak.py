@@ -146,6 +146,7 @@ def trained(model: Path, run_dir: Path, kept_elements: int) -> tuple[MemoryMeasu
     return measurement, said
 
 
+@pytest.mark.thorough
 def test_a_training_that_keeps_tensors_is_told_so_and_another_is_not(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

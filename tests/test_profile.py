@@ -66,6 +66,7 @@ def plan(folder: Path, *words: str) -> tuple[int, dict[str, object], str]:
     )
 
 
+@pytest.mark.thorough
 def test_a_squeezed_plan_is_an_experiment_and_no_production(tmp_path: Path) -> None:
     write_tiny_model(tmp_path)
     code, roomy, _ = plan(tmp_path, "output=json", "profile=production")

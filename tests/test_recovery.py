@@ -120,6 +120,7 @@ def short_job(tiny: Path, cache: Path, folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.thorough
 def test_a_rehearsal_runs_the_longest_batch_and_is_put_away(tiny: Path, cache: Path, tmp_path: Path) -> None:
     result = launch([*short_job(tiny, cache, tmp_path), f"run_dir={tmp_path / 'run'}"], tmp_path)
     assert result.returncode == 0, result.stderr

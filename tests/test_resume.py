@@ -135,6 +135,7 @@ def trained(folder: Path, order: WorkerOrder) -> tuple[RunPaths, list[float]]:
     return paths, expected
 
 
+@pytest.mark.thorough
 def test_one_process_goes_on_where_two_were(tiny: Path, cache: Path, tmp_path: Path) -> None:
     order = tiny_order(tiny, Engine.DDP, training={"save_steps": 2})
     paths, expected = trained(tmp_path, replace(order, job=resolve(order.job, ())))

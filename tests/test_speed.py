@@ -180,7 +180,7 @@ def test_every_card_has_rates_and_a_cpu_has_none_published() -> None:
     assert not any(rates.is_calibrated for rates in found.values() if rates)
 
 
-@pytest.mark.parametrize("kind", [DeviceKind.CUDA, DeviceKind.CPU])
+@pytest.mark.parametrize("kind", [DeviceKind.CUDA, pytest.param(DeviceKind.CPU, marks=pytest.mark.thorough)])
 def test_what_recomputes_more_takes_longer(kind: DeviceKind) -> None:
     """What the search's bounds rest on; and a step that accumulates nothing is the first batch of one that does."""
     rates = (
