@@ -15,6 +15,7 @@ from launcher.job import (
     JobSpec,
     Method,
     MethodSpec,
+    Objective,
     Optimizer,
     PinSpec,
     PlannerSpec,
@@ -57,7 +58,13 @@ def test_states_are_paged_only_where_nothing_fits_without() -> None:
     )
     choice = search(paging_job(resident - 1), FakeForecaster(law))
     assert choice.plan is not None and choice.plan.optimizer is Optimizer.PAGED_ADAMW_8BIT
-    assert "with adamw_8bit it is short by 1 B or more" in choice.reason
+    assert "with adamw_8bit the job is short by 1 B or more" in choice.reason
+    job = paging_job(10**10)
+    choice = search(
+        replace(job, planner=replace(job.planner, objective=Objective.MEMORY)), FakeForecaster(law)
+    )
+    assert choice.plan is not None and choice.plan.uses_pages
+    assert "least memory" in choice.reason and "short" not in choice.reason and "because" not in choice.reason
 
 
 def test_foreach_and_pages_can_be_pinned() -> None:
@@ -215,7 +222,7 @@ def test_a_job_too_large_for_its_states_gets_pages(tracer: Tracer) -> None:
     job = resolve(load_job([*changes, f"hardware.memory_bytes={min(peaks) - 10**6}"]), ())
     choice = plan_job(job, tracer)
     assert choice.plan is not None and choice.plan.optimizer is Optimizer.PAGED_ADAMW_8BIT
-    assert "with adamw_8bit it is short by" in choice.reason
+    assert "with adamw_8bit the job is short by" in choice.reason
     assert choice.step is not None and choice.step.communication_seconds > 0
 
 

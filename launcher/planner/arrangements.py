@@ -110,6 +110,7 @@ ON_HOST = (
     Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True, offload_parameters=True),
 )
 WAITING = (*ON_HOST, *(replace(item, small_buckets=True) for item in ON_HOST))
+"""All that waits for host memory, with ordinary buckets first."""
 TOGETHER = (
     Arrangement(Engine.DDP, 0),
     *ON_DEVICE,
@@ -137,9 +138,9 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
         ConfigError: When the pinned values leave nothing.
     """
     pin = job.planner.pin
-    candidates = TOGETHER if job.hardware.world_size > 1 else (ALONE, *WAITING)
-    if job.hardware.world_size == 1 and not (pin.offload_optimizer or pin.offload_parameters):
-        candidates = (ALONE,)
+    candidates = TOGETHER
+    if job.hardware.world_size == 1:
+        candidates = WAITING if pin.offload_optimizer or pin.offload_parameters else (ALONE,)
     wanted = (pin.offload_optimizer, pin.offload_parameters)
     if job.hardware.kind is DeviceKind.CPU:
         wanted = (bool(wanted[0] or wanted[1]), bool(wanted[1]))

@@ -206,7 +206,7 @@ def taken(
     first = losses(job)[0]
     if plan.loss is not first:
         words.append(f"with {first.value} loss no plan that fits is as good")
-    if plan.optimizer is not optimizers(job)[0]:
+    if plan.optimizer is not optimizers(job)[0] and not ranking.by_memory:
         words.append(_paged(plan, optimizers(job)[0], rejected))
     words += _shortfalls(plan, rejected)
     words.append(f"{format_bytes(budget_bytes - best.estimate.peak_device_bytes)} remain above the headroom")
@@ -247,8 +247,10 @@ def _paged(plan: Plan, resident: Optimizer, rejected: Sequence[Rejection]) -> st
         and not item.is_host_short
         and _is_same_job(item.plan, plan)
     ]
-    least = f" short by {format_bytes(min(short))} or more" if short else " no plan"
-    return f"optimizer states go to host memory where the device is full, because with {resident.value} it is{least}"
+    lack = f"the job is short by {format_bytes(min(short))} or more" if short else "no plan is taken"
+    return (
+        f"optimizer states go to host memory where the device is full, because with {resident.value} {lack}"
+    )
 
 
 def _is_same_job(other: Plan, plan: Plan) -> bool:
