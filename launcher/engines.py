@@ -6,6 +6,7 @@ sharded. So as training begins every rank looks at what really became of its mod
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -53,6 +54,8 @@ def engine_arguments(job: JobSpec, plan: Plan) -> dict[str, Any]:
 @contextmanager
 def engine(plan: Plan, kind: DeviceKind) -> Iterator[None]:
     """What an engine needs while the trainer is built and trains."""
+    if plan.engine is Engine.DEEPSPEED:
+        _import_muon_uncompiled()
     if plan.engine is Engine.DEEPSPEED and kind is DeviceKind.CPU:
         _leave_out_shared_memory_op()
     if plan.engine is Engine.FSDP2 and kind is DeviceKind.CPU:
@@ -60,6 +63,20 @@ def engine(plan: Plan, kind: DeviceKind) -> Iterator[None]:
             yield
         return
     yield
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports Muon, an optimizer that no job has, to see that a job's is another one, and that loads torch's
+    compiler: seconds in every rank (0.19.8, runtime/zero/utils.py, `is_zero_supported_optimizer`; stage3.py)."""
+    original, cast(Any, torch).compile = torch.compile, lambda *function, **options: function[0] if function else _same
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        cast(Any, torch).compile = original
+
+
+def _same(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _leave_out_shared_memory_op() -> None:

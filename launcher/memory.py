@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby, pairwise
@@ -149,12 +149,12 @@ class HostEstimate:
         training = [peak for peak in self.phases if peak.phase in TRAINING]
         return max((peak.by_category_bytes[Category.OPTIMIZER_STATE] for peak in training), default=0)
 
-    @property
-    def lasting_bytes(self) -> int:
-        """The highest that is left without what hangs on the shape of a batch."""
+    def lasting_bytes(self, without: Collection[Category] = ()) -> int:
+        """The highest that is left without what hangs on the shape of a batch, and without some categories."""
+        left_out = {*PINNED, *without}
         return self.process_bytes + max(
             (
-                peak.allocated_bytes - sum(peak.by_category_bytes[name] for name in PINNED)
+                peak.allocated_bytes - sum(peak.by_category_bytes.get(name, 0) for name in left_out)
                 for peak in self.phases
             ),
             default=0,

@@ -17,7 +17,6 @@ from typing import Any
 from launcher.checkpoints import last_checkpoint
 from launcher.cluster import Cluster
 from launcher.documents import read_document, to_json
-from launcher.engine_limits import CPU_ADAM
 from launcher.errors import LauncherError, LaunchError, NoPlanFits, WorkerOutOfMemory
 from launcher.hardware import DeviceKind
 from launcher.job import Engine, JobSpec, Method
@@ -131,21 +130,10 @@ def smallest_change(job: JobSpec, choice: PlanChoice) -> str:
     offload = ""
     if on_host := [item.short_by_bytes for item in choice.rejected if item.is_host_short]:
         offload = f", or with {format_bytes(min(on_host))} or more of host memory beyond what there is"
-    elif _may_offload(job, nearest.plan):
-        offload = (
-            "; or planner.pin.offload_optimizer=true, which takes 12 bytes of host memory per weight or more"
-        )
     return (
         f"shorter data.max_length, a lower planner.headroom, or hardware with "
         f"{format_bytes(nearest.short_by_bytes)} more memory{offload}"
     )
-
-
-def _may_offload(job: JobSpec, plan: Plan) -> bool:
-    """Whether states could be offloaded, and nobody has said so: a single device offloads only what is pinned."""
-    alone = plan.engine is Engine.NONE and job.hardware.kind is DeviceKind.CUDA
-    unsaid = job.planner.pin.offload_optimizer is None
-    return alone and unsaid and plan.method is Method.FULL and plan.optimizer in CPU_ADAM
 
 
 def run_answer(job: JobSpec, show: Show) -> Answer:

@@ -11,7 +11,7 @@ import pytest
 from launcher.config import load_job
 from launcher.job import Checkpointing, Engine, JobSpec, Loss
 from launcher.plan import Plan
-from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements
+from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds
 from launcher.planner.forecast import Forecaster
 from launcher.planner.space import semantic_plans
 from launcher.planner.trace_cache import TraceCache
@@ -64,7 +64,7 @@ def test_what_the_trace_without_an_engine_says_holds(tracer: Tracer, place: int)
     known.estimate(plan_of(ALONE))
     assert arrangements(job_of(), plan_of(ALONE)) == ((ALONE,), {})
     possible, refused = arrangements(job_of(OFFLOADED), plan_of(ALONE))
-    assert not refused and len(possible) == 6
+    assert not refused and len(possible) == 6 and rounds(job_of()) == ((ALONE,), possible)
     arrangement = possible[place]
     plan = plan_of(arrangement)
     bound, floor = known.lower_bound_bytes(plan), known.step_floor_seconds(plan)
@@ -85,11 +85,11 @@ def test_what_lies_on_the_host_is_the_same_whatever_is_recomputed(tracer: Tracer
             arrangement = Arrangement(Engine.DEEPSPEED, 3, offload_optimizer=True)
             host = truth.estimate(plan_of(arrangement, activation_checkpointing=mode, loss=loss)).host
             assert host is not None
-            lasting.add(host.lasting_bytes)
+            lasting.add(host.lasting_bytes())
     assert max(lasting) - min(lasting) <= 1e-4 * max(lasting)
 
 
-def test_states_are_offloaded_where_that_is_pinned(tracer: Tracer) -> None:
+def test_states_are_offloaded_where_nothing_fits_else(tracer: Tracer) -> None:
     pins = (
         "planner.pin.micro_batch_size=2",
         "planner.pin.activation_checkpointing=full",
@@ -103,16 +103,28 @@ def test_states_are_offloaded_where_that_is_pinned(tracer: Tracer) -> None:
         for item in (ALONE, offloading)
     ]
     assert peaks[1] < peaks[0]
+    ample = job_of(f"hardware.memory_bytes={peaks[0] * 102 // 100}", "planner.headroom=0.0", *pins)
+    choice = plan_job(ample, tracer)
+    assert choice.plan is not None and arrangement_of(choice.plan) == ALONE
     words = f"hardware.memory_bytes={sum(peaks) // 2}", "planner.headroom=0.0", *pins
-    job = job_of(*words)
-    choice = plan_job(job, tracer)
-    assert choice.plan is None and "deepspeed" not in needed_libraries(job)
-    assert OFFLOADED in smallest_change(job, choice)
-    job = job_of(*words, OFFLOADED)
-    choice = plan_job(job, tracer)
+    assert "deepspeed" not in needed_libraries(job_of(*words))
+    with Tracer() as bare:  # it has no DeepSpeed at first
+        choice = plan_job(job_of(*words), bare)
     assert choice.plan is not None and arrangement_of(choice.plan) == offloading
+    assert "one device is short by" in choice.reason
     assert any("C++ compiler" in note for note in choice.notes)
+    pinned = plan_job(job_of(*words, OFFLOADED), tracer)
+    assert pinned.plan == choice.plan and pinned.estimate == choice.estimate
+    without = job_of(*words, "planner.pin.offload_optimizer=false")
+    choice = plan_job(without, tracer)
+    assert choice.plan is None and choice.nearest is not None
+    assert choice.nearest.short_by_bytes == peaks[0] - sum(peaks) // 2
     too_small = job_of(*words, OFFLOADED, "hardware.host_memory_bytes=1300000000")
     choice = plan_job(too_small, tracer)
     assert choice.plan is None and choice.nearest is not None and choice.nearest.is_host_short
     assert "of host memory" in choice.reason and "more host memory" in smallest_change(too_small, choice)
+    free = job_of(*words, "hardware.host_memory_bytes=1300000000")
+    choice = plan_job(free, tracer)
+    assert choice.plan is None and choice.nearest is not None
+    assert arrangement_of(choice.nearest.plan) == ALONE
+    assert "or more of host memory beyond what there is" in smallest_change(free, choice)

@@ -123,24 +123,48 @@ and as much offloaded each holds less than those before it (FSDP2 as much as ZeR
 small buckets: it reduces all gradients at the end then, and few layers do not tell of all."""
 
 
-def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...], dict[Arrangement, str]]:
+def rounds(job: JobSpec) -> tuple[tuple[Arrangement, ...], ...]:
+    """What the devices of a job may do, in rounds: a later one is for jobs of which nothing fits in those before it.
+
+    A single device offloads only then, whatever the job's lists prefer: its update on the host takes many times the
+    update on the device, and an engine that is loaded for it takes seconds. A CPU's host memory is the device's own:
+    there it offloads only where that is pinned.
+    """
+    pin = job.planner.pin
+    if job.hardware.world_size > 1:
+        return (TOGETHER,)
+    if pin.offload_optimizer or pin.offload_parameters:
+        return (WAITING,)
+    is_pinned = pin.engine is not None or pin.zero_stage is not None or pin.offload_optimizer is not None
+    text = job.model.architecture.get("text_config") or job.model.architecture
+    is_sized = all(any(name in text for name in names) for names in (WIDTH, DEPTH))
+    if is_pinned or not is_sized or job.hardware.kind is DeviceKind.CPU:
+        return ((ALONE,),)
+    return (ALONE,), WAITING
+
+
+def is_last_resort(job: JobSpec, plan: Plan) -> bool:
+    """Whether a plan is weighed only because nothing fits without host memory, and nobody asked for it."""
+    return plan.uses_offload and len(rounds(job)) > 1
+
+
+def arrangements(
+    job: JobSpec, semantic: Plan, candidates: Sequence[Arrangement] = ()
+) -> tuple[tuple[Arrangement, ...], dict[Arrangement, str]]:
     """The arrangements that a job can choose from, simplest first; and those that can't carry it out, with the reason.
 
-    FSDP2 shards what ZeRO 3 shards, and comes where ZeRO 3 can't, or where it is pinned. A CPU's host memory is the
-    device's own: there is offload only where it is pinned. So it is on a single device, where each way to offload would
-    take a trace of an engine to tell that a job doesn't fit.
+    FSDP2 shards what ZeRO 3 shards, and comes where ZeRO 3 can't, or where it is pinned.
 
     Args:
         job: The job.
         semantic: What is trained; of it the method counts.
+        candidates: Those of one round; none: of the first one.
 
     Raises:
         ConfigError: When the pinned values leave nothing.
     """
     pin = job.planner.pin
-    candidates = TOGETHER
-    if job.hardware.world_size == 1:
-        candidates = WAITING if pin.offload_optimizer or pin.offload_parameters else (ALONE,)
+    candidates = candidates or rounds(job)[0]
     wanted = (pin.offload_optimizer, pin.offload_parameters)
     if job.hardware.kind is DeviceKind.CPU:
         wanted = (bool(wanted[0] or wanted[1]), bool(wanted[1]))
@@ -159,7 +183,7 @@ def arrangements(job: JobSpec, semantic: Plan) -> tuple[tuple[Arrangement, ...],
         legal = ", ".join(
             f"{item.engine.value} with zero_stage {item.zero_stage}"
             f"{offload_words(item.offload_optimizer, item.offload_parameters)}"
-            for item in candidates
+            for item in (*candidates, *(WAITING if candidates == (ALONE,) else ()))
             if not item.small_buckets
         )
         asked = "".join(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from launcher.engine_limits import engine_limits
 from launcher.errors import LauncherError
@@ -16,7 +17,7 @@ from launcher.job import Attention, Checkpointing, Engine, JobSpec, Loss, Method
 from launcher.memory import TRAINING, MemoryEstimate, Phase
 from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Grade, Plan, PlanChoice, Squeeze
-from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements
+from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds
 from launcher.planner.forecast import Forecaster
 from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, semantic_plans
 from launcher.units import format_bytes
@@ -153,15 +154,23 @@ def _options(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
 
 
 def _other_arrangements(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
-    """What several devices could share a little less or more of, engines that can't do it among them."""
-    if plan.world_size == 1:
+    """What several devices could share a little less or more of, engines that can't do it among them.
+
+    One device could put states on the host; those of adapters are too few to be worth a word.
+    """
+    if plan.world_size == 1 and plan.method is not Method.FULL and not plan.uses_offload:
         return
     pin = replace(
         job.planner.pin, engine=None, zero_stage=None, offload_optimizer=None, offload_parameters=None
     )
     free = replace(job, planner=replace(job.planner, pin=pin))
     here = arrangement_of(plan)
-    possible = [item for item in arrangements(free, plan)[0] if item.small_buckets is here.small_buckets]
+    candidates = tuple(chain.from_iterable(rounds(free)))
+    possible = [
+        item
+        for item in arrangements(free, plan, candidates)[0]
+        if item.small_buckets is here.small_buckets
+    ]
     for item in neighbours(possible, here):
         yield "engine", f"{here.words()} -> {item.words()}", item.applied_to(plan, free), False
 

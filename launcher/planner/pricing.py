@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launcher.errors import UnsupportedByPlanner
-from launcher.job import JobSpec
-from launcher.memory import MemoryEstimate
+from launcher.job import Checkpointing, JobSpec
+from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan, Rejection, nearest
 from launcher.planner import reasons
-from launcher.planner.arrangements import with_ordinary_buckets
+from launcher.planner.arrangements import is_last_resort, with_ordinary_buckets
 from launcher.planner.bounds import buckets_hold_bytes
 from launcher.planner.forecast import Forecaster
 from launcher.planner.host import short_on_host
@@ -19,6 +19,9 @@ from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.options import Options
 from launcher.planner.refusal import Judge
 from launcher.planner.space import checkpointing_modes, headroom_bytes, losses, optimizers
+
+ACCUMULATED = (Category.GRADIENTS, Category.TEMPORARIES)
+"""What a plan that offloads holds on the host to accumulate gradients; of what pins it nobody knows its part."""
 
 
 class Pricing:
@@ -39,6 +42,7 @@ class Pricing:
         self.ranking = Ranking(job.planner.objective, forecaster.knows_speed)
         self.rejected: list[Rejection] = []
         self._bounded: list[Plan] = []
+        self._priced: set[Plan] = set()
         self._peaks: dict[Plan, int] = {}
         self._host_floors: dict[tuple[object, ...], int] = {}
 
@@ -66,7 +70,8 @@ class Pricing:
             ]
             if not promising:
                 return
-            self._price(min(promising, key=self._probing_order), options)
+            first = self._tells_of_host(promising, options)
+            self._price(first or min(promising, key=self._probing_order), options)
 
     def _price(self, plan: Plan, options: Options) -> None:
         options.unpriced.remove(plan)
@@ -77,13 +82,20 @@ class Pricing:
             self._reject_mode(plan, options, failure)
             return
         self._peaks[plan] = price.estimate.peak_device_bytes
+        self._priced.add(plan)
         if (plan.uses_offload or plan.uses_pages) and price.estimate.host is not None:
-            known = self._host_floors.get(_on_host(plan), 0)
-            self._host_floors[_on_host(plan)] = max(known, price.estimate.host.lasting_bytes)
+            host = price.estimate.host
+            self._keep_host_floor(plan, host.lasting_bytes())
+            if plan.gradient_accumulation_steps > 1:  # one that doesn't has no gradients there, nor what pins them
+                at_once = replace(plan, gradient_accumulation_steps=1)
+                self._keep_host_floor(at_once, host.lasting_bytes(ACCUMULATED))
         if self._fits(price):
             options.fitting.append(price)
         elif plan.gradient_accumulation_steps > 1 and price.estimate.peak_device_bytes > self.budget_bytes:
             options.failed.append(price)
+
+    def _keep_host_floor(self, plan: Plan, num_bytes: int) -> None:
+        self._host_floors[_on_host(plan)] = max(num_bytes, self._host_floors.get(_on_host(plan), 0))
 
     def _reject_mode(self, plan: Plan, options: Options, failure: UnsupportedByPlanner) -> None:
         """Rejects all plans of an arrangement with a checkpointing that the tracer can't follow.
@@ -93,7 +105,7 @@ class Pricing:
         """
         mode = plan.activation_checkpointing
         is_first = plan.loss is losses(self._job)[0] and plan.optimizer is optimizers(self._job)[0]
-        if mode is self._first_mode and is_first:
+        if mode is self._first_mode and is_first and not is_last_resort(self._job, plan):
             raise failure
         for item in (*(price.plan for price in options.fitting), *options.unpriced):
             if item.activation_checkpointing is mode:
@@ -134,6 +146,15 @@ class Pricing:
             return exact
         options.fitting.remove(price)
         return None
+
+    def _tells_of_host(self, promising: Sequence[Plan], options: Options) -> Plan | None:
+        """The first plan to be priced of those that offload: it is likely to fit the device, and tells whether all that
+        lies on the host does, which is the same whatever is recomputed."""
+        full = [plan for plan in promising if plan.activation_checkpointing is Checkpointing.FULL]
+        is_begun = options.fitting or options.failed
+        if is_begun or not full or not full[0].uses_offload or _on_host(full[0]) in self._host_floors:
+            return None
+        return min(full, key=lambda plan: (plan.gradient_accumulation_steps == 1, plan.micro_batch_size))
 
     def _probing_order(self, plan: Plan) -> tuple[int, bool, bool, int]:
         """Which of several promising plans is priced first: the one that tells most about the others.
@@ -223,7 +244,8 @@ class Pricing:
                 options.bounded += [(plan, bound)] if accumulates else []
                 self._bounded.append(plan)
                 text, short = reasons.by_bound(bound, self.budget_bytes), bound - self.budget_bytes
-                is_unexplored = plan.loss is not losses(self._job)[0]
+                # which of those a single device would offload to is nearest to fitting is not worth the traces
+                is_unexplored = is_last_resort(self._job, plan) or plan.loss is not losses(self._job)[0]
                 self.reject(plan, text, short, bound, is_unexplored=is_unexplored)
 
     def _bound(self, plan: Plan, failed: Plan | None) -> int:
@@ -247,14 +269,29 @@ class Pricing:
         return max(bound, known - buckets_hold_bytes(ordinary, self._job.model.architecture))
 
     def settle_nearest(self) -> None:
-        """Prices the plan nearest to fitting for as long as only a lower bound of it is known."""
+        """Prices the plan nearest to fitting for as long as only a lower bound of it is known.
+
+        A plan that saves less of the activations is not nearer than the same one that saves more.
+        """
         while True:
             found = nearest(self.rejected)
             if found is None or found.plan not in self._bounded:
                 return
-            self._bounded.remove(found.plan)
-            self.rejected.remove(found)
-            self._reject_too_large(found.plan, self._forecaster.estimate(found.plan))
+            saver = self._most_saving(found.plan)
+            place = next(index for index, item in enumerate(self.rejected) if item.plan == saver)
+            self._bounded.remove(found.plan if saver in self._priced else saver)
+            if saver in self._priced:
+                place = self.rejected.index(found)
+                self.rejected[place] = replace(found, is_unexplored=True)
+                continue
+            del self.rejected[place]
+            self._fits(Price(saver, self._forecaster.estimate(saver), None))
+            self._priced.add(saver)
+
+    def _most_saving(self, plan: Plan) -> Plan:
+        """The same plan with the checkpointing that saves most, of those that exceed the device."""
+        alike = [replace(plan, activation_checkpointing=mode) for mode in reversed(MODES)]
+        return next(like for like in alike if like in self._priced or like in self._bounded)
 
     def reject(self, plan: Plan, reason: str, short_by_bytes: int, peak_bytes: int, **flags: bool) -> None:
         """Writes down why a plan is not taken."""

@@ -23,7 +23,7 @@ from launcher.errors import ConfigError
 from launcher.job import Checkpointing, JobSpec
 from launcher.plan import Plan, PlanChoice, Rejection, nearest
 from launcher.planner import reasons
-from launcher.planner.arrangements import Arrangement, arrangements
+from launcher.planner.arrangements import WAITING, Arrangement, arrangement_of, arrangements, rounds
 from launcher.planner.forecast import Forecaster
 from launcher.planner.objective import Price
 from launcher.planner.options import Options, repeats
@@ -70,6 +70,11 @@ class _Pass:
     """The plans of those that were."""
 
 
+def _is_beyond(following: Arrangement, fitting: Arrangement) -> bool:
+    """Whether what waits for host memory comes after something like it that fits with another loss."""
+    return WAITING.index(following) > WAITING.index(fitting)
+
+
 def _nearness(item: Rejection) -> tuple[bool, bool, int, bool]:
     """By which rejected plans are listed: nearest to fitting first, of those that fit what was priced."""
     return item.is_unexplored, item.is_host_short, item.short_by_bytes, not item.peak_bytes
@@ -89,8 +94,8 @@ class _Search:
     def run(self) -> PlanChoice:
         semantics = list(semantic_plans(self._job))
         rejected, budget_bytes = self._prices.rejected, self._prices.budget_bytes
-        for position, semantic in enumerate(semantics):
-            best, second = self._best(semantic)
+        for candidates, (position, semantic) in product(rounds(self._job), enumerate(semantics)):
+            best, second = self._best(semantic, candidates)
             if best is not None:
                 left = len(semantics) - position - 1
                 known = self._job, best, self._ranking, budget_bytes, position, left
@@ -104,8 +109,10 @@ class _Search:
         headroom = headroom_bytes(self._job)
         return self._choice(None, None, reasons.none_fits(found, len(rejected), capacity, headroom))
 
-    def _best(self, semantic: Plan) -> tuple[Price | None, Price | None]:
-        """The best plan of a combination at its true shape, and the next best one that was priced.
+    def _best(
+        self, semantic: Plan, candidates: Sequence[Arrangement]
+    ) -> tuple[Price | None, Price | None]:
+        """The best plan of a combination at its true shape in one round, and the next best one that was priced.
 
         The first loss stays unless a plan with another one is better beyond doubt: a trace with that is worth its time
         only where it may be. States are paged only where nothing fits without.
@@ -122,7 +129,7 @@ class _Search:
                 if taken is not None and self._pages_in_vain(kind, taken.plan):
                     continue
                 if index == len(passes):
-                    passes.append(self._pass(kind))
+                    passes.append(self._pass(kind, candidates))
                 taken = self._best_arranged(passes[index], taken) or taken
             if taken is None:
                 return None, None
@@ -148,9 +155,9 @@ class _Search:
         """Whether plans would page their states where one fits that doesn't (unless memory counts)."""
         return not self._ranking.by_memory and kind.uses_pages and not fitting.uses_pages
 
-    def _pass(self, semantic: Plan) -> _Pass:
-        """All that the devices can be arranged to, and rejects the rest."""
-        possible, refused = arrangements(self._job, semantic)
+    def _pass(self, semantic: Plan, candidates: Sequence[Arrangement]) -> _Pass:
+        """All that the devices can be arranged to in one round, and rejects the rest."""
+        possible, refused = arrangements(self._job, semantic, candidates)
         for item, reason in refused.items():
             self._prices.reject(item.applied_to(semantic, self._job), reason, 0, 0)
         return _Pass(semantic, list(possible), [])
@@ -214,6 +221,8 @@ class _Search:
             return False
         following = item.waiting[0]
         if following.offloads and (better or not best.plan.uses_offload):
+            return True
+        if following.offloads and _is_beyond(following, arrangement_of(best.plan)):
             return True
         if best.plan.activation_checkpointing is not self._modes[0]:
             return False

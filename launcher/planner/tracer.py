@@ -18,7 +18,7 @@ from typing import Any
 
 from launcher.hardware import HardwareSpec
 from launcher.job import JobSpec, Loss
-from launcher.libraries import OPTIONAL_LIBRARIES, hide_libraries
+from launcher.libraries import OPTIONAL_LIBRARIES, hide_libraries, unneeded_libraries
 from launcher.plan import Plan
 from launcher.planner.depth import DepthPlan
 from launcher.planner.forked import ForkedPool
@@ -103,30 +103,32 @@ def record(subject: Subject, shape: TracedShape, depth: int, accumulation: int) 
 class Tracer:
     """Two child processes that trace. Started at the first use; close it, or use it as a context.
 
+    A plan that needs an optional library which they don't have is traced by two others.
+
     Args:
-        needed: Those of `OPTIONAL_LIBRARIES` that a traced step calls; the others are hidden from it.
+        needed: Those of `OPTIONAL_LIBRARIES` that most traced steps call; the others are hidden from them.
     """
 
     def __init__(self, needed: Sequence[str] = ()) -> None:
         self._hidden = tuple(name for name in OPTIONAL_LIBRARIES if name not in needed)
-        self._pool: ForkedPool | None = None
+        self._pools: dict[tuple[str, ...], ForkedPool] = {}
 
     def facts(self, subject: Subject) -> Future[SubjectFacts]:
         """Starts reading a subject's facts."""
-        return self._started().submit(facts_of, subject)
+        return self._pool_for(subject.plan).submit(facts_of, subject)
 
     def records(
         self, subject: Subject, shape: TracedShape, depths: Sequence[int], accumulation: int
     ) -> tuple[Future[Profile], ...]:
         """Starts a trace at each depth."""
-        pool = self._started()
+        pool = self._pool_for(subject.plan)
         return tuple(pool.submit(record, subject, shape, depth, accumulation) for depth in depths)
 
     def close(self) -> None:
         """Ends the child processes."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
 
     def __enter__(self) -> Tracer:
         return self
@@ -134,7 +136,10 @@ class Tracer:
     def __exit__(self, *failure: object) -> None:
         self.close()
 
-    def _started(self) -> ForkedPool:
-        if self._pool is None:
-            self._pool = ForkedPool(NUM_PROCESSES, import_libraries, self._hidden)
-        return self._pool
+    def _pool_for(self, plan: Plan) -> ForkedPool:
+        """The processes that have all that a plan needs."""
+        unneeded = unneeded_libraries(plan)
+        hidden = tuple(name for name in self._hidden if name in unneeded)
+        if hidden not in self._pools:
+            self._pools[hidden] = ForkedPool(NUM_PROCESSES, import_libraries, hidden)
+        return self._pools[hidden]
