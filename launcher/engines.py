@@ -68,7 +68,10 @@ def engine(plan: Plan, kind: DeviceKind) -> Iterator[None]:
 def _import_muon_uncompiled() -> None:
     """DeepSpeed imports Muon, an optimizer that no job has, to see that a job's is another one, and that loads torch's
     compiler: seconds in every rank (0.19.8, runtime/zero/utils.py, `is_zero_supported_optimizer`; stage3.py)."""
-    original, cast(Any, torch).compile = torch.compile, lambda *function, **options: function[0] if function else _same
+    original, cast(Any, torch).compile = (
+        torch.compile,
+        lambda *function, **options: function[0] if function else _same,
+    )
     try:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:

@@ -74,6 +74,13 @@ class Loss(StrEnum):
     LIGER = "liger"
 
 
+class OptionalKernel(StrEnum):
+    """A kernel of a package that a machine may have: an attention, or a loss."""
+
+    LIGER = "liger"
+    FLASH_ATTENTION_2 = "flash_attention_2"
+
+
 class Engine(StrEnum):
     """What trains on several devices together."""
 
@@ -290,6 +297,9 @@ class PlannerSpec:
     """Knobs the user fixed."""
     choices: ChoicesSpec = field(default_factory=ChoicesSpec)
     """Acceptable values of the knobs that change the result."""
+    kernels: tuple[OptionalKernel, ...] = ()
+    """Kernels of packages that are there where the job runs, weighed beside torch's: `liger` (liger-kernel) for the loss,
+    `flash_attention_2` (flash-attn) for attention."""
     headroom: Annotated[float, Ge(0), Le(0.9)] | Literal["auto"] = "auto"
     """Share of the usable memory kept free; `auto` asks the runs measured here, and keeps 0.05 while they are few."""
     refused_grades: tuple[Grade, ...] = ()

@@ -16,14 +16,13 @@ from launcher.architecture import (
 )
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
-    Attention,
     Checkpointing,
     Engine,
     JobSpec,
-    Loss,
     Method,
     Objective,
     OffloadDevice,
+    OptionalKernel,
     Precision,
 )
 from launcher.optimisation import LOW_RANK_OPTIMIZERS, implementations
@@ -104,6 +103,22 @@ def model_limits(job: JobSpec) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def _asks(job: JobSpec, kernel: OptionalKernel) -> bool:
+    """Whether a job pins a kernel of another package, or lets the search weigh it."""
+    pinned = {
+        OptionalKernel.LIGER: job.planner.pin.loss,
+        OptionalKernel.FLASH_ATTENTION_2: job.planner.pin.attention,
+    }
+    return pinned[kernel] == kernel.value or kernel in job.planner.kernels
+
+
+def _asked_by(job: JobSpec, kernel: OptionalKernel) -> str:
+    """The key that asks for it."""
+    if kernel in job.planner.kernels:
+        return f"planner.kernels=[{kernel.value}]"
+    return f"planner.pin.{'loss' if kernel is OptionalKernel.LIGER else 'attention'}={kernel.value}"
+
+
 def _device_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
     pin, precision = job.planner.pin, job.training.precision
     on_cpu = hardware.kind is DeviceKind.CPU
@@ -120,8 +135,8 @@ def _device_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
             "training.precision=bf16_mixed or fp32 on a CPU",
         ),
         (
-            pin.attention is Attention.FLASH_ATTENTION_2 and no_flash,
-            f"planner.pin.attention=flash_attention_2: {hardware.name} has no FlashAttention-2",
+            _asks(job, OptionalKernel.FLASH_ATTENTION_2) and no_flash,
+            f"{_asked_by(job, OptionalKernel.FLASH_ATTENTION_2)}: {hardware.name} has no FlashAttention-2",
             "planner.pin.attention=sdpa, or hardware of compute capability 8.0 and more",
         ),
         (
@@ -143,11 +158,10 @@ def _objective_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
 
 
 def _loss_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
-    asked = job.planner.pin.loss is Loss.LIGER
     return [
         (
-            asked and hardware.kind is DeviceKind.CPU,
-            "planner.pin.loss=liger: Liger's loss is a Triton kernel, and Triton has no CPU",
+            _asks(job, OptionalKernel.LIGER) and hardware.kind is DeviceKind.CPU,
+            f"{_asked_by(job, OptionalKernel.LIGER)}: Liger's loss is a Triton kernel, and Triton has no CPU",
             "planner.pin.loss=chunked, which keeps no whole logits either",
         ),
     ]
@@ -222,7 +236,11 @@ def _missing_packages(job: JobSpec, is_installed: Callable[[str], bool]) -> list
     optimizer = job.training.optimizer
     named = f"training.optimizer={optimizer.value}"
     wanted = {
-        "liger_kernel": ("planner.pin.loss=liger", job.planner.pin.loss is Loss.LIGER, "liger"),
+        "liger_kernel": (
+            _asked_by(job, OptionalKernel.LIGER),
+            _asks(job, OptionalKernel.LIGER),
+            "liger",
+        ),
         "galore_torch": (named, optimizer.value.startswith("galore_"), "galore"),
         "apollo_torch": (named, optimizer.value.startswith("apollo_"), "apollo"),
     }

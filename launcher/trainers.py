@@ -204,13 +204,13 @@ def require_liger_loss(model: Any) -> None:
     }
     if model_type not in known:
         raise ConfigError(
-            f"planner.pin.loss=liger: liger-kernel has no fused loss for {model_type}; it has one for "
+            f"loss=liger: liger-kernel has no fused loss for {model_type}; it has one for "
             f"{', '.join(sorted(known))}",
             "planner.pin.loss=chunked, which keeps no whole logits either",
         )
     if hasattr(model.get_output_embeddings(), "lora_A"):
         raise ConfigError(
-            "planner.pin.loss=liger: the head has an adapter (method.target_modules), and Liger reads the head's own "
+            "loss=liger: the head has an adapter (method.target_modules), and Liger reads the head's own "
             "weight only",
             "planner.pin.loss=chunked, or no adapter on the head",
         )

@@ -18,10 +18,9 @@ from launcher.checkpoints import last_checkpoint
 from launcher.cluster import Cluster
 from launcher.documents import read_document, to_json
 from launcher.errors import LauncherError, LaunchError, NoPlanFits, WorkerOutOfMemory
-from launcher.hardware import DeviceKind
-from launcher.job import Engine, JobSpec, Method
+from launcher.job import JobSpec
 from launcher.length_choice import LengthReport, report_lengths, settle_length
-from launcher.plan import Plan, PlanChoice
+from launcher.plan import PlanChoice
 from launcher.planner.forecast import Forecaster
 from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer

@@ -44,7 +44,7 @@ from launcher.job import (
 )
 from launcher.memory import MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import Plan
-from launcher.planner.arrangements import default_buckets
+from launcher.planner.buckets import default_buckets
 from launcher.planner.forecast import Forecaster
 from launcher.planner.trace_cache import TraceCache, library_versions
 from launcher.planner.tracer import Tracer

@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
+from launcher.domain import Domain
+from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
+    Attention,
     Checkpointing,
     DataSpec,
     JobSpec,
@@ -50,6 +53,12 @@ class Law:
     """What the loss adds to the time of a token when it works on tiles."""
     plain_loss: float = 0.0
     """What it adds when it works on all tokens at once, whose logits are all there then."""
+    liger_loss: float = 0.0
+    """What it adds with Liger's kernel."""
+    flash_time: float = 1.0
+    """The time of all but the loss with FlashAttention-2, of that with torch's kernel."""
+    flash_bytes: float = 1.0
+    """Its activations, of those with torch's kernel."""
     knows_speed: bool = True
 
     def price(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
@@ -61,6 +70,8 @@ class Law:
             share
             * (self.per_token_kept - self.per_token_recomputed if share > 0 else self.per_token_recomputed)
         )
+        has_flash = plan.attention is Attention.FLASH_ATTENTION_2
+        per_token = round(per_token * (self.flash_bytes if has_flash else 1.0))
         always = {
             Category.PARAMETERS: self.parameters,
             Category.OPTIMIZER_STATE: 0 if plan.uses_pages else 2 * trained,
@@ -70,7 +81,8 @@ class Law:
             Category.GRADIENTS: trained if plan.gradient_accumulation_steps > 1 else 0,
             Category.ACTIVATIONS: tokens * per_token,
             Category.LOGITS_AND_LOSS: self.logits_per_token
-            * (tokens if plan.loss is Loss.PLAIN else min(tokens, self.tile)),
+            * (tokens if plan.loss is Loss.PLAIN else min(tokens, self.tile))
+            // (1 + (plan.loss is Loss.LIGER)),
             Category.TEMPORARIES: self.surplus if exact else 0,
         }
         update = always | {Category.GRADIENTS: trained, Category.TEMPORARIES: trained // 2}
@@ -91,9 +103,14 @@ class Law:
         more = 1 + self.recompute[MODES.index(plan.activation_checkpointing)]
         slower = 1.5 if tokens > self.cache_tokens else 1.0
         batch = (self.batch_seconds + tokens * self.token_seconds * slower) * more
+        batch *= self.flash_time if plan.attention is Attention.FLASH_ATTENTION_2 else 1.0
         if not without_loss:
-            share = self.plain_loss if plan.loss is Loss.PLAIN else self.chunked_loss
-            batch += tokens * self.token_seconds * share
+            shares = {
+                Loss.PLAIN: self.plain_loss,
+                Loss.CHUNKED: self.chunked_loss,
+                Loss.LIGER: self.liger_loss,
+            }
+            batch += tokens * self.token_seconds * shares[plan.loss]
         update = 1e-9 * self.parameters
         return StepTime(
             batch,
@@ -122,6 +139,7 @@ class FakeForecaster(Forecaster):
         self.law = law
         self.traced: list[tuple[object, ...]] = []
         self.traced_exactly: list[Plan] = []
+        self.missing: tuple[Attention, ...] = ()
 
     def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
         for plan in plans:
@@ -141,13 +159,15 @@ class FakeForecaster(Forecaster):
             bound = price.peak_device_bytes - price.resident_bytes[Category.GRADIENTS]
             bounds.append(bound - price.peak.by_category_bytes[Category.INPUTS])
         steps = {plan.gradient_accumulation_steps, max(2, plan.gradient_accumulation_steps)}
-        for loss, optimizer, accumulation in product(
-            (Loss.CHUNKED, Loss.PLAIN), implementations(plan.optimizer), steps
+        for attention, loss, optimizer, accumulation in product(
+            Attention, Loss, implementations(plan.optimizer), steps
         ):
-            other = replace(plan, loss=loss, optimizer=optimizer)
+            other = replace(plan, attention=attention, loss=loss, optimizer=optimizer)
             known = replace(other, gradient_accumulation_steps=accumulation)
             if other != plan and self.is_prepared(known):
                 step = dict(self.law.price(known).phases[0].by_category_bytes)
+                if attention is not plan.attention:
+                    step[Category.ACTIVATIONS] = step[Category.TEMPORARIES] = 0
                 if loss is not plan.loss:
                     step[Category.LOGITS_AND_LOSS] = 0
                 if optimizer is not plan.optimizer:
@@ -157,6 +177,11 @@ class FakeForecaster(Forecaster):
                 bounds.append(sum(step.values()) + self.law.context)
         assert max(bounds) <= self.law.price(plan).peak_device_bytes
         return max(bounds)
+
+    def domain(self, plan: Plan) -> Domain:
+        if plan.attention in self.missing:
+            raise UnsupportedByPlanner(f"the model has no {plan.attention.value}", "another one")
+        return Domain(1, None, 8, None, 1, None)
 
     def host_floor_bytes(self, plan: Plan) -> int:
         return 0
@@ -183,7 +208,7 @@ class FakeForecaster(Forecaster):
         known = [
             self.law.seconds(item, without_loss=loss is not plan.loss)
             for item in alike
-            for loss in (Loss.CHUNKED, Loss.PLAIN)
+            for loss in Loss
             for steps in (item.gradient_accumulation_steps, other)
             if self.is_prepared(
                 replace(item, loss=loss, buckets=(like or plan).buckets, gradient_accumulation_steps=steps)
@@ -193,12 +218,12 @@ class FakeForecaster(Forecaster):
 
     def _regime(self, plan: Plan) -> tuple[object, ...]:
         """What one trace answers for: every batch above 1 and every length on one side of the tile."""
-        tiled = plan.loss is Loss.CHUNKED
+        tiled = plan.loss is not Loss.PLAIN
         over = tiled and plan.micro_batch_size * plan.max_length > self.law.tile
         accumulates = plan.gradient_accumulation_steps > 1
         single = plan.micro_batch_size == 1
         knobs = plan.method, plan.rank, plan.activation_checkpointing, plan.loss, plan.optimizer
-        return *knobs, single, over, accumulates
+        return *knobs, plan.attention, single, over, accumulates
 
 
 def job_with(

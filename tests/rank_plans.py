@@ -12,9 +12,7 @@ from launcher.job import (
     Method,
 )
 from launcher.plan import Plan
-from launcher.planner.arrangements import (
-    small_buckets,
-)
+from launcher.planner.buckets import small_buckets
 from launcher.planner.forecast import Forecaster
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer

@@ -26,7 +26,8 @@ from launcher.job import (
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
 from launcher.planner.allocator import AllocatorMode, replay
-from launcher.planner.arrangements import Arrangement, default_buckets
+from launcher.planner.arrangements import Arrangement
+from launcher.planner.buckets import default_buckets
 from launcher.planner.depth import assemble, plan_depths
 from launcher.planner.forecast import Forecaster
 from launcher.planner.polynomial import TracedShape

@@ -70,6 +70,7 @@ CONTEXT: dict[str, tuple[str, ...]] = {
     "hardware.num_nodes": SEVERAL_DEVICES,
     "training.optimizer=galore": ("method=full",),
     "planner.pin.loss=liger": ("hardware=a100_40g",),
+    "planner.kernels=[liger,flash_attention_2]": ("hardware=a100_40g",),
     "model.freeze_vision": (
         *("model.path=<folder>", "model.task=image_text_to_text", "data.images_per_example=1"),
         *("data.format=auto", "data.packing=false"),

@@ -21,7 +21,8 @@ from launcher.job import Engine, JobSpec
 from launcher.memory import DiskEstimate
 from launcher.optimisation import TrainingSpec
 from launcher.plan import Buckets
-from launcher.planner.arrangements import arrangements, default_buckets
+from launcher.planner.arrangements import arrangements
+from launcher.planner.buckets import default_buckets
 from launcher.planner.space import batch_splits
 from launcher.planning import resolve
 from launcher.report.rehearsal import replan_text

@@ -13,7 +13,7 @@ from launcher.planner.subject import NO_OFFLOAD
 from launcher.planner.tracer import SubjectFacts
 
 RECOMPUTED = (Category.ACTIVATIONS, Category.TEMPORARIES)
-"""What checkpointing makes less."""
+"""What checkpointing makes less, or another kernel of attention."""
 SHARDED = (Category.OPTIMIZER_STATE, Category.GRADIENTS)
 """What stages 1 and 2 make less."""
 
@@ -25,9 +25,11 @@ def sharded_categories(plan: Plan) -> tuple[Category, ...]:
 
 
 def differing_categories(known: Plan, plan: Plan) -> tuple[Category, ...]:
-    """What may be more in one plan than in another one that differs in checkpointing, loss or optimizer alone."""
+    """What may be more in one plan than in another one that differs in checkpointing, kernels or optimizer alone."""
     found: tuple[Category, ...] = ()
     if known.activation_checkpointing is not plan.activation_checkpointing:
+        found += RECOMPUTED
+    if known.attention is not plan.attention:
         found += RECOMPUTED
     if known.loss is not plan.loss:
         found += (Category.LOGITS_AND_LOSS,)

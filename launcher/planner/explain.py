@@ -13,13 +13,20 @@ from launcher.engine_limits import engine_limits
 from launcher.errors import LauncherError
 from launcher.explanation import AtCapacity, Change, Explanation
 from launcher.hardware import DeviceKind
-from launcher.job import Attention, Checkpointing, Engine, JobSpec, Loss, Method, Optimizer
+from launcher.job import Attention, Checkpointing, Engine, JobSpec, Method, Optimizer
 from launcher.memory import TRAINING, MemoryEstimate, Phase
 from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Grade, Plan, PlanChoice, Squeeze
 from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds
 from launcher.planner.forecast import Forecaster
-from launcher.planner.space import batch_splits, checkpointing_modes, headroom_bytes, semantic_plans
+from launcher.planner.space import (
+    attentions,
+    batch_splits,
+    checkpointing_modes,
+    headroom_bytes,
+    losses,
+    semantic_plans,
+)
 from launcher.units import format_bytes
 
 FACTORS = (0.5, 1.0, 2.0)
@@ -103,7 +110,8 @@ def marginal_changes(job: JobSpec, plan: Plan, forecaster: Forecaster) -> tuple[
 
 def _options(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
     """Knob, words, the plan with the change, and whether it changes the result."""
-    splits = sorted(batch_splits(replace(job, planner=replace(job.planner, pin=type(job.planner.pin)()))))
+    unpinned = replace(job, planner=replace(job.planner, pin=type(job.planner.pin)()))
+    splits = sorted(batch_splits(unpinned))
     sizes = [micro for micro, _ in splits]
     here = sizes.index(plan.micro_batch_size)
     for index in (here - 1, here + 1):
@@ -122,10 +130,15 @@ def _options(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
         if mode is not plan.activation_checkpointing:
             words = f"{plan.activation_checkpointing.value} -> {mode.value}"
             yield "activation_checkpointing", words, replace(plan, activation_checkpointing=mode), False
-    other = Loss.PLAIN if plan.loss is Loss.CHUNKED else Loss.CHUNKED
-    yield "loss", f"{plan.loss.value} -> {other.value}", replace(plan, loss=other), False
-    if plan.attention is Attention.SDPA and plan.activation_checkpointing is not Checkpointing.SELECTIVE:
-        yield "attention", "sdpa -> eager", replace(plan, attention=Attention.EAGER), False
+    for loss in losses(unpinned):
+        if loss is not plan.loss:
+            yield "loss", f"{plan.loss.value} -> {loss.value}", replace(plan, loss=loss), False
+    for attention in (*attentions(unpinned), Attention.EAGER):
+        is_eager = attention is Attention.EAGER
+        is_possible = not is_eager or plan.activation_checkpointing is not Checkpointing.SELECTIVE
+        if attention is not plan.attention and is_possible:
+            words = f"{plan.attention.value} -> {attention.value}"
+            yield "attention", words, replace(plan, attention=attention), False
     yield from _other_arrangements(job, plan)
     for length in (plan.max_length // 2, plan.max_length * 2):
         if length >= 8:
@@ -167,9 +180,7 @@ def _other_arrangements(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Pl
     here = arrangement_of(plan)
     candidates = tuple(chain.from_iterable(rounds(free)))
     possible = [
-        item
-        for item in arrangements(free, plan, candidates)[0]
-        if item.small_buckets is here.small_buckets
+        item for item in arrangements(free, plan, candidates)[0] if item.small_buckets is here.small_buckets
     ]
     for item in neighbours(possible, here):
         yield "engine", f"{here.words()} -> {item.words()}", item.applied_to(plan, free), False

@@ -40,7 +40,7 @@ from launcher.engine_config import accelerate_settings, deepspeed_config
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec
 from launcher.plan import Plan
-from launcher.planner.arrangements import default_buckets
+from launcher.planner.buckets import default_buckets
 from launcher.planner.gloo_twin import allocate_as_gloo
 from launcher.planner.materialize import forget_weights
 from launcher.planner.replica import Layers, Replica

@@ -33,7 +33,7 @@ from launcher.planner.polynomial import TracedShape
 from launcher.planner.regimes import domain_of, symbolic_shape
 from launcher.planner.reserve import with_reserved, with_workspaces
 from launcher.planner.skyline import Profile, Skyline
-from launcher.planner.space import losses, optimizers
+from launcher.planner.space import attentions, losses, optimizers
 from launcher.planner.speed import SpeedModel
 from launcher.planner.stream import Stream, with_waiting_inputs
 from launcher.planner.stream_depth import check_peaks, extend_stream
@@ -141,9 +141,11 @@ class Forecaster:
         accumulating = replace(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
         bounds = [static_floor_bytes(plan, question.facts) + context_bytes(self._job.hardware, plan)]
         kernels = {plan.optimizer, *optimizers(self._job)}
-        kinds = product(Checkpointing, {plan, accumulating}, losses(self._job), kernels)
-        for mode, known, loss, optimizer in kinds:
+        options = {plan.attention, *attentions(self._job)}
+        kinds = product(Checkpointing, {plan, accumulating}, options, losses(self._job), kernels)
+        for mode, known, attention, loss, optimizer in kinds:
             alike = replace(known, activation_checkpointing=mode, loss=loss, optimizer=optimizer)
+            alike = replace(alike, attention=attention)
             if self.is_prepared(alike):
                 bounds.append(self._bound_from(alike, plan, question.facts))
         if plan.zero_stage and computes_alike(self._job, plan):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from launcher.errors import UnsupportedByPlanner
-from launcher.job import Checkpointing, JobSpec
+from launcher.errors import ConfigError, UnsupportedByPlanner
+from launcher.job import Checkpointing, JobSpec, Loss
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan, Rejection, nearest
 from launcher.planner import reasons
@@ -18,7 +18,7 @@ from launcher.planner.host import short_on_host
 from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.options import Options
 from launcher.planner.refusal import Judge
-from launcher.planner.space import checkpointing_modes, headroom_bytes, losses, optimizers
+from launcher.planner.space import attentions, checkpointing_modes, headroom_bytes, losses, optimizers
 
 ACCUMULATED = (Category.GRADIENTS, Category.TEMPORARIES)
 """What a plan that offloads holds on the host to accumulate gradients; of what pins it nobody knows its part."""
@@ -43,6 +43,7 @@ class Pricing:
         self.rejected: list[Rejection] = []
         self._bounded: list[Plan] = []
         self._priced: set[Plan] = set()
+        self._refused_losses: dict[Loss, str] = {}
         self._peaks: dict[Plan, int] = {}
         self._host_floors: dict[tuple[object, ...], int] = {}
 
@@ -81,18 +82,31 @@ class Pricing:
             options.unpriced.append(plan)
             self._reject_mode(plan, options, failure)
             return
+        except ConfigError as failure:  # a kernel that the model has not
+            if self._is_first(plan):
+                raise
+            self._refused_losses[plan.loss] = failure.message
+            self.reject(plan, failure.message, 0, 0)
+            return
         self._peaks[plan] = price.estimate.peak_device_bytes
         self._priced.add(plan)
         if (plan.uses_offload or plan.uses_pages) and price.estimate.host is not None:
             host = price.estimate.host
             self._keep_host_floor(plan, host.lasting_bytes())
-            if plan.gradient_accumulation_steps > 1:  # one that doesn't has no gradients there, nor what pins them
+            if (
+                plan.gradient_accumulation_steps > 1
+            ):  # one that doesn't has no gradients there, nor what pins them
                 at_once = replace(plan, gradient_accumulation_steps=1)
                 self._keep_host_floor(at_once, host.lasting_bytes(ACCUMULATED))
         if self._fits(price):
             options.fitting.append(price)
         elif plan.gradient_accumulation_steps > 1 and price.estimate.peak_device_bytes > self.budget_bytes:
             options.failed.append(price)
+
+    def _is_first(self, plan: Plan) -> bool:
+        """Whether a plan has the kernels and the optimizer's implementation that are taken unless others are better."""
+        firsts = attentions(self._job)[0], losses(self._job)[0], optimizers(self._job)[0]
+        return (plan.attention, plan.loss, plan.optimizer) == firsts
 
     def _keep_host_floor(self, plan: Plan, num_bytes: int) -> None:
         self._host_floors[_on_host(plan)] = max(num_bytes, self._host_floors.get(_on_host(plan), 0))
@@ -104,8 +118,7 @@ class Pricing:
             UnsupportedByPlanner: When that keeps all activations; then it is for none of the three knobs.
         """
         mode = plan.activation_checkpointing
-        is_first = plan.loss is losses(self._job)[0] and plan.optimizer is optimizers(self._job)[0]
-        if mode is self._first_mode and is_first and not is_last_resort(self._job, plan):
+        if mode is self._first_mode and self._is_first(plan) and not is_last_resort(self._job, plan):
             raise failure
         for item in (*(price.plan for price in options.fitting), *options.unpriced):
             if item.activation_checkpointing is mode:
@@ -215,6 +228,10 @@ class Pricing:
     def _drop_hopeless(self, options: Options) -> None:
         """Rejects what can't fit, for what is known of others."""
         for plan in list(options.unpriced):
+            if plan.loss in self._refused_losses:
+                options.unpriced.remove(plan)
+                self.reject(plan, self._refused_losses[plan.loss], 0, 0)
+                continue
             on_host = max(self._forecaster.host_floor_bytes(plan), self._host_floors.get(_on_host(plan), 0))
             if 0 < self._job.hardware.host_memory_bytes < on_host:
                 options.unpriced.remove(plan)
@@ -245,7 +262,10 @@ class Pricing:
                 self._bounded.append(plan)
                 text, short = reasons.by_bound(bound, self.budget_bytes), bound - self.budget_bytes
                 # which of those a single device would offload to is nearest to fitting is not worth the traces
-                is_unexplored = is_last_resort(self._job, plan) or plan.loss is not losses(self._job)[0]
+                is_other = (
+                    plan.loss is not losses(self._job)[0] or plan.attention is not attentions(self._job)[0]
+                )
+                is_unexplored = is_other or is_last_resort(self._job, plan)
                 self.reject(plan, text, short, bound, is_unexplored=is_unexplored)
 
     def _bound(self, plan: Plan, failed: Plan | None) -> int:

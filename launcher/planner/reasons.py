@@ -10,7 +10,7 @@ from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, Rejection
 from launcher.planner.arrangements import Arrangement, arrangement_of, arrangement_words
 from launcher.planner.objective import SAME, Price, Ranking
-from launcher.planner.space import losses, optimizers
+from launcher.planner.space import attentions, losses, optimizers
 from launcher.units import format_bytes, format_step
 
 NOT_PRICED = "; not priced"
@@ -203,9 +203,11 @@ def taken(
             words.append(f"no plan that fits is more than {SAME:.0%} faster")
         else:
             words.append(f"{size} is pinned" if pinned else f"{size} is the largest that fits")
-    first = losses(job)[0]
+    first, kernel = losses(job)[0], attentions(job)[0]
     if plan.loss is not first:
         words.append(f"with {first.value} loss no plan that fits is as good")
+    if plan.attention is not kernel:
+        words.append(f"with {kernel.value} attention no plan that fits is as good")
     if plan.optimizer is not optimizers(job)[0] and not ranking.by_memory:
         words.append(_paged(plan, optimizers(job)[0], rejected))
     words += _shortfalls(plan, rejected)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from launcher.engine_limits import engine_limits
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, UnsupportedByPlanner
 from launcher.job import Checkpointing, JobSpec
 from launcher.plan import Plan, PlanChoice, Rejection, nearest
 from launcher.planner import reasons
@@ -31,6 +31,7 @@ from launcher.planner.pins import OTHER_ENGINE
 from launcher.planner.pricing import Pricing
 from launcher.planner.refusal import Judge
 from launcher.planner.space import (
+    attentions,
     batch_splits,
     checkpointing_modes,
     headroom_bytes,
@@ -109,18 +110,13 @@ class _Search:
         headroom = headroom_bytes(self._job)
         return self._choice(None, None, reasons.none_fits(found, len(rejected), capacity, headroom))
 
-    def _best(
-        self, semantic: Plan, candidates: Sequence[Arrangement]
-    ) -> tuple[Price | None, Price | None]:
+    def _best(self, semantic: Plan, candidates: Sequence[Arrangement]) -> tuple[Price | None, Price | None]:
         """The best plan of a combination at its true shape in one round, and the next best one that was priced.
 
         The first loss stays unless a plan with another one is better beyond doubt: a trace with that is worth its time
         only where it may be. States are paged only where nothing fits without.
         """
-        kinds = [
-            replace(semantic, optimizer=optimizer, loss=loss)
-            for optimizer, loss in product(optimizers(self._job), losses(self._job))
-        ]
+        kinds = self._kinds(semantic)
         passes: list[_Pass] = []
         exact: Price | None = None
         while exact is None:
@@ -150,6 +146,24 @@ class _Search:
         for options in weighed:
             self._reject_others(options, exact, (taken, second))
         return exact, second
+
+    def _kinds(self, semantic: Plan) -> list[Plan]:
+        """A combination with every implementation of the optimizer and every kernel of attention and loss.
+
+        Attention that a model doesn't have is rejected here, before anything is asked of its plans.
+        """
+        kinds: list[Plan] = []
+        for optimizer, attention in product(optimizers(self._job), attentions(self._job)):
+            like = replace(semantic, optimizer=optimizer, attention=attention)
+            try:
+                self._forecaster.domain(like)
+            except UnsupportedByPlanner as failure:
+                if not kinds:
+                    raise
+                self._prices.reject(like, str(failure), 0, 0)
+                continue
+            kinds += [replace(like, loss=loss) for loss in losses(self._job)]
+        return kinds
 
     def _pages_in_vain(self, kind: Plan, fitting: Plan) -> bool:
         """Whether plans would page their states where one fits that doesn't (unless memory counts)."""
@@ -236,8 +250,10 @@ class _Search:
         It exchanges no less than the best plan's arrangement, so it takes at least as long with the same micro batch.
         """
         for split in self._splits:
-            if split[0] > best.plan.micro_batch_size or semantic.loss is not best.plan.loss:
-                like = self._with(replace(best.plan, loss=semantic.loss), self._modes[0], split)
+            kernels = {"loss": semantic.loss, "attention": semantic.attention}
+            other = replace(best.plan, **kernels)  # type: ignore[arg-type]  # a field each
+            if split[0] > best.plan.micro_batch_size or other != best.plan:
+                like = self._with(other, self._modes[0], split)
                 floor = self._ranking.floor(like, self._forecaster.step_floor_seconds(like), 0)
                 larger = self._with(semantic, self._modes[0], split)
                 if (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind
-from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, Task
+from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, Optimizer, OptionalKernel, Task
 from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Plan
 from launcher.planner.interval import CONVENTION
@@ -41,7 +41,7 @@ def semantic_plans(job: JobSpec) -> Iterator[Plan]:
                     micro_batch_size=1,
                     gradient_accumulation_steps=job.training.global_batch_size,
                     activation_checkpointing=pin.activation_checkpointing or Checkpointing.NONE,
-                    attention=pin.attention or Attention.SDPA,
+                    attention=attentions(job)[0],
                     loss=loss,
                     optimizer=optimizers(job)[0],
                     precision=job.training.precision,
@@ -66,11 +66,25 @@ def optimizers(job: JobSpec) -> tuple[Optimizer, ...]:
 def losses(job: JobSpec) -> tuple[Loss, ...]:
     """Kernels of the loss that a job can choose from; the first one is taken unless another is better.
 
-    Liger's needs a package that may be absent, and is taken only where it is pinned.
+    Liger's needs a package, and is weighed where the job says that the machines have it.
     """
     if job.model.task is Task.SEQUENCE_CLASSIFICATION:
         return (Loss.PLAIN,)  # a classifier has a few scores per text, and nothing to cut into tiles
-    return (job.planner.pin.loss,) if job.planner.pin.loss else (Loss.CHUNKED, Loss.PLAIN)
+    if job.planner.pin.loss:
+        return (job.planner.pin.loss,)
+    liger = (Loss.LIGER,) if OptionalKernel.LIGER in job.planner.kernels else ()
+    return (Loss.CHUNKED, Loss.PLAIN, *liger)
+
+
+def attentions(job: JobSpec) -> tuple[Attention, ...]:
+    """Kernels of attention that a job can choose from; the first one is taken unless another is better.
+
+    Eager attention holds all scores, and is neither faster nor smaller than torch's on a GPU.
+    """
+    if job.planner.pin.attention:
+        return (job.planner.pin.attention,)
+    has_flash = OptionalKernel.FLASH_ATTENTION_2 in job.planner.kernels
+    return (Attention.SDPA, Attention.FLASH_ATTENTION_2) if has_flash else (Attention.SDPA,)
 
 
 def batch_splits(job: JobSpec) -> tuple[tuple[int, int], ...]:

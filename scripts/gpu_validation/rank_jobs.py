@@ -15,7 +15,7 @@ from launcher.engine_limits import engine_limits
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Checkpointing, JobSpec, Method, ModelSpec, Optimizer, Precision, StoredDtype
 from launcher.plan import Plan
-from launcher.planner.arrangements import default_buckets
+from launcher.planner.buckets import default_buckets
 from scripts.accuracy_ranks import ARCHITECTURE, ARRANGEMENTS, RankJob, job_of, plan_of
 
 NUM_RANKS = 2
