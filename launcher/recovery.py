@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from launcher.checkpoints import last_checkpoint, step_of
+from launcher.documents import read_document
 from launcher.errors import WorkerOutOfMemory
 from launcher.job import ChoicesSpec, JobSpec
 from launcher.memory import MemoryEstimate, Phase
@@ -17,10 +18,12 @@ from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, trace_cache
 from launcher.run.launch import launch_worker, rewrite_run
 from launcher.run.ledger import note_replan
-from launcher.run.ranks import noted_phase
+from launcher.run.node import clear_leftovers
+from launcher.run.ranks import deciding_outcome, noted_phase, read_outcomes
 from launcher.run.rehearse import is_due
 from launcher.run_paths import RunPaths
 from launcher.run_record import Replan, Status, WorkerOrder, WorkerOutcome
+from launcher.run_status import NodeFailure
 
 SHRINK: Final = 0.9
 """Share of the failed plan's predicted memory that the next plan may take: a convention. What failed by a little would
@@ -147,21 +150,72 @@ def run_to_the_end(
         is_over = outcome.status is not Status.OUT_OF_MEMORY or order.plan.num_nodes > 1
         if is_over or not replans_left:
             break
-        in_rehearsal = _is_in_rehearsal(paths)
-        checkpoint = last_checkpoint(paths.checkpoints)
-        found = next_order(order, outcome.phase, checkpoint is not None)
-        if found is None:
+        following = _following(order, paths, outcome, show)
+        if following is None:
             break
-        following, change = found
-        step = 0 if checkpoint is None else step_of(checkpoint)
-        message, phase = outcome.message.splitlines()[0], outcome.phase
-        replan = Replan(phase, message, in_rehearsal, order.plan, following.plan, change, step, outcome.held)
-        show(f"out of memory in {phase.value if phase else 'an unknown phase'}: {message}")
-        show(f"trying    {change}, {f'from the checkpoint of step {step}' if step else 'from the beginning'}")
-        note_replan(paths, replan)
         order = following
         rewrite_run(paths, order, describe(order))
     return order, outcome
+
+
+def _following(
+    order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, show: Callable[[str], None]
+) -> WorkerOrder | None:
+    """What to try after an outcome for want of memory, written down as tried; None when there is nothing."""
+    checkpoint = last_checkpoint(paths.checkpoints)
+    found = next_order(order, outcome.phase, checkpoint is not None)
+    if found is None:
+        return None
+    following, change = found
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    message, phase = outcome.message.splitlines()[0], outcome.phase
+    in_rehearsal = _is_in_rehearsal(paths)
+    replan = Replan(phase, message, in_rehearsal, order.plan, following.plan, change, step, outcome.held)
+    show(f"out of memory in {phase.value if phase else 'an unknown phase'}: {message}")
+    show(f"trying    {change}, {f'from the checkpoint of step {step}' if step else 'from the beginning'}")
+    note_replan(paths, replan)
+    return following
+
+
+def left_without_memory(order: WorkerOrder, paths: RunPaths) -> WorkerOutcome | None:
+    """How a run ended for want of memory where no planner was: on a cluster's machines, or on several.
+
+    None where it ended otherwise, where `launch` itself tried the next plans, or where the job wants none.
+    """
+    launch = order.job.launch
+    if not launch.max_replans or not (launch.cluster.is_elsewhere or order.plan.num_nodes > 1):
+        return None
+    act = paths.rehearsal if _is_in_rehearsal(paths) else paths
+    decided = deciding_outcome(read_outcomes(act, order.plan.world_size), order.plan.world_size)
+    if decided is not None and decided.status is Status.OUT_OF_MEMORY:
+        return replace(decided, phase=decided.phase or noted_phase(act, decided.rank))
+    notes = [paths.failure(machine) for machine in range(order.plan.num_nodes)]
+    for failure in (read_document(note, NodeFailure) for note in notes if note.exists()):
+        if (
+            failure.exit_code == WorkerOutOfMemory.exit_code
+        ):  # the kernel ended a worker, which left no outcome
+            return replace(_killed(failure.message, order), phase=noted_phase(act, 0))
+    return None
+
+
+def go_on_with_less(
+    order: WorkerOrder,
+    paths: RunPaths,
+    outcome: WorkerOutcome,
+    show: Callable[[str], None],
+    describe: Callable[[WorkerOrder], dict[str, Any]],
+) -> WorkerOrder:
+    """Gives a run that ended for want of memory the next plan, before it is resumed; the same where there is none.
+
+    To be called by who holds the run directory, while nobody works in it.
+    """
+    following = _following(order, paths, outcome, show)
+    if following is None:
+        show("out of memory, and no plan needs less there: it goes on as it was")
+        return order
+    clear_leftovers(paths, order.plan, show)  # of the old plan there may be more than of the new one
+    rewrite_run(paths, following, describe(following))
+    return following
 
 
 def _is_in_rehearsal(paths: RunPaths) -> bool:
@@ -179,17 +233,22 @@ def _outcome(
     try:
         outcome = launch_worker(paths, order, show, rehearsed=lambda: rehearsed(order))
     except WorkerOutOfMemory as failure:
-        outcome = WorkerOutcome(
-            status=Status.OUT_OF_MEMORY,
-            message=str(failure),
-            steps=0,
-            first_loss=None,
-            last_loss=None,
-            train_seconds=0.0,
-            tokens_per_second=None,
-            step_seconds=None,
-            rank=failure.rank,
-            world_size=order.plan.world_size,
-        )
+        outcome = replace(_killed(str(failure), order), rank=failure.rank)
     act = paths.rehearsal if _is_in_rehearsal(paths) else paths
     return replace(outcome, phase=outcome.phase or noted_phase(act, outcome.rank))
+
+
+def _killed(message: str, order: WorkerOrder) -> WorkerOutcome:
+    """The outcome of a worker that the kernel ended for want of memory."""
+    return WorkerOutcome(
+        status=Status.OUT_OF_MEMORY,
+        message=message,
+        steps=0,
+        first_loss=None,
+        last_loss=None,
+        train_seconds=0.0,
+        tokens_per_second=None,
+        step_seconds=None,
+        rank=0,
+        world_size=order.plan.world_size,
+    )

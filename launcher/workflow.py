@@ -26,7 +26,7 @@ from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, plan_job, resolve, trace_cache
 from launcher.reconciliation import reconcile, reconciled, rehearsal_of
-from launcher.recovery import run_to_the_end
+from launcher.recovery import go_on_with_less, left_without_memory, run_to_the_end
 from launcher.report import tables
 from launcher.report.documents import (
     handed_over_fields,
@@ -181,6 +181,11 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
     show(f"resuming  {paths.root}, {'from the beginning' if last is None else f'after {last.name}'}")
     try:
         if not changes:
+            if (outcome := left_without_memory(order, paths)) is not None:
+                with sole_launcher(paths):
+                    require_idle(paths, order)
+                    order = go_on_with_less(order, paths, outcome, show, partial(_described, document))
+                document = _described(document, order)
             require_disk(paths.root, still_written_bytes(paths, order.job.training, order.predicted.disk))
             return _start(order, paths, document, show)
         began = time.perf_counter()
@@ -209,6 +214,12 @@ def _kept_document(order: WorkerOrder, paths: RunPaths, show: Show) -> dict[str,
             return document
     show(f"`{paths.plan}` can't be read: it is made again from `{paths.worker.name}`")
     return ordered_document(order, library_versions(), str(paths.root))
+
+
+def _described(document: Mapping[str, Any], order: WorkerOrder) -> dict[str, Any]:
+    """A plan document with the plan of an order."""
+    predicted = predicted_fields(order.predicted, order.predicted_step)
+    return {**document, "plan": plan_fields(order.plan), "predicted": predicted}
 
 
 def _start(
@@ -274,10 +285,7 @@ def _launch(
         if (rehearsal := rehearsal_of(order, paths)) is not None:
             show(rehearsal_text(rehearsal))
 
-    def describe(order: WorkerOrder) -> dict[str, Any]:
-        predicted = predicted_fields(order.predicted, order.predicted_step)
-        return {**document, "plan": plan_fields(order.plan), "predicted": predicted}
-
+    describe = partial(_described, document)
     with sole_launcher(paths):
         # another launch may have taken another plan before this one had the directory
         order = read_order(paths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -202,6 +203,56 @@ def test_a_job_that_runs_out_of_memory_goes_on_with_the_next_plan(
     assert losses(document["run_dir"]) == pytest.approx(expected, abs=1e-5)
     shown = launch(["action=report", f"run_dir={document['run_dir']}"], tmp_path)
     assert "recovered out of memory in train_step" in shown.stdout, shown.stdout
+
+
+def pod(paths: RunPaths, limit_bytes: int) -> subprocess.CompletedProcess[str]:
+    """What a pod of a cluster runs, with so much private memory."""
+    command = [sys.executable, "-m", "launcher.run.node", str(paths.root)]
+    limits = (limit_bytes, limit_bytes)
+    return subprocess.run(
+        [*command, "--rank", "0", "--address", "127.0.0.1", "--port", "29517"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, limits),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+
+
+def test_a_cluster_job_that_ran_out_of_memory_is_resumed_with_the_next_plan(
+    tiny: Path, cache: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    """Where no planner watches, the next plan is made when the run is resumed."""
+    paths = RunPaths(tmp_path / "shared" / "run")
+    cluster = "kubernetes", "launch.image=mine", "launch.volume=runs", f"launch.volume_path={tmp_path.parent}"
+    job = [
+        *long_job(tiny, cache, tmp_path),
+        f"launch.cluster={cluster[0]}",
+        *cluster[1:],
+        f"run_dir={paths.root}",
+    ]
+    prepared = launch(job, tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    before = read_order(paths)
+    failed = pod(paths, limit_bytes)
+    assert failed.returncode == 4 and f"launch resume={paths.root}" in failed.stderr, failed.stderr
+    saved = last_checkpoint(paths.checkpoints)
+    assert saved is not None
+    resumed = launch([f"resume={paths.root}", "output=json"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "out of memory in train_step" in resumed.stderr and "trying    " in resumed.stderr
+    after = read_order(paths)
+    assert after.plan.activation_checkpointing is not before.plan.activation_checkpointing
+    assert (
+        document_of(resumed)["plan"]["activation_checkpointing"] == after.plan.activation_checkpointing.value
+    )
+    (replan,) = read_replans(paths)
+    assert (replan.phase, replan.by_user, replan.taken) == (Phase.TRAIN_STEP, False, after.plan)
+    again = launch([f"resume={paths.root}", "output=json"], tmp_path)
+    assert again.returncode == 0 and read_order(paths) == after, "it failed once, and shrinks once"
+    finished = pod(paths, limit_bytes)
+    assert finished.returncode == 0, finished.stderr
+    assert len(losses(str(paths.root))) == 5
 
 
 @pytest.mark.thorough

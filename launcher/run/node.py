@@ -25,7 +25,7 @@ import psutil
 from launcher.checkpoints import set_torn_aside
 from launcher.cluster import Cluster, Node
 from launcher.documents import read_document, write_document
-from launcher.errors import Interrupted, LauncherError, LaunchError
+from launcher.errors import Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
 from launcher.plan import Plan
 from launcher.redaction import redacted
 from launcher.run.endings import raise_for_outcome, read_outcome
@@ -283,6 +283,9 @@ def main(argv: Sequence[str]) -> int:
         outcome = run_node(paths, order, node, show, grace_seconds)
         raise_for_outcome(outcome, paths, order.plan.world_size)
     except LauncherError as failure:
+        if isinstance(failure, WorkerOutOfMemory):
+            next_plan = f"`launch resume={paths.root}` goes on with the next plan"
+            failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {next_plan}", failure.rank)
         show(f"error: {failure}")
         note_failure(paths, node.rank, failure)
         return failure.exit_code
