@@ -204,15 +204,31 @@ def go_on_with_less(
     outcome: WorkerOutcome,
     show: Callable[[str], None],
     describe: Callable[[WorkerOrder], dict[str, Any]],
-) -> WorkerOrder:
-    """Gives a run that ended for want of memory the next plan, before it is resumed; the same where there is none.
+    host_memory_bytes: int = 0,
+) -> WorkerOrder | None:
+    """Gives a run that ended for want of memory the next plan, before it goes on; None where there is none.
 
     To be called by who holds the run directory, while nobody works in it.
+
+    Args:
+        order: What ran out of memory.
+        paths: The run directory.
+        outcome: How it ended.
+        show: Called with each line that is worth one.
+        describe: The plan document of an order.
+        host_memory_bytes: Host memory that a process may take; 0: what the job's hardware has.
     """
-    following = _following(order, paths, outcome, show)
+    if host_memory_bytes:
+        hardware = replace(order.job.hardware, host_memory_bytes=host_memory_bytes)
+        limited = replace(order, job=replace(order.job, hardware=hardware))
+    else:
+        limited = order
+    following = _following(limited, paths, outcome, show)
     if following is None:
-        show("out of memory, and no plan needs less there: it goes on as it was")
-        return order
+        return None
+    if host_memory_bytes:  # the limit was for this plan alone
+        hardware = replace(following.job.hardware, host_memory_bytes=order.job.hardware.host_memory_bytes)
+        following = replace(following, job=replace(following.job, hardware=hardware))
     clear_leftovers(paths, order.plan, show)  # of the old plan there may be more than of the new one
     rewrite_run(paths, following, describe(following))
     return following

@@ -176,7 +176,7 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
     """`resume=<run dir>`: continues a run, under another plan where `changes` (values by dotted key) ask for one."""
     paths = RunPaths(Path(job.resume).resolve())
     order = previous_run(paths.root)
-    document = _kept_document(order, paths, show)
+    document = kept_document(order, paths, show)
     last = last_checkpoint(paths.checkpoints)
     show(f"resuming  {paths.root}, {'from the beginning' if last is None else f'after {last.name}'}")
     try:
@@ -184,21 +184,24 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
             if (outcome := left_without_memory(order, paths)) is not None:
                 with sole_launcher(paths):
                     require_idle(paths, order)
-                    order = go_on_with_less(order, paths, outcome, show, partial(_described, document))
-                document = _described(document, order)
+                    found = go_on_with_less(order, paths, outcome, show, partial(described, document))
+                if found is None:
+                    show("out of memory, and no plan needs less there: it goes on as it was")
+                order = found or order
+                document = described(document, order)
             require_disk(paths.root, still_written_bytes(paths, order.job.training, order.predicted.disk))
             return _start(order, paths, document, show)
         began = time.perf_counter()
         with sole_launcher(paths):
             require_idle(paths, order)
-            found = resumption(order, changes, last, detect_cuda(), job.trace_cache)
-            if (choice := found.choice) is not None:
+            resumed = resumption(order, changes, last, detect_cuda(), job.trace_cache)
+            if (choice := resumed.choice) is not None:
                 seconds = time.perf_counter() - began
-                show(tables.plan_text(found.job, choice, seconds))
-                document = document_of(found.job, choice, seconds, None, str(paths.root))
+                show(tables.plan_text(resumed.job, choice, seconds))
+                document = document_of(resumed.job, choice, seconds, None, str(paths.root))
                 if choice.plan is None:
                     return Answer("", document, NoPlanFits(choice.reason, smallest_change(job, choice)))
-            before, order = order, found.order(order)
+            before, order = order, resumed.order(order)
             require_disk(paths.root, still_written_bytes(paths, order.job.training, order.predicted.disk))
             give_order(paths, before, order, changes, document, show)
     except LaunchError as error:
@@ -206,7 +209,7 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
     return _start(order, paths, document, show)
 
 
-def _kept_document(order: WorkerOrder, paths: RunPaths, show: Show) -> dict[str, Any]:
+def kept_document(order: WorkerOrder, paths: RunPaths, show: Show) -> dict[str, Any]:
     """The plan document of a run; of one whose document can't be read, what its order says of it."""
     with suppress(OSError, ValueError):
         document = json.loads(paths.plan.read_text(encoding="utf-8"))
@@ -216,7 +219,7 @@ def _kept_document(order: WorkerOrder, paths: RunPaths, show: Show) -> dict[str,
     return ordered_document(order, library_versions(), str(paths.root))
 
 
-def _described(document: Mapping[str, Any], order: WorkerOrder) -> dict[str, Any]:
+def described(document: Mapping[str, Any], order: WorkerOrder) -> dict[str, Any]:
     """A plan document with the plan of an order."""
     predicted = predicted_fields(order.predicted, order.predicted_step)
     return {**document, "plan": plan_fields(order.plan), "predicted": predicted}
@@ -285,7 +288,7 @@ def _launch(
         if (rehearsal := rehearsal_of(order, paths)) is not None:
             show(rehearsal_text(rehearsal))
 
-    describe = partial(_described, document)
+    describe = partial(described, document)
     with sole_launcher(paths):
         # another launch may have taken another plan before this one had the directory
         order = read_order(paths)

@@ -20,8 +20,9 @@ import pytest
 
 from launcher import recovery
 from launcher.checkpoints import last_checkpoint
-from launcher.documents import from_json, to_json
-from launcher.errors import WorkerOutOfMemory
+from launcher.cluster import Cluster, LaunchSpec
+from launcher.documents import from_json, to_json, write_document
+from launcher.errors import LaunchError, WorkerOutOfMemory
 from launcher.job import Engine
 from launcher.memory import (
     RESIDENT,
@@ -35,12 +36,13 @@ from launcher.memory import (
     PhasePeak,
 )
 from launcher.reconciliation import findings
-from launcher.recovery import difference, run_to_the_end
+from launcher.recovery import difference, left_without_memory, run_to_the_end
 from launcher.report.rehearsal import bill_at_failure
 from launcher.run import node
 from launcher.run.endings import raise_for_outcome
 from launcher.run.launch import prepare_run
 from launcher.run.ledger import note_replan, read_order, read_replans
+from launcher.run.node import note_failure
 from launcher.run.rehearse import rehearsal_order
 from launcher.run.render import heap_environment
 from launcher.run_paths import RunPaths
@@ -219,40 +221,73 @@ def pod(paths: RunPaths, limit_bytes: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_cluster_job_that_ran_out_of_memory_is_resumed_with_the_next_plan(
+def on_kubernetes(tiny: Path, cache: Path, folder: Path) -> list[str]:
+    """The long job as a cluster's."""
+    names = "launch.cluster=kubernetes", "launch.image=mine", "launch.volume=runs"
+    shared = f"launch.volume_path={folder.parent}", f"run_dir={folder / 'run'}"
+    return [*long_job(tiny, cache, folder), *names, *shared]
+
+
+def test_a_cluster_job_that_runs_out_of_memory_goes_on_where_it_runs(
     tiny: Path, cache: Path, tmp_path: Path, limit_bytes: int
 ) -> None:
-    """Where no planner watches, the next plan is made when the run is resumed."""
-    paths = RunPaths(tmp_path / "shared" / "run")
-    cluster = "kubernetes", "launch.image=mine", "launch.volume=runs", f"launch.volume_path={tmp_path.parent}"
-    job = [
-        *long_job(tiny, cache, tmp_path),
-        f"launch.cluster={cluster[0]}",
-        *cluster[1:],
-        f"run_dir={paths.root}",
-    ]
-    prepared = launch(job, tmp_path)
+    paths = RunPaths(tmp_path / "run")
+    prepared = launch(on_kubernetes(tiny, cache, tmp_path), tmp_path)
     assert prepared.returncode == 0, prepared.stderr
     before = read_order(paths)
-    failed = pod(paths, limit_bytes)
-    assert failed.returncode == 4 and f"launch resume={paths.root}" in failed.stderr, failed.stderr
-    saved = last_checkpoint(paths.checkpoints)
-    assert saved is not None
-    resumed = launch([f"resume={paths.root}", "output=json"], tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "out of memory in train_step" in resumed.stderr and "trying    " in resumed.stderr
+    finished = pod(paths, limit_bytes)
+    assert finished.returncode == 0, finished.stderr
+    assert "out of memory in train_step" in finished.stderr and "trying    " in finished.stderr
     after = read_order(paths)
     assert after.plan.activation_checkpointing is not before.plan.activation_checkpointing
+    assert after.job == before.job
+    (replan,) = read_replans(paths)
+    assert (replan.phase, replan.by_user, replan.taken) == (Phase.TRAIN_STEP, False, after.plan)
+    assert replan.from_step > 0 and len(losses(str(paths.root))) == 5
+    assert json.loads(paths.plan.read_text())["plan"]["activation_checkpointing"] == (
+        after.plan.activation_checkpointing.value
+    )
+
+
+def test_a_job_of_several_machines_is_resumed_with_the_next_plan(
+    tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Of the run there is only what its workers would have left."""
+    paths = RunPaths(tmp_path / "run")
+    job = [*on_kubernetes(tiny, cache, tmp_path), "hardware.num_nodes=2", "launch.max_replans=1"]
+    assert launch(job, tmp_path).returncode == 0
+    before = read_order(paths)
+    assert left_without_memory(before, paths) is None, "it has not begun"
+    ended = WorkerOutcome(
+        Status.OUT_OF_MEMORY, "no room on rank 1", 1, None, None, 0.0, None, None, rank=1, world_size=2
+    )
+    write_document(paths.outcome(1), replace(ended, phase=Phase.TRAIN_STEP))
+    note_failure(paths, 1, WorkerOutOfMemory("no room on rank 1"))
+    resumed = launch([f"resume={paths.root}", "output=json"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "out of memory in train_step: rank 1 on host" in resumed.stderr
+    after = read_order(paths)
+    assert after.predicted.peak_device_bytes < 0.9 * before.predicted.peak_device_bytes
     assert (
         document_of(resumed)["plan"]["activation_checkpointing"] == after.plan.activation_checkpointing.value
     )
-    (replan,) = read_replans(paths)
-    assert (replan.phase, replan.by_user, replan.taken) == (Phase.TRAIN_STEP, False, after.plan)
+    assert after.plan.global_batch_size == before.plan.global_batch_size
     again = launch([f"resume={paths.root}", "output=json"], tmp_path)
     assert again.returncode == 0 and read_order(paths) == after, "it failed once, and shrinks once"
-    finished = pod(paths, limit_bytes)
-    assert finished.returncode == 0, finished.stderr
-    assert len(losses(str(paths.root))) == 5
+
+
+def test_what_ended_otherwise_keeps_its_plan(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    alone = tiny_order(Path("/models/tiny"), Engine.NONE, num_devices=1)
+    cluster = replace(alone, job=replace(alone.job, launch=LaunchSpec(Cluster.KUBERNETES)))
+    none = replace(cluster, job=replace(cluster.job, launch=LaunchSpec(Cluster.KUBERNETES, max_replans=0)))
+    note_failure(paths, 0, WorkerOutOfMemory("the kernel ended rank 0"))
+    found = left_without_memory(cluster, paths)
+    assert found is not None and (found.status, found.phase) == (Status.OUT_OF_MEMORY, None)
+    assert left_without_memory(alone, paths) is None, "`launch` itself tried what there was"
+    assert left_without_memory(none, paths) is None
+    note_failure(paths, 0, LaunchError("a port was in use"))
+    assert left_without_memory(cluster, paths) is None
 
 
 @pytest.mark.thorough

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -41,6 +42,8 @@ from launcher.stored_secrets import known_secrets
 
 COMPARED: Final = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
 """Libraries that must be the same on every machine: they decide what is computed, or what is sent."""
+NEXT_PLAN_MODULE: Final = "launcher.next_plan"
+"""Plans anew; it is above this folder's layer, and so a process."""
 PATIENCE_SECONDS: Final = 300.0
 """How long a machine waits that can't read in the run directory how long to wait."""
 
@@ -266,30 +269,52 @@ def main(argv: Sequence[str]) -> int:
     def show(line: str) -> None:
         sys.stderr.write(redacted(line, known_secrets(os.environ)) + "\n")
 
-    try:
-        if not paths.worker.exists():
-            with suppress(LaunchError):  # it says the same, in machine 0's words
-                NodeMeeting(node, hello_of(node, paths.worker), PATIENCE_SECONDS)
-            raise LaunchError(
-                f"`{paths.root}` is not there on host {socket.gethostname()}",
-                "the run directory must lie in a folder that all nodes share under one name",
-            )
-        order = read_document(paths.worker, WorkerOrder)
-        if order.plan.num_nodes == 1:
-            node = Node(port=order.job.launch.main_port)
-        if node.rank == 0:  # before the machines meet: none of the others has begun
-            clear_leftovers(paths, order.plan, show)
-        grace_seconds = float(order.job.launch.grace_seconds)
-        outcome = run_node(paths, order, node, show, grace_seconds)
-        raise_for_outcome(outcome, paths, order.plan.world_size)
-    except LauncherError as failure:
-        if isinstance(failure, WorkerOutOfMemory):
-            next_plan = f"`launch resume={paths.root}` goes on with the next plan"
-            failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {next_plan}", failure.rank)
-        show(f"error: {failure}")
-        note_failure(paths, node.rank, failure)
-        return failure.exit_code
-    return 0
+    replans_left: int | None = None
+    while True:
+        try:
+            order = _order_of(paths, node)
+            if replans_left is None:
+                replans_left = order.job.launch.max_replans
+            if order.plan.num_nodes == 1:
+                node = Node(port=order.job.launch.main_port)
+            if node.rank == 0:  # before the machines meet: none of the others has begun
+                clear_leftovers(paths, order.plan, show)
+            grace_seconds = float(order.job.launch.grace_seconds)
+            outcome = run_node(paths, order, node, show, grace_seconds)
+            raise_for_outcome(outcome, paths, order.plan.world_size)
+        except LauncherError as failure:
+            note_failure(paths, node.rank, failure)
+            if isinstance(failure, WorkerOutOfMemory):
+                if replans_left and order.plan.num_nodes == 1 and _has_next_plan(paths):
+                    replans_left -= 1
+                    continue
+                next_plan = f"`launch resume={paths.root}` goes on with the next plan, if there is one"
+                failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {next_plan}", failure.rank)
+            show(f"error: {failure}")
+            return failure.exit_code
+        return 0
+
+
+def _order_of(paths: RunPaths, node: Node) -> WorkerOrder:
+    """The order in a run directory.
+
+    Raises:
+        LaunchError: When this machine does not see the directory; machine 0 is told.
+    """
+    if not paths.worker.exists():
+        with suppress(LaunchError):  # it says the same, in machine 0's words
+            NodeMeeting(node, hello_of(node, paths.worker), PATIENCE_SECONDS)
+        raise LaunchError(
+            f"`{paths.root}` is not there on host {socket.gethostname()}",
+            "the run directory must lie in a folder that all nodes share under one name",
+        )
+    return read_document(paths.worker, WorkerOrder)
+
+
+def _has_next_plan(paths: RunPaths) -> bool:
+    """Makes the next plan after a run out of memory; whether there is one. What it says goes to this process's log."""
+    command = [sys.executable, "-m", NEXT_PLAN_MODULE, str(paths.root)]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 if __name__ == "__main__":
