@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from launcher.run.render import heap_environment
 
 UNCLEAN = ("ACCELERATE_", "DEEPSPEED_", "FSDP_", "HYDRA_", "LAUNCHER_", "TRL_", "WANDB_")
 """Beginnings of variables that would steer the libraries under test."""
@@ -88,3 +92,32 @@ def interrupts_arrive() -> None:
     """A shell starts background jobs with interrupts ignored, `nohup` with hang-ups; children inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+SPARE_BYTES = 252 << 20
+"""What a process that has imported the libraries holds and can do without, by trial (torch 2.13+cpu: 1,404 MiB, and the
+jobs of test_recovery.py run out within 1,152 MiB where they should)."""
+IMPORTED = """
+from launcher.libraries import OPTIONAL_LIBRARIES, hide_libraries
+hide_libraries(OPTIONAL_LIBRARIES)
+from launcher.worker.__main__ import TRAIN_MODULE, import_for_good
+import_for_good(TRAIN_MODULE)
+status = open("/proc/self/status").read().splitlines()
+print(next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData")))
+"""
+"""Prints the private memory of a process that has imported what a worker does: a build of torch for CUDA holds half a
+gibibyte more."""
+
+
+@pytest.fixture(scope="session")
+def limit_bytes() -> int:
+    """Private memory that a process may hold, so that `long_job` of test_recovery.py runs out of it where it should."""
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **heap_environment({})}
+    child = subprocess.run(
+        [sys.executable, "-c", IMPORTED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **settings},
+    )
+    return int(child.stdout.split()[-1]) - SPARE_BYTES

@@ -44,7 +44,6 @@ from launcher.run.launch import prepare_run
 from launcher.run.ledger import note_replan, read_order, read_replans
 from launcher.run.node import note_failure
 from launcher.run.rehearse import rehearsal_order
-from launcher.run.render import heap_environment
 from launcher.run_paths import RunPaths
 from launcher.run_record import Replan, Status, WorkerOutcome
 from launcher.units import MIB
@@ -55,33 +54,6 @@ from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, quoted, 
 from tests.tiny_job import ARCHITECTURE, tiny_order
 
 LONG = 2048
-SPARE_BYTES = 252 << 20
-"""What a process that has imported the libraries holds and can do without, by trial (torch 2.13+cpu: 1,404 MiB, and the
-jobs below run out within 1,152 MiB where they should)."""
-IMPORTED = """
-from launcher.libraries import OPTIONAL_LIBRARIES, hide_libraries
-hide_libraries(OPTIONAL_LIBRARIES)
-from launcher.worker.__main__ import TRAIN_MODULE, import_for_good
-import_for_good(TRAIN_MODULE)
-status = open("/proc/self/status").read().splitlines()
-print(next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData")))
-"""
-"""Prints the private memory of a process that has imported what a worker does: a build of torch for CUDA holds half a
-gibibyte more."""
-
-
-@pytest.fixture(scope="module")
-def limit_bytes() -> int:
-    """Private memory that a process may hold, so that the jobs below run out of it where they should."""
-    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **heap_environment({})}
-    child = subprocess.run(
-        [sys.executable, "-c", IMPORTED],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **settings},
-    )
-    return int(child.stdout.split()[-1]) - SPARE_BYTES
 
 
 def arguments(tiny: Path, cache: Path, data: Path) -> list[str]:

@@ -25,12 +25,14 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, Method
 from launcher.memory import Category, HostEstimate, MemoryEstimate, Phase, PhasePeak
 from launcher.run.launch import prepare_run
+from launcher.run.ledger import read_replans
 from launcher.run.slurm import batch_script, node_memory_bytes, slurm_state, submit, submit_command
 from launcher.run.status import run_status
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord, Status, WorkerOrder
 from launcher.run_status import RunState, RunStatus
 from tests.slurm_cluster import slurm_cluster, why_no_slurm
+from tests.test_recovery import long_job
 from tests.test_render import RUN, assert_golden
 from tests.tiny_job import PREDICTED, tiny_order, write_tiny_model
 
@@ -264,3 +266,32 @@ def test_the_command_line_submits_and_follows(slurm: Path, tiny: Path, tmp_path:
     assert status["step"] == 2 and status["measured"]["peak_allocated_bytes"] > 0
     code, out, err = launch("action=status", "run_dir=run", cwd=tmp_path)
     assert code == 0 and "state     finished" in out and "step      2/2" in out
+
+
+@pytest.mark.thorough
+@needs_slurm
+def test_a_job_that_runs_out_of_memory_goes_on_in_its_allocation(
+    slurm: Path, tiny: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    """The limit is set in the job's script, before the launcher of its one machine starts."""
+    root = tmp_path / "run"
+    cluster = (
+        "launch.cluster=slurm",
+        "launch.cpus_per_device=1",
+        f"launch.setup=['ulimit -d {limit_bytes >> 10}']",
+        "launch.memory_bytes=8000000000",
+    )
+    code, out, err = launch(
+        *long_job(tiny, tmp_path / "traces", tmp_path), *cluster, f"run_dir={root}", cwd=tmp_path
+    )
+    assert code == 0, err
+    paths, job = RunPaths(root), SubmittedJob(json.loads(out)["job_id"])
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while slurm_state(job) != "COMPLETED":
+        assert time.monotonic() < deadline, (slurm_state(job), paths.batch_log.read_text())
+        time.sleep(0.5)
+    log = paths.batch_log.read_text()
+    assert "out of memory in train_step" in log and "trying    " in log
+    (replan,) = read_replans(paths)
+    assert replan.from_step > 0
+    assert read_document(paths.record, RunRecord).plan == replan.taken
