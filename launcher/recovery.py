@@ -191,9 +191,8 @@ def left_without_memory(order: WorkerOrder, paths: RunPaths) -> WorkerOutcome | 
         return replace(decided, phase=decided.phase or noted_phase(act, decided.rank))
     notes = [paths.failure(machine) for machine in range(order.plan.num_nodes)]
     for failure in (read_document(note, NodeFailure) for note in notes if note.exists()):
-        if (
-            failure.exit_code == WorkerOutOfMemory.exit_code
-        ):  # the kernel ended a worker, which left no outcome
+        if failure.exit_code == WorkerOutOfMemory.exit_code:
+            # the kernel ended a worker, which left no outcome
             return replace(_killed(failure.message, order), phase=noted_phase(act, 0))
     return None
 
@@ -218,17 +217,14 @@ def go_on_with_less(
         describe: The plan document of an order.
         host_memory_bytes: Host memory that a process may take; 0: what the job's hardware has.
     """
-    if host_memory_bytes:
-        hardware = replace(order.job.hardware, host_memory_bytes=host_memory_bytes)
-        limited = replace(order, job=replace(order.job, hardware=hardware))
-    else:
-        limited = order
-    following = _following(limited, paths, outcome, show)
+    whole = order.job.hardware
+    limited = replace(whole, host_memory_bytes=host_memory_bytes or whole.host_memory_bytes)
+    following = _following(replace(order, job=replace(order.job, hardware=limited)), paths, outcome, show)
     if following is None:
         return None
-    if host_memory_bytes:  # the limit was for this plan alone
-        hardware = replace(following.job.hardware, host_memory_bytes=order.job.hardware.host_memory_bytes)
-        following = replace(following, job=replace(following.job, hardware=hardware))
+    following = replace(
+        following, job=replace(following.job, hardware=whole)
+    )  # the limit was for this plan alone
     clear_leftovers(paths, order.plan, show)  # of the old plan there may be more than of the new one
     rewrite_run(paths, following, describe(following))
     return following

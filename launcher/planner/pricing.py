@@ -93,9 +93,8 @@ class Pricing:
         if (plan.uses_offload or plan.uses_pages) and price.estimate.host is not None:
             host = price.estimate.host
             self._keep_host_floor(plan, host.lasting_bytes())
-            if (
-                plan.gradient_accumulation_steps > 1
-            ):  # one that doesn't has no gradients there, nor what pins them
+            if plan.gradient_accumulation_steps > 1:
+                # one that accumulates nothing has no gradients there, nor what pins them
                 at_once = replace(plan, gradient_accumulation_steps=1)
                 self._keep_host_floor(at_once, host.lasting_bytes(ACCUMULATED))
         if self._fits(price):
