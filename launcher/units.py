@@ -18,6 +18,11 @@ def format_bytes(num_bytes: int) -> str:
     return f"{sign}{size} B"
 
 
+def format_change(num_bytes: int) -> str:
+    """Formats a difference in bytes with its sign, e.g. ``+24.85 GiB``; nothing is ``0 B``."""
+    return f"{'+' if num_bytes > 0 else ''}{format_bytes(num_bytes)}"
+
+
 def format_gib(num_bytes: int) -> str:
     """Formats a byte count in GiB with three decimals, without the unit: for aligned table columns."""
     return f"{num_bytes / GIB:.3f}"

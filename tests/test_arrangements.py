@@ -27,9 +27,11 @@ from launcher.job import (
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan, Rejection
 from launcher.planner.arrangements import (
+    TOGETHER,
     Arrangement,
     arrangement_of,
     arrangements,
+    short_words,
     with_ordinary_buckets,
 )
 from launcher.planner.bounds import buckets_hold_bytes
@@ -250,6 +252,8 @@ def test_offload_is_for_gpus_unless_it_is_pinned() -> None:
     pinned = replace(on_cpu, planner=PlannerSpec(pin=PinSpec(offload_parameters=True)))
     ordinary, fewer = arrangements(pinned, alone())[0]
     assert ordinary.words() == "ZeRO stage 3, optimizer states and parameters offloaded"
+    assert [short_words(item) for item in TOGETHER[:5]] == ["DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP2"]
+    assert short_words(ordinary) == "ZeRO 3 + offload of all"
     assert fewer.words() == "ZeRO stage 3, optimizer states and parameters offloaded, small buckets"
     with pytest.raises(ConfigError, match=r"offload_optimizer=true is nothing that 8 devices can do"):
         arrangements(job(8, PinSpec(zero_stage=1, offload_optimizer=True)), alone())

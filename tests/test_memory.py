@@ -40,7 +40,16 @@ from launcher.memory import (
 )
 from launcher.plan import Plan
 from launcher.run_record import RunRecord, Status, WorkerOrder, WorkerOutcome
-from launcher.units import GIB, KIB, MIB, format_bytes, format_gib, format_seconds, signed_percent
+from launcher.units import (
+    GIB,
+    KIB,
+    MIB,
+    format_bytes,
+    format_change,
+    format_gib,
+    format_seconds,
+    signed_percent,
+)
 
 LOAD = PhasePeak(Phase.LOAD, 70, {Category.PARAMETERS: 70})
 STEP = PhasePeak(Phase.TRAIN_STEP, 110, {Category.PARAMETERS: 70, Category.ACTIVATIONS: 40})
@@ -177,6 +186,7 @@ def test_units() -> None:
         "100.0 GiB",
         "-1.00 GiB",
     ]
+    assert [format_change(size) for size in (0, KIB, -GIB)] == ["0 B", "+1.00 KiB", "-1.00 GiB"]
     assert format_gib(3 * GIB // 2) == "1.500"
     assert (format_seconds(42.34), format_seconds(185.2)) == ("42.3 s", "3 min 05 s")
     assert signed_percent(90, 100) == -10.0

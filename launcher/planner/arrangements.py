@@ -66,6 +66,14 @@ class Arrangement:
         return {Engine.NONE: "one device", Engine.DDP: "DDP", Engine.FSDP2: "FSDP2"}[self.engine]
 
 
+def short_words(item: Arrangement) -> str:
+    """The same for a narrow column, less the buckets."""
+    offloaded = " + offload" if item.offloads else ""
+    everything = " of all" if item.offload_parameters else ""
+    stage = f"ZeRO {item.zero_stage}{offloaded}{everything}"
+    return stage if item.engine is Engine.DEEPSPEED else item.words()
+
+
 def arrangement_of(plan: Plan) -> Arrangement:
     """The arrangement of a plan."""
     offloaded = plan.offload_optimizer, plan.offload_parameters

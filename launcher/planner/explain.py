@@ -17,7 +17,7 @@ from launcher.job import Attention, Checkpointing, Engine, JobSpec, Method, Opti
 from launcher.memory import TRAINING, MemoryEstimate, Phase
 from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Grade, Plan, PlanChoice, Squeeze
-from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds
+from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds, short_words
 from launcher.planner.forecast import Forecaster
 from launcher.planner.space import (
     attentions,
@@ -183,7 +183,7 @@ def _other_arrangements(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Pl
         item for item in arrangements(free, plan, candidates)[0] if item.small_buckets is here.small_buckets
     ]
     for item in neighbours(possible, here):
-        yield "engine", f"{here.words()} -> {item.words()}", item.applied_to(plan, free), False
+        yield "engine", f"{short_words(here)} -> {short_words(item)}", item.applied_to(plan, free), False
 
 
 def neighbours(items: Sequence[Arrangement], here: Arrangement) -> tuple[Arrangement, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.explanation import AtCapacity, Change, Explanation
 from launcher.report.documents import plan_fields, squeeze_fields
 from launcher.report.tables import aligned, plan_words, squeeze_words, wrapped
-from launcher.units import format_bytes
+from launcher.units import format_bytes, format_change
 
 
 def explanation_text(explanation: Explanation) -> str:
@@ -68,9 +68,8 @@ def _row(change: Change) -> list[str]:
     name = f"  {change.knob} {change.words}{' *' if change.changes_result else ''}"
     if change.saved_bytes is None:
         return [name, "not priced", "", ""]
-    sign = "-" if change.saved_bytes >= 0 else "+"
     ratio = "" if change.step_ratio is None else f"x {change.step_ratio:.2f}"
-    return [name, f"{sign}{format_bytes(abs(change.saved_bytes))}", ratio, "yes" if change.fits else "no"]
+    return [name, format_change(-change.saved_bytes), ratio, "yes" if change.fits else "no"]
 
 
 def _capacity_words(item: AtCapacity) -> str:

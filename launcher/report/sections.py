@@ -12,7 +12,7 @@ from launcher.plan import Plan, Rejection
 from launcher.report.findings import Findings
 from launcher.report.plot import unit_of
 from launcher.report.tables import brief_words, engine_words, interval_words, plan_words, squeeze_words
-from launcher.units import format_bytes, format_step
+from launcher.units import format_bytes, format_change, format_step
 from launcher.whatif import Point, WhatIf
 
 REJECTED_SHOWN = 8
@@ -290,8 +290,7 @@ def _rejections(rejected: Sequence[Rejection]) -> str:
 def _explained(explanation: Explanation) -> str:
     rows = []
     for change in explanation.changes:
-        sign = "-" if (change.saved_bytes or 0) >= 0 else "+"
-        memory = "not priced" if change.saved_bytes is None else sign + format_bytes(abs(change.saved_bytes))
+        memory = "not priced" if change.saved_bytes is None else format_change(-change.saved_bytes)
         ratio = "" if change.step_ratio is None else f"x {change.step_ratio:.2f}"
         fits = "" if change.saved_bytes is None else "✓ yes" if change.fits else "✗ no"
         model_ = "another" if change.changes_result else "the same"
