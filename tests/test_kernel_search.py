@@ -151,6 +151,7 @@ def tracer() -> Iterator[Tracer]:
         yield one
 
 
+@pytest.mark.thorough
 def test_real_plans_are_weighed_with_each_kernel(tracer: Tracer) -> None:
     seconds = {}
     for attention, loss in KINDS:

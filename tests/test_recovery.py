@@ -221,6 +221,7 @@ def test_a_cluster_job_that_runs_out_of_memory_goes_on_where_it_runs(
     )
 
 
+@pytest.mark.thorough
 def test_a_job_of_several_machines_is_resumed_with_the_next_plan(
     tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
