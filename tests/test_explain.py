@@ -121,6 +121,14 @@ def test_nothing_fits_half_of_a_device_that_is_just_large_enough() -> None:
     assert "no plan; none of" in text
     assert max(map(len, text.splitlines())) <= 80
     assert json.loads(json.dumps(explanation_document(found)))["capacities"][0]["plan"] is None
+    wide = {
+        "engine": "ZeRO 3 + offload -> ZeRO 3 + offload of all",
+        "activation_checkpointing": "selective -> offload",
+        "optimizer": "paged_adamw_8bit -> adamw_8bit",
+    }
+    changes = [Change(knob, words, smallest, True, -(421 << 30), 1.61, True) for knob, words in wide.items()]
+    lines = explanation_text(replace(found, changes=tuple(changes))).splitlines()
+    assert max(map(len, lines)) <= 80 and any("ZeRO 3 + offload of all *" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def explanation_text(explanation: Explanation) -> str:
     """What each knob buys, what other memories would, the verdict, and the grade."""
     squeeze = explanation.squeeze
     lines = [
-        "one knob turned, everything else as it is",
+        "one knob turned, everything else as it is; time is that of a token",
         *aligned([_heads(), *map(_row, explanation.changes)]),
     ]
     lines += [
@@ -61,7 +61,7 @@ def explanation_document(explanation: Explanation) -> dict[str, Any]:
 
 
 def _heads() -> list[str]:
-    return ["  knob and change", "memory", "time per token", "fits"]
+    return ["  knob and change", "memory", "time", "fits"]
 
 
 def _row(change: Change) -> list[str]:
