@@ -119,6 +119,14 @@ def _asked_by(job: JobSpec, kernel: OptionalKernel) -> str:
     return f"planner.pin.{'loss' if kernel is OptionalKernel.LIGER else 'attention'}={kernel.value}"
 
 
+def _without(job: JobSpec, kernel: OptionalKernel) -> str:
+    """What to do for a job that does not ask for it."""
+    if kernel in job.planner.kernels:
+        return f"planner.kernels without {kernel.value}"
+    other = "loss=chunked" if kernel is OptionalKernel.LIGER else "attention=sdpa"
+    return f"planner.pin.{other}"
+
+
 def _device_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
     pin, precision = job.planner.pin, job.training.precision
     on_cpu = hardware.kind is DeviceKind.CPU
@@ -137,7 +145,7 @@ def _device_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
         (
             _asks(job, OptionalKernel.FLASH_ATTENTION_2) and no_flash,
             f"{_asked_by(job, OptionalKernel.FLASH_ATTENTION_2)}: {hardware.name} has no FlashAttention-2",
-            "planner.pin.attention=sdpa, or hardware of compute capability 8.0 and more",
+            f"{_without(job, OptionalKernel.FLASH_ATTENTION_2)}, or hardware of compute capability 8.0 and more",
         ),
         (
             pin.activation_checkpointing is Checkpointing.OFFLOAD and on_cpu,
@@ -162,7 +170,7 @@ def _loss_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
         (
             _asks(job, OptionalKernel.LIGER) and hardware.kind is DeviceKind.CPU,
             f"{_asked_by(job, OptionalKernel.LIGER)}: Liger's loss is a Triton kernel, and Triton has no CPU",
-            "planner.pin.loss=chunked, which keeps no whole logits either",
+            f"{_without(job, OptionalKernel.LIGER)}: chunked loss keeps no whole logits either",
         ),
     ]
 

@@ -198,5 +198,6 @@ def test_a_model_without_ligers_loss_is_planned_with_torchs(tracer: Tracer) -> N
     ],
 )
 def test_kernels_that_the_machines_cannot_have_are_refused(words: tuple[str, ...], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         resolve(load_job(["recipe=smollm_lora", "training.precision=fp32", *words]), ())
+    assert "planner.pin." not in refused.value.hint
