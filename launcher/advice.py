@@ -29,6 +29,7 @@ from launcher.report import tables
 from launcher.report.bill import bill_document, bill_text
 from launcher.report.cards import cards_document, cards_text
 from launcher.report.explanation import explanation_document, explanation_text
+from launcher.report.layout import wrapped
 from launcher.report.lengths import lengths_document, lengths_text, packing_lines
 from launcher.report.sweep import sweep_document, sweep_text
 from launcher.run.cache import cache_folder
@@ -93,7 +94,7 @@ def explain_answer(job: JobSpec) -> Answer:
     parts = [answer.text, explanation_text(explanation)]
     document = {**answer.document, "explanation": explanation_document(explanation)}
     if data is None:
-        parts.append(tables.wrapped("data     ", f"lengths not known: {unknown}"))
+        parts.append(wrapped("data     ", f"lengths not known: {unknown}"))
     elif "data_lengths" not in document:
         lines = packing_lines(data, choice.plan.max_length, choice.plan.micro_batch_size, job.data.packing)
         parts.append("\n".join([lengths_text(data), *lines]))

@@ -16,6 +16,7 @@ from launcher.overrides import resume_changes
 from launcher.redaction import redacted, redacted_document
 from launcher.stored_secrets import known_secrets
 from launcher.sweep import Point, is_sweep, sweep_points
+from launcher.terminal import waiting, write_text
 
 INTRODUCTION = """\
 launch [key=value ...]     plans a fine-tuning job's memory, then runs it
@@ -92,23 +93,30 @@ def run(arguments: Sequence[str]) -> int:
 def _act(job: JobSpec, changes: Mapping[str, Any]) -> int:
     from launcher import advice, history, workflow  # noqa: PLC0415  # --help and configuration errors must not wait for the planner
 
-    show = _print_line if job.output is Output.TEXT else _log_line
-    if job.action is Action.PLAN:
-        answer = advice.plan_answer(job)
-    elif job.action is Action.REPORT:
+    write = _print_line if job.output is Output.TEXT else _log_line
+    if job.action is Action.REPORT:
         answer = history.report_answer(job)
     elif job.action is Action.STATUS:
         answer = workflow.status_answer(job)
-    elif job.action is Action.MEMORY:
-        answer = advice.memory_answer(job)
-    elif job.action is Action.EXPLAIN:
-        answer = advice.explain_answer(job)
     elif job.action is Action.CALIBRATE:
-        answer = workflow.calibrate_answer(show)
-    elif job.resume:
-        answer = workflow.resume_answer(job, changes, show)
+        answer = workflow.calibrate_answer(write)
     else:
-        answer = workflow.run_answer(job, show)
+        with waiting("planning", sys.stderr) as stop_waiting:
+
+            def show(line: str) -> None:
+                stop_waiting()
+                write(line)
+
+            if job.action is Action.PLAN:
+                answer = advice.plan_answer(job)
+            elif job.action is Action.MEMORY:
+                answer = advice.memory_answer(job)
+            elif job.action is Action.EXPLAIN:
+                answer = advice.explain_answer(job)
+            elif job.resume:
+                answer = workflow.resume_answer(job, changes, show)
+            else:
+                answer = workflow.run_answer(job, show)
     return _show(answer.text, answer.document, answer.failure, job.output)
 
 
@@ -139,14 +147,16 @@ def _only_planned(job: JobSpec | None) -> Iterator[str]:
 def _compare(jobs: Sequence[JobSpec]) -> int:
     from launcher import advice  # noqa: PLC0415  # as above
 
-    answer = advice.cards_answer(jobs)
+    with waiting("planning", sys.stderr):
+        answer = advice.cards_answer(jobs)
     return _show(answer.text, answer.document, answer.failure, jobs[0].output)
 
 
 def _sweep(points: Sequence[Point]) -> int:
     from launcher import advice  # noqa: PLC0415  # as above
 
-    answer = advice.sweep_answer(points)
+    with waiting("planning", sys.stderr):
+        answer = advice.sweep_answer(points)
     return _show(answer.text, answer.document, answer.failure, points[0].job.output)
 
 
@@ -160,13 +170,11 @@ def _show(text: str, document: Mapping[str, Any], failure: LauncherError | None,
 
 
 def _print_line(line: str) -> None:
-    sys.stdout.write(redacted(line, known_secrets(os.environ)) + "\n")
-    sys.stdout.flush()
+    write_text(redacted(line, known_secrets(os.environ)), sys.stdout)
 
 
 def _log_line(line: str) -> None:
-    sys.stderr.write(redacted(line, known_secrets(os.environ)) + "\n")
-    sys.stderr.flush()
+    write_text(redacted(line, known_secrets(os.environ)), sys.stderr)
 
 
 def _fail(failure: LauncherError) -> int:

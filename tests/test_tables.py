@@ -22,10 +22,9 @@ from launcher.memory import (
 )
 from launcher.plan import Plan, PlanChoice, Rejection
 from launcher.report.documents import plan_document, record_document, run_fields
+from launcher.report.layout import WIDTH, aligned, fits_width
 from launcher.report.tables import (
     REJECTED_SHOWN,
-    WIDTH,
-    aligned,
     plan_text,
     reconciliation,
     run_text,
@@ -291,8 +290,12 @@ def test_past_runs_are_listed_in_their_order() -> None:
 def test_a_long_recipe_gives_way_to_figures() -> None:
     records = [replace(RECORD, recipe=name * 5) for name in ("llama_lora", "x")]
     lines = runs_text(records, []).splitlines()
-    assert max(map(len, lines)) == WIDTH
-    assert "llama_lorallama" in lines[1] and ".." in lines[1] and lines[1].endswith("-20.000 %")
+    assert max(map(len, lines)) == WIDTH and len(lines) == 3
+    assert (
+        "llama_lorallama" in lines[1]
+        and "\N{HORIZONTAL ELLIPSIS}" in lines[1]
+        and lines[1].endswith("-20.000 %")
+    )
     assert "xxxxx  " in lines[2]
 
 
@@ -310,6 +313,28 @@ def test_columns_are_aligned() -> None:
     ]
     assert len(ends) >= 8
     assert all(one[-3:] == other[-3:] for one, other in pairwise(ends))
+
+
+@pytest.mark.parametrize("spare", [-3, 0, 1, 3, 30, 200])
+def test_the_first_column_gives_way_and_loses_nothing(spare: int) -> None:
+    name = "base_model." * 30
+    rows = [
+        ["made by", "MiB", "share"],
+        [f"  {name[: WIDTH - 27 + spare]}", "1234567.00 MiB", "100.0 %"],
+        ["b", "1", "2"],
+    ]
+    lines = aligned(rows)
+    assert max(map(len, lines)) == min(WIDTH, WIDTH + spare)
+    assert fits_width(rows) == (spare <= 0) == (len(lines) == len(rows))
+    assert lines[0].endswith("share") and lines[-1].endswith(" 2")
+    figures = "  1234567.00 MiB  100.0 %"
+    assert sum(line.endswith(figures) for line in lines) == 1
+    kept = "".join(line.removesuffix(figures) for line in lines[1:-1])
+    assert kept.replace(" ", "") == rows[1][0].strip()
+
+
+def test_wide_letters_take_two_cells() -> None:
+    assert aligned([["\u6587\u5b57", "1"], ["abcdef", "22"]]) == ["\u6587\u5b57     1", "abcdef  22"]
 
 
 # documents

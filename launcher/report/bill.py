@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from launcher.memory import Bill, Moment, Phase, Timeline
-from launcher.report.tables import aligned
+from launcher.report.layout import aligned
 from launcher.units import format_bytes
 
 CHART_WIDTH = 64

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.explanation import OnCard
 from launcher.report.documents import plan_fields
-from launcher.report.tables import aligned, wrapped
+from launcher.report.layout import aligned, wrapped
 from launcher.units import format_bytes
 
 

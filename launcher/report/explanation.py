@@ -7,7 +7,8 @@ from typing import Any
 
 from launcher.explanation import AtCapacity, Change, Explanation
 from launcher.report.documents import plan_fields, squeeze_fields
-from launcher.report.tables import aligned, plan_words, squeeze_words, wrapped
+from launcher.report.layout import aligned, wrapped
+from launcher.report.tables import plan_words, squeeze_words
 from launcher.units import format_bytes, format_change
 
 

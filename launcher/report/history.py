@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from launcher.report.tables import aligned, wrapped
+from launcher.report.layout import aligned, wrapped
 from launcher.units import format_bytes, signed_percent
 
 EXPORTED: Final = (

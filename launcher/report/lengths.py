@@ -16,7 +16,7 @@ from launcher.data_lengths import (
 )
 from launcher.explanation import LengthOption
 from launcher.report.documents import plan_fields
-from launcher.report.tables import aligned, wrapped
+from launcher.report.layout import aligned, wrapped
 from launcher.units import format_bytes
 
 ROUNDING = 1e-9

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launcher.memory import HeldMemory, MemoryEstimate
-from launcher.report.tables import run_text, wrapped
+from launcher.report.layout import wrapped
+from launcher.report.tables import run_text
 from launcher.run_record import Finding, Rehearsal, Replan, RunRecord, WorkerOutcome
 from launcher.units import format_bytes, format_seconds, signed_percent
 

@@ -7,15 +7,17 @@ from typing import Any
 
 from launcher.explanation import SweepPoint
 from launcher.report.cards import plan_cells
-from launcher.report.tables import WIDTH, aligned, wrapped
+from launcher.report.layout import aligned, fits_width, wrapped
 
 
 def sweep_text(points: Sequence[SweepPoint]) -> str:
     """A table in the order of the sweep; points without a plan have a row too, and their reason below it."""
     keys = [key.rpartition(".")[2] for key, _ in points[0].swept]
     named = [[*keys, *PLAN_HEADS], *([*_values(point), *_cells(point)] for point in points)]
-    lines, legend = aligned(named, num_words=len(keys) + 1), []
-    if max(map(len, lines)) > WIDTH:
+    legend: list[str] = []
+    if fits_width(named):
+        lines = aligned(named, num_words=len(keys) + 1)
+    else:
         numbers = [str(index) for index in range(1, len(points) + 1)]
         rows = [[f"{number}", *_cells(point)] for number, point in zip(numbers, points, strict=True)]
         lines = aligned([["point", *PLAN_HEADS], *rows], num_words=2)

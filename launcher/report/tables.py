@@ -9,12 +9,12 @@ from launcher.hardware import HardwareSpec
 from launcher.job import Engine, JobSpec, Loss
 from launcher.memory import RESIDENT, Category, Interval, MemoryEstimate, MemoryMeasurement, Phase
 from launcher.plan import SMALL_BUCKETS, Grade, Plan, PlanChoice, Squeeze, offload_words
+from launcher.report.layout import aligned, wrapped
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord
 from launcher.step_time import StepTime, dollars_per_million_tokens
 from launcher.units import MIB, format_bytes, format_seconds, format_step, signed_percent
 
-WIDTH = 80
 PRINTED_BYTES = MIB // 200
 """What shows in MiB with two digits."""
 REJECTED_SHOWN = 8
@@ -327,34 +327,4 @@ def runs_text(records: Sequence[RunRecord], notes: Sequence[str]) -> str:
                 f"{signed_percent(predicted, measured):+.3f} %" if measured else "-",
             ]
         )
-    too_wide = max(map(len, aligned(rows, num_words=3))) - WIDTH
-    if too_wide > 0:
-        room = max(len(row[1]) for row in rows) - too_wide
-        rows = [
-            [row[0], row[1] if len(row[1]) <= room else f"{row[1][: room - 2]}..", *row[2:]] for row in rows
-        ]
-    return "\n".join([*aligned(rows, num_words=3), *notes])
-
-
-def aligned(rows: Sequence[Sequence[str]], num_words: int = 1) -> list[str]:
-    """Columns of text: the first `num_words` left-aligned, the others, which are figures, right-aligned."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < num_words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def wrapped(label: str, text: str) -> str:
-    """A label and a text, wrapped to the width under the text's own column."""
-    indent = len(label) + 1
-    lines, line = [], label
-    for word in text.split():
-        if len(line) + 1 + len(word) > WIDTH and line.strip() != label.strip():
-            lines.append(line)
-            line = " " * (indent - 1)
-        line += " " + word
-    return "\n".join([*lines, line])
+    return "\n".join([*aligned(rows, num_words=3, gives_way=1, is_cut=True), *notes])
