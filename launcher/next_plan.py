@@ -1,6 +1,6 @@
-"""The next plan of a run on one machine of a cluster: `python -m launcher.next_plan <run directory>`.
+"""The next plan of a run on a cluster: `python -m launcher.next_plan <run directory>`, on machine 0.
 
-Nobody waits there who could plan. So the launcher of that machine starts this when its workers ran out of memory: a
+Nobody waits there who could plan. So the launcher of machine 0 starts this when its workers ran out of memory: a
 process of its own, which leaves the next plan in the run directory.
 """
 

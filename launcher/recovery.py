@@ -16,11 +16,12 @@ from launcher.planner.forecast import Forecaster
 from launcher.planner.interval import EVIDENCE, read_residuals, with_interval
 from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, trace_cache
-from launcher.run.launch import launch_worker, rewrite_run
+from launcher.run.launch import launch_worker, nodes_of, rewrite_run
 from launcher.run.ledger import note_replan
 from launcher.run.node import clear_leftovers
 from launcher.run.ranks import deciding_outcome, noted_phase, read_outcomes
 from launcher.run.rehearse import is_due
+from launcher.run.waiting_room import waiting_room
 from launcher.run_paths import RunPaths
 from launcher.run_record import Replan, Status, WorkerOrder, WorkerOutcome
 from launcher.run_status import NodeFailure
@@ -147,14 +148,18 @@ def run_to_the_end(
     """
     for replans_left in range(order.job.launch.max_replans, -1, -1):
         outcome = _outcome(order, paths, show, rehearsed)
-        is_over = outcome.status is not Status.OUT_OF_MEMORY or order.plan.num_nodes > 1
-        if is_over or not replans_left:
+        if outcome.status is not Status.OUT_OF_MEMORY or not replans_left:
             break
-        following = _following(order, paths, outcome, show)
-        if following is None:
-            break
-        order = following
-        rewrite_run(paths, order, describe(order))
+        with waiting_room(nodes_of(order)[0], order.plan.num_nodes) as room:
+            if room.missing:
+                show(f"no next plan: {room.missing}")
+                break
+            following = _following(order, paths, outcome, show)
+            if following is None:
+                break
+            order = following
+            rewrite_run(paths, order, describe(order))
+            room.call_back(paths.worker)
     return order, outcome
 
 
@@ -178,12 +183,12 @@ def _following(
 
 
 def left_without_memory(order: WorkerOrder, paths: RunPaths) -> WorkerOutcome | None:
-    """How a run ended for want of memory where no planner was: on a cluster's machines, or on several.
+    """How a run ended for want of memory where `launch` was not there: on a cluster's machines.
 
     None where it ended otherwise, where `launch` itself tried the next plans, or where the job wants none.
     """
     launch = order.job.launch
-    if not launch.max_replans or not (launch.cluster.is_elsewhere or order.plan.num_nodes > 1):
+    if not launch.max_replans or not launch.cluster.is_elsewhere:
         return None
     act = paths.rehearsal if _is_in_rehearsal(paths) else paths
     decided = deciding_outcome(read_outcomes(act, order.plan.world_size), order.plan.world_size)

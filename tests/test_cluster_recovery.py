@@ -21,23 +21,30 @@ from launcher.run.ledger import read_order, read_replans
 from launcher.run.node import note_failure
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOutcome
-from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch
+from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, started, wait_for
 from tests.test_recovery import long_job, losses
 from tests.tiny_job import tiny_order
 
+OF_RANKS_BYTES = 128 << 20
+"""What a rank of two has more than a process alone, in its threads' stacks for the most part."""
 
-def pod(paths: RunPaths, limit_bytes: int) -> subprocess.CompletedProcess[str]:
+
+def pod(paths: RunPaths, limit_bytes: int, rank: int = 0) -> subprocess.Popen[str]:
     """What a pod of a cluster runs, with so much private memory."""
     command = [sys.executable, "-m", "launcher.run.node", str(paths.root)]
     limits = (limit_bytes, limit_bytes)
-    return subprocess.run(
-        [*command, "--rank", "0", "--address", "127.0.0.1", "--port", "29517"],
+    return subprocess.Popen(
+        [*command, "--rank", str(rank), "--address", "127.0.0.1", "--port", "29517"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, limits),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
     )
+
+
+def words_of(pod: subprocess.Popen[str]) -> str:
+    """What a pod says on stderr until it ends."""
+    return pod.communicate(timeout=TIMEOUT_SECONDS)[1]
 
 
 def on_kubernetes(tiny: Path, cache: Path, folder: Path) -> list[str]:
@@ -47,6 +54,7 @@ def on_kubernetes(tiny: Path, cache: Path, folder: Path) -> list[str]:
     return [*long_job(tiny, cache, folder), *names, *shared]
 
 
+@pytest.mark.thorough
 def test_a_cluster_job_that_runs_out_of_memory_goes_on_where_it_runs(
     tiny: Path, cache: Path, tmp_path: Path, limit_bytes: int
 ) -> None:
@@ -54,9 +62,10 @@ def test_a_cluster_job_that_runs_out_of_memory_goes_on_where_it_runs(
     prepared = launch(on_kubernetes(tiny, cache, tmp_path), tmp_path)
     assert prepared.returncode == 0, prepared.stderr
     before = read_order(paths)
-    finished = pod(paths, limit_bytes)
-    assert finished.returncode == 0, finished.stderr
-    assert "out of memory in train_step" in finished.stderr and "trying    " in finished.stderr
+    machine = pod(paths, limit_bytes)
+    said = words_of(machine)
+    assert machine.returncode == 0, said
+    assert "out of memory in train_step" in said and "trying    " in said
     after = read_order(paths)
     assert after.plan.activation_checkpointing is not before.plan.activation_checkpointing
     assert after.job == before.job
@@ -66,6 +75,53 @@ def test_a_cluster_job_that_runs_out_of_memory_goes_on_where_it_runs(
     assert json.loads(paths.plan.read_text())["plan"]["activation_checkpointing"] == (
         after.plan.activation_checkpointing.value
     )
+
+
+def test_machines_that_run_out_of_memory_together_go_on_where_they_run(
+    tiny: Path, cache: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    """One of two machines has the long text; neither is started a second time."""
+    paths = RunPaths(tmp_path / "run")
+    job = [*on_kubernetes(tiny, cache, tmp_path), "hardware.num_nodes=2"]
+    prepared = launch(job, tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    before = read_order(paths)
+    machines = [pod(paths, limit_bytes + OF_RANKS_BYTES, rank) for rank in (0, 1)]
+    said = [words_of(machine) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(said)
+    after = read_order(paths)
+    (replan,) = read_replans(paths)
+    assert (replan.phase, replan.failed, replan.taken) == (Phase.TRAIN_STEP, before.plan, after.plan)
+    assert replan.from_step > 0 and len(losses(str(paths.root))) == 5
+    assert "trying    " in said[0] and "trying    " not in said[1]
+    assert not any(paths.failure(rank).exists() for rank in (0, 1))
+    assert paths.measured(0).exists() and paths.measured(1).exists()
+
+
+@pytest.mark.thorough
+def test_machines_that_were_started_by_hand_go_on_where_they_run(
+    tiny: Path, cache: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    """`launch` itself is machine 0; the other one runs the command that it prints."""
+    paths = RunPaths(tmp_path / "run")
+    places = "launch.cluster=manual", "launch.main_address=127.0.0.1", f"run_dir={paths.root}"
+    job = [*long_job(tiny, cache, tmp_path), *places, "hardware.num_nodes=2", "launch.main_port=29527"]
+    limit = limit_bytes + OF_RANKS_BYTES
+    main = started(job, tmp_path, data_limit_bytes=limit)
+    wait_for(lambda: paths.node_command(1).exists() and paths.worker.exists(), main)
+    other = subprocess.Popen(
+        ["sh", str(paths.node_command(1))],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    output, errors = main.communicate(timeout=2 * TIMEOUT_SECONDS)
+    said = words_of(other)
+    assert (main.returncode, other.returncode) == (0, 0), f"{output}{errors}{said}"
+    (replan,) = read_replans(paths)
+    assert (replan.phase, replan.taken) == (Phase.TRAIN_STEP, read_order(paths).plan)
+    assert replan.from_step > 0 and len(losses(str(paths.root))) == 5
+    assert "trying    " in errors
 
 
 @pytest.mark.thorough

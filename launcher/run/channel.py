@@ -108,6 +108,13 @@ def listen(port: int) -> socket.socket:
     return listener
 
 
+def stop_listening(listener: socket.socket) -> None:
+    """Closes a port for good: Linux would give one more caller to a thread that waits in `accept`."""
+    with suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
 def call(address: str, port: int, who: str, seconds: float) -> socket.socket:
     """Connects to machine 0, which may not be there yet.
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Final, Protocol
 
 from launcher.cluster import Node
 from launcher.errors import LaunchError
-from launcher.run.channel import Line, Message, call, listen
+from launcher.run.channel import Line, Message, call, listen, stop_listening
+
+GOODBYE_SECONDS: Final = 12.0
+"""How long machine 0 waits after a bad end for the others to have ended: two signals, five seconds each
+(supervise.py, `TERM_GRACE_SECONDS`), and a little."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,16 @@ class Meeting(Protocol):
     def gather_again(self, seconds: float) -> None:
         """Waits until every machine has come so far, or until there is a reason to stop."""
 
-    def leave(self, failure: str) -> None:
-        """Says that this machine's part has ended, and why not well; empty: well."""
+    def leave(self, failure: str, lacks_memory: bool) -> None:
+        """Says that this machine's part has ended, and why not well; empty: well. After a bad end all wait for all.
+
+        Args:
+            failure: Why it did not end well.
+            lacks_memory: Whether that was for want of memory.
+        """
+
+    def lacks_memory(self) -> bool:
+        """Whether any machine's part ended for want of memory; once it has been left, all machines say the same."""
 
 
 class Alone:
@@ -52,8 +66,17 @@ class Alone:
     def gather_again(self, seconds: float) -> None:
         """See `Meeting`."""
 
-    def leave(self, failure: str) -> None:
+    def leave(self, failure: str, lacks_memory: bool) -> None:
         """See `Meeting`."""
+
+    def lacks_memory(self) -> bool:
+        """See `Meeting`; who is alone knows."""
+        return False
+
+
+def order_digest(order: Path) -> str:
+    """Digest of the order in a run directory, in hexadecimal; empty where there is none."""
+    return hashlib.sha256(order.read_bytes()).hexdigest() if order.exists() else ""
 
 
 def differences(first: Hello, other: Hello) -> str:
@@ -95,6 +118,7 @@ class MainMeeting:
         self._ended: set[int] = set()
         self._arrived: set[int] = set()
         self._reason = ""
+        self._lacks_memory = False
         listen(node.port).close()  # torchrun opens it later, and would fail less clearly
         self._listener = listen(node.control_port)
         threading.Thread(target=self._accept, daemon=True).start()
@@ -116,15 +140,24 @@ class MainMeeting:
         for line in self._lines:
             line.send({"go": True})
 
-    def leave(self, failure: str) -> None:
-        """See `Meeting`; a good end waits for the others'."""
+    def leave(self, failure: str, lacks_memory: bool) -> None:
+        """See `Meeting`; a good end waits for the others' as long as they take."""
         if failure:
             self._stop(failure)
         with self._changed:
+            self._lacks_memory |= lacks_memory
             self._ended.add(0)
             self._changed.wait_for(lambda: self._reason or len(self._ended) == self._num_nodes)
+            self._changed.wait_for(lambda: len(self._ended) == self._num_nodes, GOODBYE_SECONDS)
+        stop_listening(self._listener)  # who calls from now on means another meeting
+        for line in self._lines:
+            line.send({"over": True, "lacks_memory": self._lacks_memory})
         time.sleep(0.1)  # what was sent should arrive before the connection is gone
         self._close()
+
+    def lacks_memory(self) -> bool:
+        """See `Meeting`."""
+        return self._lacks_memory
 
     def _gather(self, seconds: float) -> None:
         with self._changed:
@@ -164,12 +197,16 @@ class MainMeeting:
             if message["ended"]:
                 self._stop(message["ended"])
             with self._changed:
+                self._lacks_memory |= bool(message["lacks_memory"])
                 self._ended.add(line.node)
                 self._changed.notify_all()
 
     def _lost(self, line: Line, why: str) -> None:
         if line.node not in self._ended and line.node >= 0:
             self._stop(f"node {line.node} on host {self._hosts.get(line.node, '?')} is gone: {why}")
+            with self._changed:
+                self._ended.add(line.node)
+                self._changed.notify_all()
 
     def _stop(self, reason: str) -> None:
         for line in self._lines:
@@ -179,7 +216,7 @@ class MainMeeting:
             self._changed.notify_all()
 
     def _close(self) -> None:
-        self._listener.close()
+        stop_listening(self._listener)
         for line in self._lines:
             line.close()
 
@@ -198,7 +235,9 @@ class NodeMeeting:
 
     def __init__(self, node: Node, hello: Hello, seconds: float) -> None:
         self._may_go = threading.Event()
+        self._is_over = threading.Event()
         self._reason = ""
+        self._lacks_memory = False
         self._has_left = False
         who = f"node {hello.node} on host {hello.host}"
         self._line = Line(call(node.address, node.control_port, who, seconds), self._heard, self._lost)
@@ -225,21 +264,32 @@ class NodeMeeting:
                 self._reason or f"the other nodes did not end their rehearsal within {seconds:.0f} s"
             )
 
-    def leave(self, failure: str) -> None:
+    def leave(self, failure: str, lacks_memory: bool) -> None:
         """See `Meeting`."""
         self._has_left = True
-        self._line.send({"ended": failure})
-        time.sleep(0.1)
+        self._line.send({"ended": failure, "lacks_memory": lacks_memory})
+        if failure or self._reason:
+            self._is_over.wait(2 * GOODBYE_SECONDS)
+        else:
+            time.sleep(0.1)  # what was sent should arrive before the connection is gone
         self._line.close()
+
+    def lacks_memory(self) -> bool:
+        """See `Meeting`."""
+        return self._lacks_memory
 
     def _heard(self, line: Line, message: Message) -> None:
         if "stop" in message:
             self._reason = self._reason or message["stop"]
+        elif "over" in message:
+            self._lacks_memory = bool(message["lacks_memory"])
+            self._is_over.set()
         self._may_go.set()
 
     def _lost(self, line: Line, why: str) -> None:
         if not self._has_left:
             self._reason = self._reason or f"node 0 is gone: {why}"
+        self._is_over.set()
         self._may_go.set()
 
 

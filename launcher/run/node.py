@@ -8,7 +8,6 @@ machines, all of them run that.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -30,11 +29,12 @@ from launcher.errors import Interrupted, LauncherError, LaunchError, WorkerOutOf
 from launcher.plan import Plan
 from launcher.redaction import redacted
 from launcher.run.endings import raise_for_outcome, read_outcome
-from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting
+from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting, order_digest
 from launcher.run.ranks import redact_rank_logs
 from launcher.run.rehearse import MARK, discard_results, is_due
 from launcher.run.render import worker_command, worker_environment
 from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
+from launcher.run.waiting_room import is_called_back, waiting_room
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOrder, WorkerOutcome
 from launcher.run_status import NodeFailure
@@ -71,7 +71,7 @@ def run_node(
     """
     acts = (paths.rehearsal, paths) if is_due(paths) else (paths,)
     meeting = meet(paths, order, node)
-    failure = f"node {node.rank} on host {socket.gethostname()} was ended"
+    failure: LauncherError | None = LaunchError(f"node {node.rank} on host {socket.gethostname()} was ended")
     try:
         for act in acts:
             task = order if act == paths else read_document(act.worker, WorkerOrder)
@@ -85,10 +85,15 @@ def run_node(
                 rehearsed()
                 discard_results(act)
     finally:
-        meeting.leave(failure)
+        meeting.leave("" if failure is None else failure.message, isinstance(failure, WorkerOutOfMemory))
     lost = meeting.reason_to_stop() if ending.exit_code or ending.stopped_because else ""
     ending = replace(ending, stopped_because=ending.stopped_because or lost)
-    return read_outcome(paths, order.plan, ending) if act == paths else _bad_rehearsal(act, task, ending)
+    try:
+        return read_outcome(paths, order.plan, ending) if act == paths else _bad_rehearsal(act, task, ending)
+    except LaunchError as failure:
+        if meeting.lacks_memory():
+            raise WorkerOutOfMemory(failure.message, failure.hint) from failure
+        raise
 
 
 def _supervised(
@@ -129,17 +134,17 @@ def _bad_rehearsal(paths: RunPaths, order: WorkerOrder, ending: Ending) -> Worke
     return replace(outcome, message=message, steps=0)
 
 
-def _failure(paths: RunPaths, order: WorkerOrder, ending: Ending) -> str:
-    """Why this machine's part did not end well; empty when it did, or when the run was interrupted."""
+def _failure(paths: RunPaths, order: WorkerOrder, ending: Ending) -> LauncherError | None:
+    """Why this machine's part did not end well; None when it did, or when the run was interrupted."""
     if ending.exit_code == 0:
-        return ""
+        return None
     try:
         raise_for_outcome(read_outcome(paths, order.plan, ending), paths, order.plan.world_size)
     except Interrupted:
-        return ""
+        return None
     except LauncherError as failure:
-        return failure.message
-    return ""
+        return failure
+    return None
 
 
 def meet(paths: RunPaths, order: WorkerOrder, node: Node) -> Meeting:
@@ -158,8 +163,7 @@ def meet(paths: RunPaths, order: WorkerOrder, node: Node) -> Meeting:
 
 def hello_of(node: Node, order: Path) -> Hello:
     """What this machine says of itself."""
-    digest = hashlib.sha256(order.read_bytes()).hexdigest() if order.exists() else ""
-    return Hello(node.rank, socket.gethostname(), compared_versions(), digest)
+    return Hello(node.rank, socket.gethostname(), compared_versions(), order_digest(order))
 
 
 def compared_versions() -> dict[str, str]:
@@ -285,11 +289,11 @@ def main(argv: Sequence[str]) -> int:
         except LauncherError as failure:
             note_failure(paths, node.rank, failure)
             if isinstance(failure, WorkerOutOfMemory):
-                if replans_left and order.plan.num_nodes == 1 and _has_next_plan(paths):
+                if replans_left and _has_next_plan(paths, node, order.plan.num_nodes, show):
                     replans_left -= 1
                     continue
-                next_plan = f"`launch resume={paths.root}` goes on with the next plan, if there is one"
-                failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {next_plan}", failure.rank)
+                goes_on = f"`launch resume={paths.root}` goes on, with a smaller plan if there is one"
+                failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {goes_on}", failure.rank)
             show(f"error: {failure}")
             return failure.exit_code
         return 0
@@ -311,10 +315,24 @@ def _order_of(paths: RunPaths, node: Node) -> WorkerOrder:
     return read_document(paths.worker, WorkerOrder)
 
 
-def _has_next_plan(paths: RunPaths) -> bool:
-    """Makes the next plan after a run out of memory; whether there is one. What it says goes to this process's log."""
-    command = [sys.executable, "-m", NEXT_PLAN_MODULE, str(paths.root)]
-    return subprocess.run(command, check=False).returncode == 0
+def _has_next_plan(paths: RunPaths, node: Node, num_nodes: int, show: Callable[[str], None]) -> bool:
+    """Whether a run that ended for want of memory has another plan now: machine 0 makes it, the others wait for it."""
+    if node.rank:
+        try:
+            return is_called_back(node, paths.worker)
+        except LaunchError as failure:
+            show(f"no next plan: {failure.message}")
+            return False
+    with waiting_room(node, num_nodes) as room:
+        if room.missing:
+            show(f"no next plan: {room.missing}")
+            return False
+        # what it says goes to this process's log
+        command = [sys.executable, "-m", NEXT_PLAN_MODULE, str(paths.root)]
+        is_made = subprocess.run(command, check=False).returncode == 0
+        if is_made:
+            room.call_back(paths.worker)
+        return is_made
 
 
 if __name__ == "__main__":
