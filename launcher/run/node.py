@@ -68,6 +68,7 @@ def run_node(
 
     Raises:
         LauncherError: When machines don't meet, or the run ended without an outcome.
+        WorkerOutOfMemory: When it did for want of memory, on whichever machine.
     """
     acts = (paths.rehearsal, paths) if is_due(paths) else (paths,)
     meeting = meet(paths, order, node)
