@@ -45,11 +45,13 @@ class ReportHighlighter(RegexHighlighter):
 def write_text(text: str, stream: TextIO) -> None:
     """Writes lines to stdout or stderr: as they are, with colour where the stream is a terminal that has any.
 
-    `NO_COLOR` and `FORCE_COLOR` of the environment are heeded. Nothing is broken or cut at the terminal's width.
+    `NO_COLOR` and `FORCE_COLOR` of the environment are heeded. Nothing is broken or cut at the terminal's width. A
+    terminal of 16 colours shows labels in bold and no colour: which blue and which orange it has is its own affair.
     """
     console = Console(
         file=stream, theme=STYLES, highlighter=ReportHighlighter(), markup=False, emoji=False, soft_wrap=True
     )
+    console.no_color |= console.color_system == "standard"
     if console.is_terminal:
         console.print(text)
     else:

@@ -22,6 +22,7 @@ from launcher.job import JobSpec
 from launcher.length_choice import LengthReport, report_lengths, settle_length
 from launcher.plan import PlanChoice
 from launcher.planner.forecast import Forecaster
+from launcher.planner.relief import smallest_change
 from launcher.planner.trace_cache import library_versions
 from launcher.planner.tracer import Tracer
 from launcher.planning import find_plan, needed_libraries, plan_job, resolve, trace_cache
@@ -60,7 +61,6 @@ from launcher.run.task_files import submit_hint
 from launcher.run.weight_files import check_model_folder
 from launcher.run_paths import RunPaths
 from launcher.run_record import RunRecord, WorkerOrder
-from launcher.units import format_bytes
 
 Show = Callable[[str], None]
 
@@ -87,27 +87,51 @@ def calibrate_answer(show: Show) -> Answer:
 def planned(job: JobSpec) -> tuple[JobSpec, PlanChoice, Answer]:
     """Plans a job for what its configuration names, and says so: the resolved job, its plan, and the answer."""
     began = time.perf_counter()
-    job, choice, lengths = _plan_with_lengths(resolve(job, detect_cuda()), say_nothing)
+    found = _plan_with_lengths(resolve(job, detect_cuda()), say_nothing)
+    job, choice, lengths = found.job, found.choice, found.lengths
     seconds = time.perf_counter() - began
     text = tables.plan_text(job, choice, seconds)
     if lengths is not None:
         text = f"{text}\n\n{lengths.text}"
     document = document_of(job, choice, seconds, lengths)
-    failure = None if choice.feasible else NoPlanFits(choice.reason, smallest_change(job, choice))
-    return job, choice, Answer(text, document, failure)
+    return job, choice, Answer(text, document, found.failure())
 
 
-def _plan_with_lengths(job: JobSpec, show: Show) -> tuple[JobSpec, PlanChoice, LengthReport | None]:
+@dataclass(frozen=True)
+class _Planned:
+    """What planning a job brought."""
+
+    job: JobSpec
+    """The job, its length settled."""
+    choice: PlanChoice
+    """Its plan, or why it has none."""
+    lengths: LengthReport | None
+    """Where the length was automatic: what each costs and keeps."""
+    relief: str
+    """Where no plan fits: what would make one fit."""
+
+    def failure(self) -> NoPlanFits | None:
+        """Why there is no plan."""
+        return None if self.choice.feasible else NoPlanFits(self.choice.reason, self.relief)
+
+
+def _plan_with_lengths(job: JobSpec, show: Show) -> _Planned:
     """Plans a resolved job; where its length is automatic, with the lengths of its data."""
     job, data = settle_length(job, partial(weights_of, show=show))
     with Tracer(needed_libraries(job)) as tracer:
-        choice = plan_job(job, tracer)
-        if data is None:
-            return job, choice, None
+        choice, lengths = plan_job(job, tracer), None
         rates = device_rates(job.hardware, cache_folder("rates"))
         forecaster = Forecaster(job, tracer, trace_cache(job), rates=rates)
-        lengths = report_lengths(job, data, choice, forecaster, partial(find_plan, tracer=tracer))
-    return job, lengths.choice, lengths
+        if data is not None:
+            lengths = report_lengths(job, data, choice, forecaster, partial(find_plan, tracer=tracer))
+            choice = lengths.choice
+        relief = "" if choice.feasible else smallest_change(job, choice, forecaster)
+    return _Planned(job, choice, lengths, relief)
+
+
+def _relief(job: JobSpec, choice: PlanChoice) -> str:
+    with Tracer(needed_libraries(job)) as tracer:
+        return smallest_change(job, choice, Forecaster(job, tracer, trace_cache(job)))
 
 
 def document_of(
@@ -122,26 +146,6 @@ def say_nothing(line: str) -> None:
     """A plan is one answer, with no lines before it."""
 
 
-def smallest_change(job: JobSpec, choice: PlanChoice) -> str:
-    """What would make a job fit that has no plan."""
-    nearest = choice.nearest
-    assert nearest is not None  # something exceeds the budget, or a plan was found
-    if nearest.is_refused:
-        return (
-            f"hardware with {format_bytes(nearest.short_by_bytes)} more memory, shorter data.max_length, or "
-            "planner.refused_grades=[], which takes the plan as it is"
-        )
-    if nearest.is_host_short:
-        return f"hardware with {format_bytes(nearest.short_by_bytes)} more host memory (hardware.host_memory_bytes)"
-    offload = ""
-    if on_host := [item.short_by_bytes for item in choice.rejected if item.is_host_short]:
-        offload = f", or with {format_bytes(min(on_host))} or more of host memory beyond what there is"
-    return (
-        f"shorter data.max_length, a lower planner.headroom, or hardware with "
-        f"{format_bytes(nearest.short_by_bytes)} more memory{offload}"
-    )
-
-
 def run_answer(job: JobSpec, show: Show) -> Answer:
     """`action=run`: plans, launches, reconciles."""
     if job.run_dir:
@@ -151,14 +155,15 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     job = resolve(job, devices)
     if (folder := Path(job.model.path).expanduser()).is_dir():
         check_model_folder(folder)
-    job, choice, lengths = _plan_with_lengths(job, show)
+    found = _plan_with_lengths(job, show)
+    job, choice, lengths = found.job, found.choice, found.lengths
     seconds = time.perf_counter() - began
     show(tables.plan_text(job, choice, seconds))
     if lengths is not None:
         show(lengths.text)
     if choice.plan is None or choice.estimate is None:
         document = document_of(job, choice, seconds, lengths)
-        return Answer("", document, NoPlanFits(choice.reason, smallest_change(job, choice)))
+        return Answer("", document, found.failure())
     root = Path(job.run_dir) if job.run_dir else new_run_dir(Path("runs"), job.recipe, datetime.now(UTC))
     paths = RunPaths(root.resolve())
     document = document_of(job, choice, seconds, lengths, str(paths.root))
@@ -209,7 +214,8 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
                 show(tables.plan_text(resumed.job, choice, seconds))
                 document = document_of(resumed.job, choice, seconds, None, str(paths.root))
                 if choice.plan is None:
-                    return Answer("", document, NoPlanFits(choice.reason, smallest_change(job, choice)))
+                    relief = _relief(resumed.job, choice)
+                    return Answer("", document, NoPlanFits(choice.reason, relief))
             before, order = order, resumed.order(order)
             require_disk(paths.root, still_written_bytes(paths, order.job.training, order.predicted.disk))
             give_order(paths, before, order, changes, document, show)

@@ -25,6 +25,7 @@ from launcher.job import JobSpec
 from launcher.memory import MemoryEstimate
 from launcher.plan import PlanChoice
 from launcher.planner.interval import with_interval
+from launcher.planner.relief import smallest_change
 from launcher.planner.search import search
 from launcher.planning import needed_libraries, resolve, with_headroom
 from launcher.report.documents import plan_document
@@ -33,7 +34,6 @@ from launcher.run.detect import DetectedDevice
 from launcher.run.launch import prepare_run
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
-from launcher.workflow import smallest_change
 from tests.imagined import FakeForecaster, Law
 
 WORDS = (
@@ -198,7 +198,7 @@ def _shown(job: JobSpec, choice: PlanChoice, scratch: Path) -> str:
     assert plan_text(job, choice, 1.0)
     document = plan_document(choice, {}, 1.0, "")
     if choice.plan is None or choice.estimate is None:
-        assert NoPlanFits(choice.reason, smallest_change(job, choice)).message
+        assert NoPlanFits(choice.reason, smallest_change(job, choice, FakeForecaster(Law()))).message
         return "no plan fits"
     paths = RunPaths(scratch / "run")
     prepare_run(paths, WorkerOrder(job, choice.plan, choice.estimate, "weights", "", choice.step), document)

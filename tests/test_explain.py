@@ -154,6 +154,29 @@ def test_a_setting_that_makes_the_peak_is_named(phase: Phase, words: str) -> Non
     sentence = verdict(job, replace(choice, estimate=estimate), found.capacities)
     assert sentence.startswith("A setting decides the highest moment") and words in sentence
     assert "1.00 GiB more than a training step" in sentence
+    resident = {Category.PARAMETERS: 2**29}
+    heavy = verdict(
+        job, replace(choice, estimate=replace(estimate, resident_bytes=resident)), found.capacities
+    )
+    assert ("exceed the weights" in heavy) == (phase is Phase.GENERATION)
+
+
+def test_full_fine_tuning_where_the_lists_allow_adapters_is_a_setting() -> None:
+    allowing = ChoicesSpec(method=(Method.FULL, Method.LORA))
+    smallest = search(roomy(choices=allowing, objective=Objective.MEMORY), FakeForecaster(LAW)).plan
+    assert smallest is not None and smallest.method is Method.FULL
+    verdicts = []
+    for planner in ({"choices": allowing}, {"pin": PinSpec(method=Method.FULL)}):
+        job = roomy(**planner)
+        job = replace(job, hardware=replace(job.hardware, memory_bytes=LAW.peak(smallest) + 1))
+        choice = search(job, FakeForecaster(LAW))
+        assert choice.plan is not None and choice.plan.method is Method.FULL
+        found = explain(job, choice, FakeForecaster(LAW), lambda other: search(other, FakeForecaster(LAW)))
+        verdicts.append(found.verdict)
+    assert verdicts[0].startswith(
+        "A setting takes the memory, full fine-tuning where the job's lists allow lora"
+    )
+    assert verdicts[1].startswith("Memory is this job's limit")
 
 
 def of_size(num_bytes: int) -> MemoryEstimate:

@@ -16,13 +16,13 @@ from launcher.job import Checkpointing, Engine, JobSpec, Loss
 from launcher.plan import Plan
 from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds
 from launcher.planner.forecast import Forecaster
+from launcher.planner.relief import smallest_change
 from launcher.planner.space import semantic_plans
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planning import needed_libraries, plan_job, resolve
 from launcher.rates import published_rates
 from launcher.run.launch import require_compiler
-from launcher.workflow import smallest_change
 
 WORDS = (
     "recipe=smollm_lora",
@@ -139,9 +139,11 @@ def test_states_are_offloaded_where_nothing_fits_else(tracer: Tracer) -> None:
     too_small = job_of(*words, OFFLOADED, "hardware.host_memory_bytes=1300000000")
     choice = plan_job(too_small, tracer)
     assert choice.plan is None and choice.nearest is not None and choice.nearest.is_host_short
-    assert "of host memory" in choice.reason and "more host memory" in smallest_change(too_small, choice)
+    assert "of host memory" in choice.reason and "more host memory" in smallest_change(
+        too_small, choice, forecaster(tracer)
+    )
     free = job_of(*words, "hardware.host_memory_bytes=1300000000")
     choice = plan_job(free, tracer)
     assert choice.plan is None and choice.nearest is not None
     assert arrangement_of(choice.nearest.plan) == ALONE
-    assert "or more of host memory beyond what there is" in smallest_change(free, choice)
+    assert "or more of host memory beyond what there is" in smallest_change(free, choice, forecaster(tracer))

@@ -144,6 +144,7 @@ def test_speed_on_a_cpu() -> None:
     assert tau == round(2 * agreement / len(pairs) - 1, 2)
     (chosen,) = (result["measured_seconds"] for result in results if result["is_chosen"])
     assert share == round(min(measured for _, measured in times) / chosen, 2)
+    assert tau >= 0.8 and share >= 0.95
     errors = [100 * (predicted / measured - 1) for predicted, measured in times]
     assert median == round(-statistics.median(errors))
 

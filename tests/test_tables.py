@@ -333,6 +333,13 @@ def test_the_first_column_gives_way_and_loses_nothing(spare: int) -> None:
     assert kept.replace(" ", "") == rows[1][0].strip()
 
 
+def test_no_figure_is_lost_where_figures_alone_are_too_wide() -> None:
+    rows = [["card", "plan", "peak"], ["a100_40g_and_more", "b" * 40, "c" * 40], ["l4_24g", "x", "23.66 GiB"]]
+    lines = aligned(rows)
+    assert lines[1].endswith(f"{'b' * 40}  {'c' * 40}") and lines[1].startswith("a100_40g_and")
+    assert lines[2].strip() == "_more" and lines[3].startswith("l4_24g  ")
+
+
 def test_wide_letters_take_two_cells() -> None:
     assert aligned([["\u6587\u5b57", "1"], ["abcdef", "22"]]) == ["\u6587\u5b57     1", "abcdef  22"]
 

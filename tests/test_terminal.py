@@ -61,9 +61,12 @@ def test_a_terminal_shows_the_same_words_in_colour() -> None:
     assert "\x1b[1mmemory\x1b[0m" in shown
 
 
-@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "xterm-256color", "NO_COLOR": "1"}])
+@pytest.mark.parametrize(
+    "environment", [{"TERM": "dumb"}, {"TERM": "xterm-256color", "NO_COLOR": "1"}, {"TERM": "xterm-color"}]
+)
 def test_a_terminal_without_colour_gets_none(environment: dict[str, str]) -> None:
-    assert "38;5" not in written_by(TEXT, environment)
+    shown = written_by(TEXT, environment)
+    assert "38;5" not in shown and "\x1b[3" not in shown and ";3" not in shown
     assert ESCAPES.sub("", written_by(TEXT, environment)) == TEXT + "\n"
 
 

@@ -127,7 +127,8 @@ def rounds(job: JobSpec) -> tuple[tuple[Arrangement, ...], ...]:
     pin = job.planner.pin
     if job.hardware.world_size > 1:
         return (TOGETHER,)
-    if pin.offload_optimizer or pin.offload_parameters:
+    offloads = pin.offload_optimizer or pin.offload_parameters
+    if offloads or (pin.engine is Engine.DEEPSPEED and job.hardware.kind is not DeviceKind.CPU):
         return (WAITING,)
     is_pinned = pin.engine is not None or pin.zero_stage is not None or pin.offload_optimizer is not None
     text = job.model.architecture.get("text_config") or job.model.architecture
@@ -189,7 +190,7 @@ def arrangements(
             f"planner.pin.engine={pin.engine.value if pin.engine else 'any'} with planner.pin.zero_stage="
             f"{'any' if pin.zero_stage is None else pin.zero_stage}"
             f"{asked}{' and planner.pin.shard_within_node=true' if pin.shard_within_node else ''} is nothing that "
-            f"{job.hardware.world_size} devices can do",
+            f"{job.hardware.world_size} device{'s' if job.hardware.world_size > 1 else ''} can do",
             f"legal are {legal}; only fsdp2 shards within a node, and only deepspeed does without overlap_exchange",
         )
     refused: dict[Arrangement, str] = {}

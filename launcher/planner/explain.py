@@ -14,7 +14,7 @@ from launcher.errors import LauncherError
 from launcher.explanation import AtCapacity, Change, Explanation
 from launcher.hardware import DeviceKind
 from launcher.job import Attention, Checkpointing, Engine, JobSpec, Method, Optimizer
-from launcher.memory import TRAINING, MemoryEstimate, Phase
+from launcher.memory import TRAINING, Category, MemoryEstimate, Phase
 from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Grade, Plan, PlanChoice, Squeeze
 from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds, short_words
@@ -65,7 +65,7 @@ def explain(
     return Explanation(
         changes=changes,
         capacities=capacities,
-        verdict=verdict(job, choice, capacities, length_words),
+        verdict=verdict(job, choice, capacities, length_words, changes),
         squeeze=squeeze(choice.plan, choice.estimate, choice.capacity_bytes, changes),
     )
 
@@ -217,7 +217,11 @@ def position(job: JobSpec, plan: Plan) -> int:
 
 
 def verdict(
-    job: JobSpec, choice: PlanChoice, capacities: tuple[AtCapacity, ...], length_words: str = ""
+    job: JobSpec,
+    choice: PlanChoice,
+    capacities: tuple[AtCapacity, ...],
+    length_words: str = "",
+    changes: tuple[Change, ...] = (),
 ) -> str:
     """Whether memory is this job's problem, or its settings are; one sentence.
 
@@ -226,8 +230,9 @@ def verdict(
         choice: Its plan on the device as it is.
         capacities: The same job with other memories; one of them as it is, and one larger.
         length_words: What is wrong with the length for the job's data, if anything.
+        changes: The marginal table.
     """
-    assert choice.estimate is not None  # there is a plan
+    assert choice.plan is not None and choice.estimate is not None
     setting = _setting_at_the_peak(job, choice.estimate)
     now = next(item for item in capacities if item.factor == 1.0)
     more = max(capacities, key=lambda item: item.factor)
@@ -236,6 +241,8 @@ def verdict(
         return f"A setting decides the highest moment, not the training: {setting}."
     if length_words:
         return f"A setting takes the memory, not the training: {length_words}."
+    if gain and (adapters := _adapters_instead(job, choice.plan, changes)):
+        return f"A setting takes the memory, {adapters}: with {more.factor:g} times as much memory {gain}."
     if gain:
         return f"Memory is this job's limit: with {more.factor:g} times as much {gain}."
     less = min(capacities, key=lambda item: item.factor)
@@ -243,6 +250,22 @@ def verdict(
     if less.plan is not None and not _gain(less, now):
         spare = f", and {less.factor:g} times as much would do as well"
     return f"Memory is not this job's problem: with {more.factor:g} times as much it would not get faster{spare}."
+
+
+def _adapters_instead(job: JobSpec, plan: Plan, changes: tuple[Change, ...]) -> str:
+    """What full fine-tuning takes more than the adapters that the job would take too; empty where it is not so."""
+    if plan.method is not Method.FULL:
+        return ""
+    allowed = {item.method for item in semantic_plans(job)}
+    found = [
+        (item.saved_bytes, item.plan.method.value)
+        for item in changes
+        if item.knob == "method" and item.plan.method in allowed and (item.saved_bytes or 0) > 0
+    ]
+    if not found:
+        return ""
+    saved_bytes, method = max(found, key=lambda item: item[0] or 0)
+    return f"full fine-tuning where the job's lists allow {method}, which takes {format_bytes(saved_bytes or 0)} less"
 
 
 def _gain(now: AtCapacity, more: AtCapacity) -> str:
@@ -282,7 +305,14 @@ def _setting_at_the_peak(job: JobSpec, estimate: MemoryEstimate) -> str:
         return f"evaluation takes {above} more than a training step (evaluation.batch_size {batch})"
     if peak.phase is Phase.GENERATION:
         batch = job.generation.batch_size
-        return f"generating samples takes {above} more than a training step (generation.batch_size {batch})"
+        weights = estimate.resident_bytes.get(Category.PARAMETERS, 0)
+        beside = peak.allocated_bytes - weights
+        cache = (
+            f"; its cache and the rest, {format_bytes(beside)}, exceed the weights"
+            if beside > weights > 0
+            else ""
+        )
+        return f"generating samples takes {above} more than a training step (generation.batch_size {batch}{cache})"
     if peak.phase is Phase.MERGE:
         return f"method.merge=true takes {above} more than a training step"
     return ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from launcher.job import Checkpointing, JobSpec, Optimizer
+from launcher.job import Checkpointing, Engine, JobSpec, Optimizer
 from launcher.memory import MemoryEstimate, Phase
 from launcher.plan import Plan, Rejection
-from launcher.planner.arrangements import Arrangement, arrangement_of, arrangement_words
+from launcher.planner.arrangements import Arrangement, arrangement_of, arrangement_words, rounds
 from launcher.planner.objective import SAME, Price, Ranking
 from launcher.planner.space import attentions, losses, optimizers
 from launcher.units import format_bytes, format_step
@@ -40,7 +40,7 @@ def too_large_on_host(estimate: MemoryEstimate, short_by_bytes: int) -> str:
 
 def _largest(parts: Mapping[str, int]) -> str:
     largest = max(parts, key=lambda name: parts[name])
-    return f"{largest} take {format_bytes(parts[largest])}"
+    return f"{format_bytes(parts[largest])} of it {largest}"
 
 
 def like_smaller(smaller: Plan, short_by_bytes: int) -> str:
@@ -150,7 +150,10 @@ def _not_worth_it(plan: Plan, best: Plan) -> str:
 
 def _seconds(price: Price, best: Price) -> str:
     assert price.step is not None and best.step is not None
-    return f"{format_step(price.step.seconds)} per step, not {format_step(best.step.seconds)}"
+    theirs, ours = format_step(price.step.seconds), format_step(best.step.seconds)
+    if theirs != ours:
+        return f"{theirs} per step, not {ours}"
+    return f"{theirs} per step, {price.step.seconds / best.step.seconds - 1:+.2%}"
 
 
 def _rule(plan: Plan, best: Plan) -> str:
@@ -200,7 +203,8 @@ def taken(
         size = f"micro batch {plan.micro_batch_size}"
         if ranking.knows_speed:
             words += [f"{size} is pinned"] if pinned else []
-            words.append(f"no plan that fits is more than {SAME:.0%} faster")
+            alone = " without host memory" if len(rounds(job)) > 1 and not plan.uses_offload else ""
+            words.append(f"no plan that fits{alone} is more than {SAME:.0%} faster")
         else:
             words.append(f"{size} is pinned" if pinned else f"{size} is the largest that fits")
     first, kernel = losses(job)[0], attentions(job)[0]
@@ -213,7 +217,7 @@ def taken(
     words += _shortfalls(plan, rejected)
     words.append(f"{format_bytes(budget_bytes - best.estimate.peak_device_bytes)} remain above the headroom")
     if left:
-        words.append(f"{left} less wanted combinations were not priced")
+        words.append(f"{left} less wanted combination{'s were' if left > 1 else ' was'} not priced")
     return "; ".join(words)
 
 
@@ -272,16 +276,17 @@ def _order(item: Arrangement) -> tuple[bool, bool, int, bool]:
 def none_fits(nearest: Rejection, considered: int, capacity_bytes: int, headroom_bytes: int) -> str:
     """Why there is no plan."""
     plan = nearest.plan
+    words = arrangement_words(plan) + ", " if plan.engine is not Engine.NONE else ""
+    words += (
+        f"{plan.method.value}, length {plan.max_length}, micro batch {plan.micro_batch_size}, checkpointing "
+    )
+    words += plan.activation_checkpointing.value
     if nearest.is_refused:
-        return (
-            f"none of {considered} plans is taken; of {plan.method.value}, length {plan.max_length}, micro batch "
-            f"{plan.micro_batch_size}, checkpointing {plan.activation_checkpointing.value} the plan {nearest.reason}"
-        )
+        return f"none of {considered} plans is taken; of {words} the plan {nearest.reason}"
     where = " of host memory" if nearest.is_host_short else ""
+    short = f"{format_bytes(nearest.short_by_bytes)} ({nearest.short_by_bytes:,} bytes)"
     return (
         f"none of {considered} plans fits {format_bytes(capacity_bytes - headroom_bytes)} "
-        f"({format_bytes(capacity_bytes)} less {format_bytes(headroom_bytes)} headroom); "
-        f"the nearest is short by {format_bytes(nearest.short_by_bytes)}{where}: {plan.method.value}, length "
-        f"{plan.max_length}, micro batch {plan.micro_batch_size}, checkpointing "
-        f"{plan.activation_checkpointing.value}"
+        f"({format_bytes(capacity_bytes)} less {format_bytes(headroom_bytes)} headroom); the nearest is short by "
+        f"{short}{where}: {words}; {nearest.reason}"
     )

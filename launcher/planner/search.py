@@ -292,7 +292,12 @@ class _Search:
             estimate=None if best is None else best.estimate,
             runner_up=None if second is None else second.plan,
             runner_up_estimate=None if second is None else second.estimate,
-            rejected=tuple(sorted(rejected, key=_nearness)),
+            # without a plan, what no engine can carry out is not near to one
+            rejected=tuple(
+                sorted(
+                    rejected, key=lambda item: (best is None and not item.short_by_bytes, *_nearness(item))
+                )
+            ),
             capacity_bytes=self._job.hardware.memory_bytes,
             headroom_bytes=headroom_bytes(self._job),
             num_considered=len(rejected) + (best is not None),

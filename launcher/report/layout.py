@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-import sys
 import textwrap
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod, OverflowMethod
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 WIDTH = 80
+LEAST = 12
+"""Cells that a column keeps which gives way."""
 GAP = 2
 """Cells between two columns."""
 
@@ -22,31 +23,36 @@ def aligned(
 ) -> list[str]:
     """Columns of text, a line for each row: `num_words` left-aligned, the others, which are figures, right-aligned.
 
-    Where they would be wider than 80 cells, the column `gives_way` goes on in further lines, or is cut to one.
+    Where they would be wider than 80 cells, the column `gives_way` goes on in further lines, or is cut to one. It keeps
+    12 cells; figures that leave it less make the lines longer, and none is lost.
     """
+    widths = _widths(rows)
+    needed = sum(widths) - widths[gives_way] + min(LEAST, widths[gives_way]) + GAP * (len(widths) - 1)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, GAP // 2))
+    for column, width in enumerate(widths):
+        side: JustifyMethod = "left" if column < num_words else "right"
+        if column == gives_way:
+            way: OverflowMethod = "ellipsis" if is_cut else "fold"
+            table.add_column(justify=side, overflow=way, min_width=min(LEAST, width))
+        else:
+            table.add_column(justify=side, no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*(Text(row[column] if column < len(row) else "") for column in range(len(widths))))
     console = _console()
-    table = _table(rows, num_words, gives_way, "ellipsis" if is_cut else "fold")
-    lines = console.render_lines(table, pad=False)
+    lines = console.render_lines(table, console.options.update(width=max(WIDTH, needed)), pad=False)
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
 
 
 def fits_width(rows: Sequence[Sequence[str]]) -> bool:
     """Whether these columns need no more than 80 cells."""
-    console = _console()
-    return Measurement.get(console, console.options.update(width=sys.maxsize), _table(rows)).maximum <= WIDTH
+    widths = _widths(rows)
+    return sum(widths) + GAP * (len(widths) - 1) <= WIDTH
 
 
-def _table(
-    rows: Sequence[Sequence[str]], num_words: int = 1, gives_way: int = 0, overflow: OverflowMethod = "fold"
-) -> Table:
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Cells that each column needs."""
     count = max(map(len, rows))
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, GAP // 2))
-    for column in range(count):
-        side: JustifyMethod = "left" if column < num_words else "right"
-        table.add_column(justify=side, no_wrap=column != gives_way, overflow=overflow)
-    for row in rows:
-        table.add_row(*(Text(row[column] if column < len(row) else "") for column in range(count)))
-    return table
+    return [max(cell_len(row[column]) for row in rows if column < len(row)) for column in range(count)]
 
 
 def wrapped(label: str, text: str) -> str:

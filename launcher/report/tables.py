@@ -188,7 +188,7 @@ def _per_weight(estimate: MemoryEstimate, num_parameters: int | None) -> list[st
             (Category.OPTIMIZER_STATE, "of optimizer state"),
         )
     ]
-    return [f"bytes per weight of the model: {', '.join(parts)}"]
+    return [wrapped("per weight", f"{', '.join(parts)}: bytes, per weight of the model")]
 
 
 def interval_words(interval: Interval) -> str:
