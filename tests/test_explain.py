@@ -172,7 +172,11 @@ def test_full_fine_tuning_where_the_lists_allow_adapters_is_a_setting() -> None:
         choice = search(job, FakeForecaster(LAW))
         assert choice.plan is not None and choice.plan.method is Method.FULL
         found = explain(job, choice, FakeForecaster(LAW), lambda other: search(other, FakeForecaster(LAW)))
-        verdicts.append(found.verdict)
+        faster = tuple(
+            replace(item, plan=choice.plan, position=0, tokens_per_second=100 * item.factor)
+            for item in found.capacities
+        )
+        verdicts.append(verdict(job, choice, faster, changes=found.changes))
     assert verdicts[0].startswith(
         "A setting takes the memory, full fine-tuning where the job's lists allow lora"
     )
