@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec, Method, OffloadDevice, Precision
+from launcher.optimisation import IN_BF16
 from launcher.plan import Buckets, Plan
 
 NO_PROGRESS_LINES: Final = 1_000_000_000
@@ -105,7 +106,7 @@ def deepspeed_config(job: JobSpec, plan: Plan) -> dict[str, Any]:
     CPU nothing needs compiling.
     """
     training, on_cpu = job.training, job.hardware.kind is DeviceKind.CPU
-    is_bf16 = plan.precision in (Precision.BF16, Precision.BF16_MIXED)
+    is_bf16 = plan.precision in IN_BF16
     is_fp16 = plan.precision is Precision.FP16_MIXED
     config: dict[str, Any] = {
         "train_batch_size": plan.global_batch_size,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from launcher.hardware import DeviceKind
 from launcher.job import Checkpointing, Engine, JobSpec, Method, OffloadDevice, Optimizer, Quantization
+from launcher.optimisation import Precision
 from launcher.plan import Plan
 
 CPU_ADAM = (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED)
@@ -72,6 +73,11 @@ def _offload_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
         (
             is_fsdp and plan.offload_optimizer != plan.offload_parameters,
             "FSDP2 offloads parameters, gradients and optimizer states together, or none",
+        ),
+        (
+            is_fsdp and plan.precision is Precision.BF16_AUTOCAST,
+            "with autocast accelerate gives FSDP2 trained weights in fp32, which is training.precision=bf16_mixed, not "
+            "bf16_autocast",
         ),
         (is_fsdp and plan.uses_offload and is_nvme, "FSDP2 offloads to host memory only"),
         (

@@ -20,8 +20,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from launcher.errors import LaunchError
 from launcher.hardware import DeviceKind
-from launcher.job import AdapterDtype, Engine, JobSpec, Method, Precision
+from launcher.job import AdapterDtype, Engine, JobSpec, Method
 from launcher.memory import Phase
+from launcher.optimisation import BF16_WEIGHTS, IN_BF16
 from launcher.plan import Plan
 
 MIB = 1 << 20
@@ -36,12 +37,12 @@ def engine_arguments(job: JobSpec, plan: Plan) -> dict[str, Any]:
     With DeepSpeed `bf16` must be what its own configuration says, or transformers refuses both.
     """
     if plan.engine is Engine.DEEPSPEED:
-        return {"bf16": plan.precision in (Precision.BF16, Precision.BF16_MIXED)}
+        return {"bf16": plan.precision in IN_BF16}
     if plan.engine is not Engine.DDP or plan.buckets is None:
         return {}
     # TRL turns the adapters of a quantised model to bf16 (1.16, trainer/sft_trainer.py); PEFT widens all others to fp32
     keeps_base = plan.method is Method.FULL or job.method.adapter_dtype is AdapterDtype.BASE
-    is_bf16 = plan.method is Method.QLORA or (plan.precision is Precision.BF16 and keeps_base)
+    is_bf16 = plan.method is Method.QLORA or (plan.precision in BF16_WEIGHTS and keeps_base)
     bucket_bytes = plan.buckets.reduce_bucket_elements * (2 if is_bf16 else 4)
     return {
         # a fraction is as good as a whole number (torch 2.13, nn/parallel/distributed.py), and rounded each bucket

@@ -25,7 +25,7 @@ from launcher.job import (
     OptionalKernel,
     Precision,
 )
-from launcher.optimisation import LOW_RANK_OPTIMIZERS, implementations
+from launcher.optimisation import IN_BF16, LOW_RANK_OPTIMIZERS, implementations
 
 PACKAGE = "memory-first-launcher"
 """This project's own name for pip."""
@@ -133,7 +133,7 @@ def _device_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
     no_flash = on_cpu or not hardware.supports_flash_attention
     return [
         (
-            precision in (Precision.BF16, Precision.BF16_MIXED) and not hardware.supports_bf16,
+            precision in IN_BF16 and not hardware.supports_bf16,
             f"{hardware.name} has no bf16; training.precision={precision.value} can't run on it",
             "training.precision=fp16_mixed or fp32",
         ),

@@ -10,12 +10,26 @@ from annotated_types import Ge, Gt, Le
 
 
 class Precision(StrEnum):
-    """Which bytes weights and computations have."""
+    """Which bytes weights and computations have.
+
+    `bf16` computes in the weights' own dtypes: in bf16, and in fp32 where adapters are. `bf16_autocast` has the same
+    weights, and multiplies all matrices in bf16: what other trainers do with `bf16: true` and a model loaded in bf16.
+    `bf16_mixed` and `fp16_mixed` do that over weights in fp32.
+    """
 
     BF16 = "bf16"
+    BF16_AUTOCAST = "bf16_autocast"
     BF16_MIXED = "bf16_mixed"
     FP16_MIXED = "fp16_mixed"
     FP32 = "fp32"
+
+
+BF16_WEIGHTS = frozenset((Precision.BF16, Precision.BF16_AUTOCAST))
+"""Precisions whose weights are bf16."""
+IN_BF16 = BF16_WEIGHTS | {Precision.BF16_MIXED}
+"""Precisions that compute in bf16."""
+AUTOCAST = frozenset((Precision.BF16_AUTOCAST, Precision.BF16_MIXED))
+"""Precisions with torch's autocast to bf16."""
 
 
 class Optimizer(StrEnum):

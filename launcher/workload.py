@@ -49,6 +49,7 @@ from launcher.job import (
     Task,
 )
 from launcher.loading import require_loaded
+from launcher.optimisation import AUTOCAST, BF16_WEIGHTS
 from launcher.optimizers import low_rank_arguments
 from launcher.plan import Plan
 from launcher.trainers import RowPreparation, require_liger_loss, token_accuracy, trainer_class
@@ -71,7 +72,7 @@ AUTO_CLASSES: Mapping[Task, Any] = {
 
 def weight_dtype(precision: Precision) -> torch.dtype:
     """Dtype in which the weights are held."""
-    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    return torch.bfloat16 if precision in BF16_WEIGHTS else torch.float32
 
 
 def model_config(source: str, model: ModelSpec) -> PretrainedConfig:
@@ -222,7 +223,7 @@ def training_arguments(job: JobSpec, plan: Plan, output_dir: Path, changes: Mapp
         "optim": plan.optimizer.value,
         **low_rank_arguments(training, plan.optimizer),
         "use_liger_kernel": plan.loss is Loss.LIGER,
-        "bf16": plan.precision is Precision.BF16_MIXED,
+        "bf16": plan.precision in AUTOCAST,
         "fp16": plan.precision is Precision.FP16_MIXED,
         "seed": training.seed,
         "logging_steps": training.logging_steps,

@@ -246,6 +246,9 @@ JOBS = (
     AccuracyJob(
         "qwen2", "full", "full", 2, 320, 2, loss="plain", packing=False, evaluation=True, task=CLASSIFICATION
     ),
+    AccuracyJob("llama", "lora", "none", 2, 320, precision="bf16_autocast"),
+    AccuracyJob("qwen2", "lora", "selective", 4, 256, precision="bf16_autocast"),
+    AccuracyJob("llama", "full", "full", 4, 128, precision="bf16_autocast"),
 )
 NUM_CI_JOBS = 12
 NUM_LABELS = 5

@@ -196,7 +196,7 @@ def test_unknown_choice_lists_the_choices_and_suggests() -> None:
     ("argument", "legal"),
     [
         ("method.name=prefix", "full, lora, qlora"),
-        ("training.precision=fp8", "bf16, bf16_mixed, fp16_mixed, fp32"),
+        ("training.precision=fp8", "bf16, bf16_autocast, bf16_mixed, fp16_mixed, fp32"),
         ("method.quantization=int3", "nf4, fp4, int8"),
         (
             "training.schedule=bogus",

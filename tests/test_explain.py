@@ -71,6 +71,7 @@ def test_what_changes_the_result_says_so() -> None:
         "activation_checkpointing": False,
         "loss": False,
         "attention": False,
+        "precision": True,
         "max_length": True,
         "method": True,
         "rank": True,

@@ -13,7 +13,7 @@ from launcher.engine_limits import engine_limits
 from launcher.errors import LauncherError
 from launcher.explanation import AtCapacity, Change, Explanation
 from launcher.hardware import DeviceKind
-from launcher.job import Attention, Checkpointing, Engine, JobSpec, Method, Optimizer
+from launcher.job import Attention, Checkpointing, Engine, JobSpec, Method, Optimizer, Precision
 from launcher.memory import TRAINING, Category, MemoryEstimate, Phase
 from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Grade, Plan, PlanChoice, Squeeze
@@ -39,6 +39,14 @@ A convention: batches differ, other processes come, and fragmentation grows over
 MANY_SAVERS = 2
 FASTER = 1.03
 """Speeds nearer than this are the same: the order of plans is not known better."""
+OTHER_PRECISION = {
+    (Method.LORA, Precision.BF16): Precision.BF16_AUTOCAST,
+    (Method.LORA, Precision.BF16_AUTOCAST): Precision.BF16,
+    (Method.LORA, Precision.BF16_MIXED): Precision.BF16_AUTOCAST,
+    (Method.FULL, Precision.BF16): Precision.BF16_MIXED,
+    (Method.FULL, Precision.BF16_MIXED): Precision.BF16,
+}
+"""What is worth a look: adapters in fp32 that compute in bf16 all the same, and fp32 weights to update, or none."""
 SMALL_OPTIMIZERS = ("8bit", "adafactor", "sgd", "galore", "apollo", "paged")
 Search = Callable[[JobSpec], PlanChoice]
 
@@ -140,6 +148,9 @@ def _options(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
             words = f"{plan.attention.value} -> {attention.value}"
             yield "attention", words, replace(plan, attention=attention), False
     yield from _other_arrangements(job, plan)
+    other = OTHER_PRECISION.get((plan.method, plan.precision))
+    if other is not None and plan.engine is not Engine.DEEPSPEED:  # to which they are one
+        yield "precision", f"{plan.precision.value} -> {other.value}", replace(plan, precision=other), True
     for length in (plan.max_length // 2, plan.max_length * 2):
         if length >= 8:
             yield "max_length", f"{plan.max_length} -> {length}", replace(plan, max_length=length), True

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import JobSpec, StoredDtype, TrainingSpec
 from launcher.memory import PINNED, Category, DiskEstimate, HostEstimate, MemoryEstimate, Phase, PhasePeak
+from launcher.optimisation import BF16_WEIGHTS
 from launcher.plan import Plan
 from launcher.planner.skyline import Skyline
 
@@ -65,7 +66,7 @@ def _with_stored_copy(peak: PhasePeak, plan: Plan, job: JobSpec) -> PhasePeak:
 
 def weight_bytes(plan: Plan, job: JobSpec) -> tuple[int, int]:
     """Bytes per weight as it is held, and as it is in the file."""
-    held = 2 if plan.precision.value == StoredDtype.BF16.value else 4
+    held = 2 if plan.precision in BF16_WEIGHTS else 4
     return held, 4 if job.model.stored_dtype is StoredDtype.FP32 else 2
 
 

@@ -27,9 +27,10 @@ from launcher.engines import (
     master_weights,
     prepare_trainer,
 )
-from launcher.job import AdapterDtype, Engine, JobSpec, Method, Task
+from launcher.job import AdapterDtype, Engine, JobSpec, Method, Precision, Task
 from launcher.memory import Category, Phase, Region
 from launcher.merge import drop_optimizer
+from launcher.optimisation import AUTOCAST
 from launcher.optimizers import optimizer_tensors
 from launcher.plan import Plan
 from launcher.planner.attribution import Attribution
@@ -105,9 +106,8 @@ class Rehearsal:
                 "train_sampling_strategy": "sequential",
                 "dataset_kwargs": {"skip_prepare_dataset": True},
                 "dataloader_pin_memory": False,
-                "bf16": plan.precision.value.endswith(
-                    "_mixed"
-                ),  # fp16 has the same sizes, and no CPU autocast
+                # fp16 has the same sizes, and no CPU autocast
+                "bf16": plan.precision in AUTOCAST or plan.precision is Precision.FP16_MIXED,
                 "fp16": False,
                 **engine_arguments(self.job, plan),
             },
