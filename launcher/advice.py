@@ -103,10 +103,10 @@ def explain_answer(job: JobSpec) -> Answer:
 
 
 def cards_answer(jobs: Sequence[JobSpec]) -> Answer:
-    """The same job planned for several devices, and which of them is fastest and cheapest for it.
+    """The same job planned for several devices and counts, and which of them is fastest and cheapest for it.
 
     Args:
-        jobs: The job on each device.
+        jobs: The job on each device, in each count.
     """
     sides = _side_by_side(jobs)
     best_first = ranked(side.card for side in sides)
@@ -187,6 +187,16 @@ def _failure(sides: Sequence[_Side], message: str) -> LauncherError | None:
 def _refused(job: JobSpec, refusal: LauncherError) -> _Side:
     hardware, reason = job.hardware, refusal.message.splitlines()[0]
     card = OnCard(
-        hardware.name, hardware.world_size, None, reason, -1, None, hardware.memory_bytes, None, None, None
+        hardware=hardware.name,
+        num_devices=hardware.world_size,
+        num_nodes=hardware.num_nodes,
+        plan=None,
+        reason=reason,
+        position=-1,
+        peak_device_bytes=None,
+        capacity_bytes=hardware.memory_bytes,
+        tokens_per_second=None,
+        dollars_per_million_tokens=None,
+        grade=None,
     )
     return _Side(card, {"feasible": False, "plan": None, "reason": reason, "predicted": None}, refusal)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.config import ListedHardware, group_choices, groups, listed_hardware, read_job
+from launcher.comparison import compared_jobs, listed_hardware
+from launcher.config import group_choices, groups, read_job
 from launcher.contradictions import checked_job
 from launcher.errors import ConfigError, Interrupted, LauncherError
-from launcher.job import Action, JobSpec, Output, ReportFormat
+from launcher.job import Action, JobSpec, Output
 from launcher.overrides import resume_changes
 from launcher.redaction import redacted, redacted_document
 from launcher.stored_secrets import known_secrets
@@ -30,6 +31,8 @@ launch [key=value ...]     plans a fine-tuning job's memory, then runs it
                               what each knob buys, and more memory
   launch action=plan recipe=llama_lora hardware=any
                               which device is best for a job
+  launch action=plan recipe=llama_full hardware=any hardware.num_devices=[1,8]
+                              which device, and how many of it
   launch action=explain recipe=llama_lora hardware=a100_40g report=html
                               all of that in one page, with sliders
   launch action=plan data.max_length=auto
@@ -81,8 +84,8 @@ def run(arguments: Sequence[str]) -> int:
         if is_sweep(arguments):
             return _sweep(sweep_points(arguments))
         listed = listed_hardware(arguments)
-        if listed.names or listed.mistakes:
-            return _compare(_jobs_on(listed))
+        if listed.is_comparison:
+            return _compare(compared_jobs(listed))
         return _act(checked_job(read_job(arguments)), resume_changes(arguments))
     except KeyboardInterrupt:
         return _fail(Interrupted("stopped"))
@@ -118,30 +121,6 @@ def _act(job: JobSpec, changes: Mapping[str, Any]) -> int:
             else:
                 answer = workflow.run_answer(job, show)
     return _show(answer.text, answer.document, answer.failure, job.output)
-
-
-def _jobs_on(listed: ListedHardware) -> list[JobSpec]:
-    """The job on each of several devices.
-
-    Raises:
-        ConfigError: With every mistake of the list and of the job.
-    """
-    arguments = [[*listed.others, f"hardware={name}"] for name in listed.names] or [list(listed.others)]
-    readings = [
-        read_job(words, listed.mistakes, ("hardware",) * bool(listed.mistakes)) for words in arguments
-    ]
-    return [reading.with_mistakes(_only_planned(reading.job)).settled() for reading in readings]
-
-
-def _only_planned(job: JobSpec | None) -> Iterator[str]:
-    """What can't be done with several devices."""
-    if job is not None and job.action is not Action.PLAN:
-        yield f"action={job.action} with several devices: they can be planned for, and nothing else; `action=plan`"
-    if job is not None and job.report.format is not ReportFormat.NONE:
-        yield (
-            f"report={job.report.format} with several devices: a report is about one plan on one device; "
-            "`hardware=<name>`, or no report"
-        )
 
 
 def _compare(jobs: Sequence[JobSpec]) -> int:

@@ -58,42 +58,6 @@ def groups() -> tuple[str, ...]:
     )
 
 
-@dataclass(frozen=True)
-class ListedHardware:
-    """The devices of `hardware=[one,other]` or `hardware=any`."""
-
-    names: tuple[str, ...] = ()
-    """Those that can be compared; none where no list is given."""
-    others: tuple[str, ...] = ()
-    """The other arguments."""
-    mistakes: tuple[str, ...] = ()
-    """What is wrong with the list."""
-
-
-def listed_hardware(arguments: Sequence[str]) -> ListedHardware:
-    """Finds the devices that a command line lists."""
-    listed = [item for item in arguments if item.startswith("hardware=[") or item == "hardware=any"]
-    if not listed:
-        return ListedHardware(others=tuple(arguments))
-    known = tuple(str(entry["name"]) for entry in hardware_entries() if entry["kind"] in ("cuda", "rocm"))
-    words = listed[-1].partition("=")[2]
-    names = (
-        known
-        if words == "any"
-        else tuple(name.strip() for name in words.strip("[]").split(",") if name.strip())
-    )
-    unknown = [name for name in names if name not in known]
-    mistakes = () if names and not unknown else (
-        f"`{listed[-1]}`: {', '.join(unknown) or 'no device'} can't be compared; legal are any, and lists of "
-        f"{', '.join(known)}",
-    )  # fmt: skip
-    return ListedHardware(
-        tuple(name for name in dict.fromkeys(names) if name in known),
-        tuple(item for item in arguments if item not in listed),
-        mistakes,
-    )
-
-
 def load_job(arguments: Sequence[str]) -> JobSpec:
     """Composes the job that a command line describes.
 

@@ -63,12 +63,14 @@ class Explanation:
 
 @dataclass(frozen=True)
 class OnCard:
-    """A job on one kind of device, among others."""
+    """A job on one kind of device, in one count of it, among others."""
 
     hardware: str
     """Name of the device."""
     num_devices: int
-    """How many."""
+    """How many, over all nodes."""
+    num_nodes: int
+    """Nodes."""
     plan: Plan | None
     """The plan; None: none fits, or the device can't carry the job out."""
     reason: str
@@ -82,9 +84,14 @@ class OnCard:
     tokens_per_second: float | None
     """Predicted, of all devices together; None where nobody knows how fast they are."""
     dollars_per_million_tokens: float | None
-    """None without a price."""
+    """Of all devices together; None without a price."""
     grade: Grade | None
     """How tight the plan is."""
+
+    @property
+    def tokens_per_second_per_device(self) -> float | None:
+        """Predicted; None where nobody knows how fast the device is."""
+        return None if self.tokens_per_second is None else self.tokens_per_second / self.num_devices
 
 
 @dataclass(frozen=True)

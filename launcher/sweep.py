@@ -110,9 +110,14 @@ def _read_axes(arguments: Sequence[str]) -> _Axes:
 def _not_swept(key: str, override: Override, argument: str) -> str:
     """Why an argument can't stand in a sweep; empty where it can."""
     if not override.is_sweep_override():
-        is_list = key == "hardware" and (override.value() == "any" or isinstance(override.value(), list))
+        is_list = isinstance(override.value(), list) or (key == "hardware" and override.value() == "any")
+        what = {"hardware": "devices", "hardware.num_devices": "counts", "hardware.num_nodes": "counts"}.get(
+            key
+        )
         return (
-            f"`{argument}` with -m: devices are listed without brackets; `hardware=<one>,<other>`" * is_list
+            f"`{argument}` with -m: {what} are listed without brackets; `{key}=<one>,<other>`"
+            if is_list and what
+            else ""
         )
     if key in NOT_SWEPT:
         return f"`{argument}`: a sweep has one {key}; `{key}=<value>`"

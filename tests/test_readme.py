@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.config import config_root, listed_hardware, load_job
+from launcher.comparison import listed_hardware
+from launcher.config import config_root, load_job
 from launcher.job import Action, JobSpec
 from launcher.planning import resolve
 from launcher.sweep import is_sweep, sweep_points
@@ -106,7 +107,7 @@ def composed(words: list[str]) -> list[JobSpec]:
         return [point.job for point in sweep_points(words)]
     listed = listed_hardware(words)
     assert not listed.mistakes
-    return [load_job([*listed.others, f"hardware={name}"]) for name in listed.names] or [load_job(words)]
+    return [load_job(point) for point in listed.points()]
 
 
 @pytest.fixture(scope="module")

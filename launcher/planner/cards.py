@@ -1,4 +1,4 @@
-"""Compares devices for one job: by the time of its plan on each, and by what a token costs there."""
+"""Compares devices and counts for one job: by the time of its plan on each, and by what a token costs there."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def on_card(job: JobSpec, choice: PlanChoice) -> OnCard:
     return OnCard(
         hardware=hardware.name,
         num_devices=hardware.world_size,
+        num_nodes=hardware.num_nodes,
         plan=choice.plan,
         reason=choice.reason,
         position=-1 if choice.plan is None else position(job, choice.plan),
@@ -40,7 +41,7 @@ def on_card(job: JobSpec, choice: PlanChoice) -> OnCard:
 
 
 def ranked(cards: Iterable[OnCard]) -> tuple[OnCard, ...]:
-    """The job's better choice first, then the faster device, then the cheaper token; without a plan last."""
+    """The job's better choice first, then more tokens per second, then the cheaper token; without a plan last."""
     return tuple(
         sorted(
             cards,
@@ -50,6 +51,8 @@ def ranked(cards: Iterable[OnCard]) -> tuple[OnCard, ...]:
                 -(card.tokens_per_second or 0.0),
                 card.dollars_per_million_tokens or math.inf,
                 card.hardware,
+                card.num_devices,
+                card.num_nodes,
             ),
         )
     )

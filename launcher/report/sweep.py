@@ -11,16 +11,19 @@ from launcher.report.layout import aligned, fits_width, wrapped
 
 
 def sweep_text(points: Sequence[SweepPoint]) -> str:
-    """A table in the order of the sweep; points without a plan have a row too, and their reason below it."""
+    """A table in the order of the sweep; points without a plan have a row too, and their reason below it.
+
+    Points have numbers where their values would leave the words of a plan less than `PLAN_WIDTH`.
+    """
     keys = [key.rpartition(".")[2] for key, _ in points[0].swept]
     named = [[*keys, *PLAN_HEADS], *([*_values(point), *_cells(point)] for point in points)]
     legend: list[str] = []
-    if fits_width(named):
-        lines = aligned(named, num_words=len(keys) + 1)
+    if fits_width([[*row[: len(keys)], row[len(keys)][:PLAN_WIDTH], *row[len(keys) + 1 :]] for row in named]):
+        lines = aligned(named, num_words=len(keys) + 1, gives_way=len(keys))
     else:
         numbers = [str(index) for index in range(1, len(points) + 1)]
         rows = [[f"{number}", *_cells(point)] for number, point in zip(numbers, points, strict=True)]
-        lines = aligned([["point", *PLAN_HEADS], *rows], num_words=2)
+        lines = aligned([["point", *PLAN_HEADS], *rows], num_words=2, gives_way=1)
         legend = [wrapped(f"  {number}", words(point)) for number, point in zip(numbers, points, strict=True)]
     reasons = [
         wrapped("  -", f"{words(point) or 'the job'}: {point.card.reason}")
@@ -32,6 +35,8 @@ def sweep_text(points: Sequence[SweepPoint]) -> str:
 
 
 PLAN_HEADS = ["plan", "peak", "of", "tokens/s", "grade"]
+PLAN_WIDTH = 18
+"""Cells in which the words of a plan can be read: none of them is longer."""
 
 
 def words(point: SweepPoint) -> str:
@@ -47,8 +52,7 @@ def _cells(point: SweepPoint) -> list[str]:
     card = point.card
     if card.plan is None:
         return ["no plan", "", "", "", ""]
-    shape, peak, capacity, speed, _, grade = plan_cells(card)
-    return [shape, peak, capacity, speed, grade]
+    return plan_cells(card)
 
 
 def _fastest(points: Sequence[SweepPoint]) -> list[str]:

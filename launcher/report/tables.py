@@ -85,12 +85,20 @@ def engine_words(plan: Plan) -> str:
     """What trains on several devices together, `ZeRO stage 2 on 2 x 8 devices`; empty on one device."""
     if plan.engine is Engine.NONE:
         return ""
-    name = f"ZeRO stage {plan.zero_stage}" if plan.engine is Engine.DEEPSPEED else plan.engine.value.upper()
+    name, *more = engine_parts(plan)
     nodes = f"{plan.num_nodes} x " if plan.num_nodes > 1 else ""
+    devices = "one device" if plan.world_size == 1 else f"{nodes}{plan.num_devices} devices"
+    return ", ".join([f"{name} on {devices}", *more])
+
+
+def engine_parts(plan: Plan) -> list[str]:
+    """The same without the devices, a part each: the engine, what is offloaded, small buckets; none on one device."""
+    if plan.engine is Engine.NONE:
+        return []
+    name = f"ZeRO stage {plan.zero_stage}" if plan.engine is Engine.DEEPSPEED else plan.engine.value.upper()
     offloaded = offload_words(plan.offload_optimizer, plan.offload_parameters)
     buckets = SMALL_BUCKETS if plan.has_small_buckets else ""
-    devices = "one device" if plan.world_size == 1 else f"{nodes}{plan.num_devices} devices"
-    return f"{name} on {devices}{offloaded}{buckets}"
+    return [name, *(words.removeprefix(", ") for words in (offloaded, buckets) if words)]
 
 
 def _speed_lines(step: StepTime | None, hardware: HardwareSpec) -> list[str]:
