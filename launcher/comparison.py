@@ -1,4 +1,4 @@
-"""`hardware=[one,other]`, `hardware=any` and lists of counts: the jobs that are compared, one for each device and count."""
+"""`hardware=[one,other]`, `hardware=any`, lists of counts: the jobs that are compared, one for each device and count."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from launcher.cli import run
 from launcher.config import load_job
 from launcher.errors import ConfigError
 from launcher.explanation import SweepPoint
-from launcher.job import PlannerSpec
+from launcher.job import Engine, PlannerSpec
+from launcher.plan import Grade
 from launcher.planner.cards import on_card
 from launcher.planner.search import search
 from launcher.report.sweep import sweep_document, sweep_text
@@ -73,6 +74,10 @@ def test_a_pattern_takes_the_choices_of_a_group() -> None:
         (["hardware=a100_40g,h100", "action=plan"], "did you mean `h100_80g`"),
         (["hardware=[a100_40g,h100_80g]", "action=plan"], "without brackets"),
         (["hardware=any", "action=plan"], "without brackets"),
+        (
+            ["hardware.num_devices=[1,2]", "action=plan"],
+            r"counts are .* `hardware\.num_devices=<one>,<other>`",
+        ),
         (["action=plan,run"], "a sweep has one action"),
         (["action=plan", "output=text,json"], "a sweep has one output"),
         (["action=plan", "method.rank=interval(1,8)"], "an interval has no end"),
@@ -118,6 +123,29 @@ def test_the_table_has_every_point_and_fits_a_terminal() -> None:
         "overrides": {"hardware": "v100", "data.max_length": "64"},
         "feasible": False,
     }
+
+
+def test_the_table_names_engines_and_fits_a_terminal() -> None:
+    assert CARD.plan is not None
+    sharded = replace(
+        CARD.plan,
+        engine=Engine.DEEPSPEED,
+        zero_stage=3,
+        num_devices=8,
+        offload_optimizer=True,
+        offload_parameters=True,
+    )
+    cards = [
+        replace(CARD, num_devices=8, plan=plan, tokens_per_second=1234567.0, grade=Grade.COMFORTABLE)
+        for plan in (sharded, replace(CARD.plan, engine=Engine.DDP, num_devices=8))
+    ]
+    for swept in (("hardware.num_devices", "8"), ("data.path", f"{'a' * 30}.jsonl")):
+        text = sweep_text([SweepPoint((swept,), card) for card in cards])
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= 80
+        words = " ".join(line[:40] for line in lines).split()
+        assert words.count("ZeRO") == 1 and words.count("DDP") == 1 and words.count("offloaded") == 1
+        assert text.count("comfortable") == text.count("1,234,567  comfortable") == 2
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -55,7 +55,7 @@ def _table(able: Sequence[OnCard], names: Sequence[str]) -> list[str]:
         return []
     columns = [
         ["tokens/s", *(_figure(card.tokens_per_second, ",.0f") for card in able)],
-        ["per device", *(_figure(card.tokens_per_second_per_device, ",.0f") for card in able)],
+        ["/device", *(_figure(card.tokens_per_second_per_device, ",.0f") for card in able)],
         ["$/M", *(_figure(card.dollars_per_million_tokens, ",.2f") for card in able)],
         ["peak", *(format_bytes(card.peak_device_bytes or 0) for card in able)],
         ["of", *(format_bytes(card.capacity_bytes) for card in able)],
