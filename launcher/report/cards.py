@@ -72,7 +72,7 @@ def _table(able: Sequence[OnCard], names: Sequence[str]) -> list[str]:
     lines = [head]
     for card, name, row in zip(able, names, figures, strict=True):
         assert card.plan is not None  # only those with a plan have a row
-        lines += [*([wrapped("", name)] if is_named_above else []), row, wrapped(" ", _plan_line(card.plan))]
+        lines += [*([name] if is_named_above else []), row, _plan_line(card.plan)]
     return lines
 
 
@@ -86,7 +86,7 @@ def _name(card: OnCard, cards: Sequence[OnCard]) -> str:
 
 
 def _plan_line(plan: Plan) -> str:
-    """A plan in a line or two; no part of it is broken."""
+    """A plan below its figures, in a line or two; no part of it is broken."""
     parts = [
         _method(plan),
         f"micro batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps}",
@@ -94,7 +94,8 @@ def _plan_line(plan: Plan) -> str:
         f"checkpointing {plan.activation_checkpointing.value}",
         *engine_parts(plan),
     ]
-    return ", ".join(part.replace(" ", KEPT_TOGETHER) for part in parts)
+    text = ", ".join(part.replace(" ", KEPT_TOGETHER) for part in parts)
+    return wrapped(" ", text).replace(KEPT_TOGETHER, " ")
 
 
 def _method(plan: Plan) -> str:
