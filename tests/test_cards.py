@@ -276,6 +276,18 @@ def test_several_devices_are_only_planned_for(tmp_path: Path) -> None:
     assert "action=run with several devices" in child.stderr
 
 
+def test_counts_that_a_job_can_not_be_split_over_are_listed_with_the_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "recipe=smollm_lora hardware=a100_40g hardware.num_devices=[3,8] action=plan"
+    assert run(words.split()) == 3
+    told = " ".join(capsys.readouterr().out.split())
+    for count in (3, 8):
+        assert (
+            f"- {count}x a100_40g: training.global_batch_size=4 can't be split over {count} devices" in told
+        )
+
+
 def test_a_price_of_an_unknown_device_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match="did you mean `l4_24g`"):
         load_job(["planner.prices.l4_42g=0.8"])
