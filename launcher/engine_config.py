@@ -13,19 +13,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Engine, JobSpec, Method, OffloadDevice, Precision
+from launcher.job import Engine, JobSpec, Method, Precision
 from launcher.optimisation import IN_BF16
 from launcher.plan import Buckets, Plan
 
 NO_PROGRESS_LINES: Final = 1_000_000_000
 """`steps_per_print`: DeepSpeed would print a line of its own every ten steps."""
 OPTIMIZER_BUFFERS: Final = 4
-PARAMETER_BUFFERS: Final = 5
-"""Buffers between NVMe and host memory, DeepSpeed's defaults (deepspeed 0.19.8, runtime/zero/offload_config.py)."""
-PARAMETER_BUFFER_ELEMENTS: Final = 100_000_000
-"""Elements per such buffer at least, DeepSpeed's default; a buffer must hold the largest parameter."""
-PARAMETERS_IN_HOST_ELEMENTS: Final = 1_000_000_000
-"""`max_in_cpu`, DeepSpeed's default: parameters kept in host memory before NVMe is used."""
+"""Buffers between NVMe and host memory, DeepSpeed's default (deepspeed 0.19.8, runtime/zero/offload_config.py): a weight,
+its gradient and AdamW's two states of the group that is updated."""
 ASYNCHRONOUS_IO: Final[Mapping[str, Any]] = {
     "block_size": 1_048_576,
     "queue_depth": 8,
@@ -89,12 +85,12 @@ def accelerate_settings(hardware: HardwareSpec, plan: Plan, deepspeed_file: str)
     return config
 
 
-def deepspeed_text(job: JobSpec, plan: Plan) -> str:
-    """The DeepSpeed configuration file of a plan."""
-    return json.dumps(deepspeed_config(job, plan), indent=2) + "\n"
+def deepspeed_text(job: JobSpec, plan: Plan, swap_folder: str = "") -> str:
+    """The DeepSpeed configuration file of a plan; see `deepspeed_config`."""
+    return json.dumps(deepspeed_config(job, plan, swap_folder), indent=2) + "\n"
 
 
-def deepspeed_config(job: JobSpec, plan: Plan) -> dict[str, Any]:
+def deepspeed_config(job: JobSpec, plan: Plan, swap_folder: str = "") -> dict[str, Any]:
     """DeepSpeed's configuration, by its own names.
 
     `precision=bf16` and `bf16_mixed` are one to DeepSpeed: weights, gradients and computation in bf16, and a sharded
@@ -104,6 +100,12 @@ def deepspeed_config(job: JobSpec, plan: Plan) -> dict[str, Any]:
     The optimizer is the trainer's own (`zero_allow_untested_optimizer`). With offload on a machine with GPUs accelerate
     turns AdamW into DeepSpeed's CPU Adam (`zero_force_ds_cpu_optimizer`), which is compiled at its first use; on a
     CPU nothing needs compiling.
+
+    Args:
+        job: The job.
+        plan: The plan.
+        swap_folder: Where optimizer states are swapped to: a folder of this run alone, as the files' names say nothing of
+            the run; empty where nothing is swapped.
     """
     training, on_cpu = job.training, job.hardware.kind is DeviceKind.CPU
     is_bf16 = plan.precision in IN_BF16
@@ -119,14 +121,14 @@ def deepspeed_config(job: JobSpec, plan: Plan) -> dict[str, Any]:
         "fp16": {"enabled": is_fp16, **(LOSS_SCALING if is_fp16 else {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": not on_cpu,
-        "zero_optimization": _zero_optimization(job, plan),
+        "zero_optimization": _zero_optimization(job, plan, swap_folder),
     }
-    if plan.uses_offload and plan.offload_device is OffloadDevice.NVME:
+    if plan.swaps:
         config["aio"] = dict(ASYNCHRONOUS_IO)
     return config
 
 
-def _zero_optimization(job: JobSpec, plan: Plan) -> dict[str, Any]:
+def _zero_optimization(job: JobSpec, plan: Plan, swap_folder: str) -> dict[str, Any]:
     if plan.zero_stage == 0:
         return {"stage": 0}
     buckets = required_buckets(plan)
@@ -154,31 +156,17 @@ def _zero_optimization(job: JobSpec, plan: Plan) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": True,
         }
     if plan.offload_optimizer:
-        section["offload_optimizer"] = _offload(job.hardware, plan, {"buffer_count": OPTIMIZER_BUFFERS})
+        section["offload_optimizer"] = _on_host(job.hardware)
+        if plan.swaps:
+            drive = {"device": "nvme", "nvme_path": swap_folder, "buffer_count": OPTIMIZER_BUFFERS}
+            section["offload_optimizer"] |= drive
     if plan.offload_parameters:
-        buffers = {
-            "buffer_count": PARAMETER_BUFFERS,
-            "buffer_size": max(PARAMETER_BUFFER_ELEMENTS, _largest_parameter(job)),
-            "max_in_cpu": PARAMETERS_IN_HOST_ELEMENTS,
-        }
-        section["offload_param"] = _offload(job.hardware, plan, buffers)
+        section["offload_param"] = _on_host(job.hardware)
     return section
 
 
-def _offload(hardware: HardwareSpec, plan: Plan, buffers: Mapping[str, int]) -> dict[str, Any]:
-    place: dict[str, Any] = {
-        "device": plan.offload_device.value,
-        "pin_memory": hardware.kind is not DeviceKind.CPU,
-    }
-    if plan.offload_device is OffloadDevice.NVME:
-        place |= {"nvme_path": hardware.nvme_path, **buffers}
-    return place
-
-
-def _largest_parameter(job: JobSpec) -> int:
-    """Elements of the embedding, the largest parameter of a language model."""
-    facts = job.model.architecture.get("text_config") or job.model.architecture
-    return int(facts.get("vocab_size", 0)) * int(facts.get("hidden_size", 0))
+def _on_host(hardware: HardwareSpec) -> dict[str, Any]:
+    return {"device": "cpu", "pin_memory": hardware.kind is not DeviceKind.CPU}
 
 
 def required_buckets(plan: Plan) -> Buckets:

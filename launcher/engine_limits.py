@@ -80,12 +80,36 @@ def _offload_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
             "bf16_autocast",
         ),
         (is_fsdp and plan.uses_offload and is_nvme, "FSDP2 offloads to host memory only"),
+        *_nvme_limits(job, plan),
         (
             is_fsdp and plan.uses_offload and job.hardware.kind is DeviceKind.CPU,
             "FSDP2's offload pins host memory, for which torch needs an accelerator; a CPU has none",
         ),
+    )
+
+
+def _nvme_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
+    """What DeepSpeed can't do with optimizer states on NVMe (deepspeed 0.19.8)."""
+    return (
+        (plan.swaps and not job.hardware.nvme_path, "offload to NVMe needs hardware.nvme_path"),
         (
-            plan.uses_offload and is_nvme and not job.hardware.nvme_path,
-            "offload to NVMe needs hardware.nvme_path",
+            plan.swaps and plan.engine is Engine.DEEPSPEED and plan.zero_stage != 3,
+            f"optimizer states go to NVMe at ZeRO stage 3 only, not {plan.zero_stage}: below it DeepSpeed takes nvme for "
+            "host memory, without a word (stage_1_and_2.py, `cpu_offload`)",
+        ),
+        (
+            plan.swaps and plan.optimizer not in CPU_ADAM,
+            f"{plan.optimizer.value} with optimizer states on NVMe was never tried: the buffers are for the weight, the "
+            f"gradient and AdamW's two states; use {' or '.join(name.value for name in CPU_ADAM)}",
+        ),
+        (
+            plan.swaps and plan.method is Method.QLORA,
+            "quantised weights with optimizer states on NVMe were never tried; use lora or full",
+        ),
+        (
+            plan.swaps and job.training.save_steps is not None,
+            f"training.save_steps={job.training.save_steps} with optimizer states on NVMe: a resumed run begins "
+            "with AdamW's two states at zero, without a word (engine.py, `load_checkpoint`; optimizer_utils.py, "
+            "`has_state_tensors`): a tiny model's second loss after that was 4.85, not 4.50; leave it unset",
         ),
     )

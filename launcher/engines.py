@@ -182,6 +182,12 @@ def master_weights(optimizer: Any) -> list[torch.Tensor]:
     return [weight for name in MASTER_WEIGHTS for weight in getattr(inner, name, [])]
 
 
+def swap_buffers(optimizer: Any) -> list[torch.Tensor]:
+    """The buffers in which DeepSpeed has what it swaps of the optimizer's states (0.19.8, swap_tensor/utils.py)."""
+    swapper = getattr(getattr(optimizer, "optimizer", None), "optimizer_swapper", None)
+    return [] if swapper is None else list(swapper.swap_buffer_manager.all_buffers)
+
+
 def averaged_gradients(optimizer: Any) -> list[torch.Tensor]:
     """The gradients of this rank's part, averaged over all ranks, as DeepSpeed's optimizer holds them."""
     averaged = getattr(getattr(optimizer, "optimizer", None), "averaged_gradients", {})

@@ -68,9 +68,12 @@ class HardwareSpec:
     host_memory_bytes: Annotated[int, Ge(0)] = 0
     """Host memory per device; 0: unknown."""
     nvme_path: str = ""
-    """Folder on a local NVMe file system of every node, for offload; empty: none."""
+    """Folder on a local NVMe file system of every node, for `planner.pin.offload_device=nvme`; empty: none."""
     nvme_bytes: Annotated[int, Ge(0)] = 0
-    """Bytes free there per device; 0: unknown."""
+    """Bytes free there per device; 0: unknown, and a plan may take any number of them."""
+    nvme_bytes_per_second: Annotated[float, Ge(0)] = 0.0
+    """Between NVMe and host memory, per device, one direction, the slower of the two; 0: unknown, and a plan that swaps
+    there has no step time."""
     num_devices: Annotated[int, Ge(1)] = 1
     """Devices per node."""
     num_nodes: Annotated[int, Ge(1)] = 1

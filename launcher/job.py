@@ -256,7 +256,8 @@ class PinSpec:
     offload_parameters: bool | None = None
     """Whether parameters live there too: ZeRO stage 3, together with optimizer states."""
     offload_device: OffloadDevice | None = None
-    """`cpu` (host memory); `nvme` is refused, because nothing predicts what it takes."""
+    """Where offloaded optimizer states live: `cpu` (host memory), or `nvme` (below `hardware.nvme_path`; ZeRO stage 3, no
+    checkpoints). Offloaded parameters live in host memory either way."""
     shard_within_node: bool | None = None
     """FSDP2: shard over the devices of a node and repeat over nodes, in place of sharding over all."""
     reduce_bucket_elements: Annotated[int, Ge(1)] | None = None

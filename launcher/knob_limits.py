@@ -226,6 +226,7 @@ def _offload_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
         f"planner.pin.{name}" for name in ("offload_optimizer", "offload_parameters") if getattr(pin, name)
     ]
     keys = " and ".join(offloaded)
+    is_nvme, path = pin.offload_device is OffloadDevice.NVME, hardware.nvme_path
     return [
         (
             pin.engine is Engine.FSDP2 and bool(offloaded),
@@ -233,9 +234,16 @@ def _offload_limits(job: JobSpec, hardware: HardwareSpec) -> list[Limit]:
             "planner.pin.engine=deepspeed with planner.pin.zero_stage=3",
         ),
         (
-            pin.offload_device is OffloadDevice.NVME,
-            "planner.pin.offload_device=nvme: what DeepSpeed holds in host memory while it swaps is not predicted",
-            "planner.pin.offload_device=cpu",
+            is_nvme and not pin.offload_optimizer,
+            "planner.pin.offload_device=nvme is for optimizer states: what DeepSpeed's swapper of parameters holds in "
+            "host memory (0.19.8, partitioned_param_swapper.py) is not predicted",
+            "planner.pin.offload_optimizer=true; offloaded parameters stay in host memory",
+        ),
+        (
+            is_nvme and not path.startswith("/"),
+            f"planner.pin.offload_device=nvme with hardware.nvme_path={path!r}: it must be the absolute path of a folder "
+            "on a local NVMe file system of every node",
+            "hardware.nvme_path=/<where the drive is mounted>",
         ),
     ]
 

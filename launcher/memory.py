@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 from typing import Protocol
 
 from launcher.leak import Leak
+from launcher.nvme import NvmeEstimate
 
 
 class Phase(StrEnum):
@@ -215,6 +216,8 @@ class MemoryEstimate:
     """Host memory; None in records of old runs."""
     disk: DiskEstimate | None = None
     """What the run leaves on disk; None in records of old runs."""
+    nvme: NvmeEstimate | None = None
+    """What it swaps to NVMe; None where it does not."""
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -344,8 +347,7 @@ class MeasuredPhase:
     device_bytes: int | None
     """Peak bytes used on the device by this process (on CPU: of its memory, since it began); None where unknown."""
     by_category_bytes: Mapping[Category, int] | None = None
-    """What they were for; sums to `allocated_bytes`. None where the meter can't tell (on CUDA, of a
-    peak that came after what is recorded), and in old records."""
+    """What they were for; sums to `allocated_bytes`. None where the meter can't tell, and in old records."""
 
 
 @dataclass(frozen=True)
@@ -386,14 +388,13 @@ class HeldMemory:
     """What a process had right after an allocation failed, by its own count; the tracer has no part in it."""
 
     allocated_bytes: int | None
-    """What was in use: on CUDA by torch's allocator; on a CPU by the C library's, less what was in use before anything
-    was loaded, with weights that are mapped from files. None where nobody counts it."""
+    """What was in use: on CUDA by torch's allocator; on a CPU by the C library's, less what was in use at the start, with
+    weights that are mapped from files. None where nobody counts it."""
     peak_allocated_bytes: int | None
     """The highest of it since the phase began; None on a CPU, where nobody keeps it."""
     reserved_bytes: int | None
     """What the caching allocator held; None where there is none (CPU)."""
     process_peak_bytes: int | None
-    """On a CPU the process's highest resident memory, the kernel's view; None on CUDA, and where the kernel does not
-    say."""
+    """On a CPU the process's highest resident memory, the kernel's view; None on CUDA, and where it does not say."""
     resident_bytes: Mapping[Category, int]
     """Resident categories, weighed on the live objects; empty where there was no trainer yet."""

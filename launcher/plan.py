@@ -123,6 +123,11 @@ class Plan:
         return self.offload_optimizer or self.offload_parameters
 
     @property
+    def swaps(self) -> bool:
+        """Whether optimizer states live on NVMe."""
+        return self.offload_optimizer and self.offload_device is OffloadDevice.NVME
+
+    @property
     def uses_pages(self) -> bool:
         """Whether optimizer states go to host memory where the device is full."""
         return self.optimizer in PAGED_OPTIMIZERS
@@ -147,8 +152,16 @@ SMALL_BUCKETS = ", small buckets"
 """How words of a plan, or of its arrangement, end where its buckets are small."""
 
 
-def offload_words(optimizer: bool, parameters: bool) -> str:
-    """What lives in host memory, `, optimizer states offloaded`; empty when nothing does."""
+def offload_words(optimizer: bool, parameters: bool, *, swaps: bool = False) -> str:
+    """What lives off the device, `, optimizer states offloaded`; empty when nothing does.
+
+    Args:
+        optimizer: Whether optimizer states do.
+        parameters: Whether parameters do, in host memory.
+        swaps: Whether states are on NVMe.
+    """
+    if swaps:
+        return f", optimizer states on NVMe{' and parameters offloaded' if parameters else ''}"
     what = [name for name, is_so in (("optimizer states", optimizer), ("parameters", parameters)) if is_so]
     return f", {' and '.join(what)} offloaded" if what else ""
 
@@ -173,18 +186,25 @@ class Rejection:
     """Whether it exceeds the budget, nobody knows by how much, and its like with the first choice of loss is priced."""
     is_host_short: bool = False
     """Whether it is host memory that `short_by_bytes` is about; of the device's it may need too much besides."""
+    is_nvme_short: bool = False
+    """The same of NVMe."""
+
+    @property
+    def is_off_device(self) -> bool:
+        """Whether it is not the device's memory that it lacks."""
+        return self.is_host_short or self.is_nvme_short
 
 
 def nearest(rejected: Iterable[Rejection]) -> Rejection | None:
     """Of plans that exceed their budget, the one that does by least; None where none does.
 
-    Those that fit and are refused for their grade come before those that exceed the budget, and those that exceed the
-    host's memory come last. What no engine can carry out, and what merely isn't the best, is short of nothing.
+    Those that fit and are refused for their grade come before those that exceed the budget, and those that exceed host
+    memory or NVMe come last. What no engine can carry out, and what merely isn't the best, is short of nothing.
     Unexplored ones are left out.
     """
     return min(
         (item for item in rejected if item.short_by_bytes > 0 and not item.is_unexplored),
-        key=lambda item: (not item.is_refused, item.is_host_short, item.short_by_bytes),
+        key=lambda item: (not item.is_refused, item.is_off_device, item.short_by_bytes),
         default=None,
     )
 

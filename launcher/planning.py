@@ -94,9 +94,19 @@ def trust_notes(job: JobSpec) -> tuple[str, ...]:
 
 def _offload_notes(job: JobSpec, choice: PlanChoice) -> tuple[str, ...]:
     """What a plan that offloads asks of the machine."""
-    if choice.plan is None or not choice.plan.uses_offload or job.hardware.kind is DeviceKind.CPU:
+    plan, notes = choice.plan, []
+    if plan is None or not plan.uses_offload:
         return ()
-    return ("DeepSpeed compiles its CPU Adam when it first runs: a C++ compiler and ninja must be there",)
+    if job.hardware.kind is not DeviceKind.CPU:
+        notes.append(
+            "DeepSpeed compiles its CPU Adam when it first runs: a C++ compiler and ninja must be there"
+        )
+    if plan.swaps:
+        notes.append(
+            "DeepSpeed compiles async_io when it first runs, for minutes: libaio with its headers must be there; no "
+            "checkpoint is saved, and an interrupted run begins anew"
+        )
+    return tuple(notes)
 
 
 def with_headroom(job: JobSpec, past: Sequence[Residual]) -> tuple[JobSpec, tuple[str, ...]]:

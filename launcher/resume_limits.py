@@ -72,7 +72,7 @@ def checkpoint_pins(plan: Plan, asked: Mapping[str, Any], world_size: int) -> di
         unsharded = {"zero_stage": 0, "offload_optimizer": False, "offload_parameters": False}
         return {"optimizer": plan.optimizer, "engine": engine, **unsharded}
     # torch reads which kernel to use from the states, and bitsandbytes reads paged ones onto the device
-    names = ["optimizer", "engine", "zero_stage", "offload_optimizer", "offload_parameters"]
+    names = ["optimizer", "engine", "zero_stage", "offload_optimizer", "offload_parameters", "offload_device"]
     pins = {name: getattr(plan, name) for name in names}
     if plan.engine is Engine.FSDP2:
         pins["shard_within_node"] = plan.shard_within_node
@@ -155,7 +155,7 @@ def pins_of(plan: Plan) -> PinSpec:
 
 def _writer(plan: Plan) -> str:
     names = {Engine.NONE: "one process", Engine.DDP: "DDP", Engine.FSDP2: "FSDP2"}
-    offload = offload_words(plan.offload_optimizer, plan.offload_parameters)
+    offload = offload_words(plan.offload_optimizer, plan.offload_parameters, swaps=plan.swaps)
     return names.get(plan.engine) or f"DeepSpeed's ZeRO stage {plan.zero_stage}{offload}"
 
 

@@ -57,6 +57,7 @@ from launcher.run.ledger import new_run_dir, previous_run, read_order
 from launcher.run.lock import sole_launcher
 from launcher.run.slurm import submit, submit_command
 from launcher.run.status import ordered_run, run_status, unrecorded_outcome
+from launcher.run.swap import require_drive
 from launcher.run.task_files import submit_hint
 from launcher.run.weight_files import check_model_folder
 from launcher.run_paths import RunPaths
@@ -176,6 +177,7 @@ def run_answer(job: JobSpec, show: Show) -> Answer:
     try:
         require_disk(paths.root, estimate.disk.total_bytes if estimate.disk else 0)
         if not job.launch.cluster.is_elsewhere:
+            require_drive(choice.plan, job.hardware, estimate.nvme)
             require_compiler(choice.plan, job.hardware.kind, os.environ)
     except LaunchError as error:
         return Answer("", document, error)

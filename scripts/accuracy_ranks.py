@@ -37,6 +37,7 @@ from launcher.job import (
     Method,
     MethodSpec,
     ModelSpec,
+    OffloadDevice,
     Optimizer,
     Precision,
     StoredDtype,
@@ -51,7 +52,7 @@ from launcher.planner.tracer import Tracer
 from launcher.run.endings import raise_for_outcome
 from launcher.run.launch import launch_worker, prepare_run
 from launcher.run_paths import RunPaths
-from launcher.run_record import WorkerOrder
+from launcher.run_record import WorkerOrder, WorkerOutcome
 from scripts.small_text import write_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +120,10 @@ def jobs() -> Iterator[RankJob]:
     if plan.buckets is not None:
         plan = replace(plan, buckets=replace(plan.buckets, sub_group_elements=GROUP_ELEMENTS))
     yield RankJob("zero3-full-none-1x384x2-groups", plan)
+    for method, num_devices in ((Method.FULL, 1), (Method.FULL, 2), (Method.LORA, 1)):
+        plan = swapping_plan(method, num_devices)
+        ranks = f"{num_devices}rank{'s' if num_devices > 1 else ''}"
+        yield RankJob(f"zero3-nvme-{method.value}-none-1x384x2-{ranks}", plan)
     for label, (engine, stage) in ARRANGEMENTS.items():
         plan = plan_of(engine, stage, Method.FULL, Checkpointing.NONE, 1, 384, 2, num_devices=4)
         yield RankJob(f"{label}-full-none-1x384x2-4ranks", plan)
@@ -155,6 +160,26 @@ def plan_of(
     return replace(plan, buckets=default_buckets(ARCHITECTURE, plan))
 
 
+def swapping_plan(method: Method, num_devices: int) -> Plan:
+    """A plan with optimizer states on NVMe, in groups of a layer: those, the embedding and the head are large enough."""
+    plan = plan_of(
+        Engine.DEEPSPEED,
+        3,
+        method,
+        Checkpointing.NONE,
+        1,
+        384,
+        2,
+        num_devices=num_devices,
+        offload_optimizer=True,
+        offload_device=OffloadDevice.NVME,
+    )
+    if plan.buckets is None or method is not Method.FULL:
+        return plan
+    elements = 2 * GROUP_ELEMENTS // num_devices
+    return replace(plan, buckets=replace(plan.buckets, sub_group_elements=elements))
+
+
 def job_of(plan: Plan, folder: Path) -> JobSpec:
     """The job of a plan, on the model in a folder."""
     return JobSpec(
@@ -172,7 +197,11 @@ def job_of(plan: Plan, folder: Path) -> JobSpec:
         ),
         launch=LaunchSpec(rehearse=False),
         hardware=HardwareSpec(
-            name="cpu", kind=DeviceKind.CPU, num_devices=plan.num_devices, memory_bytes=1 << 34
+            name="cpu",
+            kind=DeviceKind.CPU,
+            num_devices=plan.num_devices,
+            memory_bytes=1 << 34,
+            nvme_path=str(folder) if plan.swaps else "",
         ),
     )
 
@@ -188,13 +217,16 @@ def predict(job: JobSpec, plan: Plan) -> MemoryEstimate:
         return Forecaster(job, tracer, TraceCache(None)).estimate(plan, exact=True)
 
 
-def measure(job: JobSpec, plan: Plan, predicted: MemoryEstimate, folder: Path) -> list[MemoryMeasurement]:
-    """What each rank really took."""
+def measure(
+    job: JobSpec, plan: Plan, predicted: MemoryEstimate, folder: Path
+) -> tuple[WorkerOutcome, list[MemoryMeasurement]]:
+    """How a run ended, and what each rank really took."""
     paths = RunPaths(folder / "run")
     prepare_run(paths, WorkerOrder(job, plan, predicted, job.model.path, ""), {})
     outcome = launch_worker(paths, WorkerOrder(job, plan, predicted, job.model.path, ""), lambda line: None)
     raise_for_outcome(outcome, paths, plan.world_size)
-    return [read_document(paths.measured(rank), MemoryMeasurement) for rank in range(plan.world_size)]
+    ranks = range(plan.world_size)
+    return outcome, [read_document(paths.measured(rank), MemoryMeasurement) for rank in ranks]
 
 
 def compare(entry: RankJob, model: Path) -> dict[str, Any]:
@@ -204,7 +236,7 @@ def compare(entry: RankJob, model: Path) -> dict[str, Any]:
     predicted = predict(job, entry.plan)
     seconds = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(job, entry.plan, predicted, Path(folder))
+        outcome, measured = measure(job, entry.plan, predicted, Path(folder))
     phases: dict[str, Any] = {}
     for phase in PHASES:
         expected = predicted.phase(phase)
@@ -223,6 +255,8 @@ def compare(entry: RankJob, model: Path) -> dict[str, Any]:
         "measured_bytes": highest,
         "errors": [predicted.peak_allocated_bytes / size - 1 for size in highest],
         "phases": phases,
+        "nvme_bytes": 0 if predicted.nvme is None else predicted.nvme.file_bytes,
+        "last_loss": outcome.last_loss,
         "predicting_seconds": round(seconds, 1),
     }
 

@@ -31,7 +31,7 @@ from launcher.planning import resolve, with_headroom
         ),
         (
             ["hardware=a100_40g", "hardware.num_devices=2", "planner.pin.offload_device=nvme"],
-            "while it swaps is not predicted",
+            "is for optimizer states",
         ),
         (
             [

@@ -100,11 +100,11 @@ def gradient_bytes(plan: Plan, facts: SubjectFacts) -> int:
 def host_floor_bytes(plan: Plan, facts: SubjectFacts) -> int:
     """What a rank holds in host memory at least, before anything is traced; 0 where nobody knows.
 
-    DeepSpeed's CPU Adam has a copy of the trained weights and two states in fp32 there.
+    DeepSpeed's CPU Adam has a copy of the trained weights and two states in fp32 there, but where they are on NVMe.
     """
     if plan.engine is not Engine.DEEPSPEED or not plan.offload_optimizer:
         return 0
-    states = 3 * 4 * facts.trained_elements
+    states = 0 if plan.swaps else 3 * 4 * facts.trained_elements
     return (states + (facts.weight_bytes if plan.offload_parameters else 0)) // plan.world_size
 
 

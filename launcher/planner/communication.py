@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launcher.hardware import HardwareSpec
-from launcher.job import Checkpointing, Engine, Precision
+from launcher.job import Checkpointing, Engine, JobSpec, OffloadDevice, Precision
 from launcher.memory import TRAINING, MemoryEstimate
 from launcher.plan import Plan
 from launcher.step_time import StepTime
@@ -148,6 +148,28 @@ def with_paging(step: StepTime, hardware: HardwareSpec, estimate: MemoryEstimate
     if not rate or taken + estimate.context_bytes + paged <= hardware.memory_bytes:
         return step
     return replace(step, communication_seconds=step.communication_seconds + 2 * paged / rate)
+
+
+def lacks_drive_rate(job: JobSpec) -> bool:
+    """Whether states are to be swapped over a drive of which nobody knows how fast it is; then no step has a time."""
+    return job.planner.pin.offload_device is OffloadDevice.NVME and not job.hardware.nvme_bytes_per_second
+
+
+def with_drive(step: StepTime, hardware: HardwareSpec, moved_bytes: int) -> StepTime:
+    """A step with what crosses the NVMe meanwhile.
+
+    All of it is waited for: DeepSpeed's swapper reads a group of states, updates it, and writes it back before the next
+    (deepspeed 0.19.8, swap_tensor/partitioned_optimizer_swapper.py), and gradients are flushed before the first.
+
+    Args:
+        step: The step without it.
+        hardware: Its drive.
+        moved_bytes: What is read and written.
+    """
+    rate = hardware.nvme_bytes_per_second
+    if not moved_bytes or not rate:
+        return step
+    return replace(step, communication_seconds=step.communication_seconds + moved_bytes / rate)
 
 
 def link_bytes_per_second(hardware: HardwareSpec, *, across_nodes: bool) -> float:

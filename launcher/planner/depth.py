@@ -16,7 +16,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from launcher.domain import Domain, Exponents
 from launcher.planner.skyline import Instant, Profile, Skyline, build_skyline
+from launcher.planner.swapping import Swapping
 from launcher.planner.work import extend_tally
 
 if TYPE_CHECKING:  # the parent process extends profiles without loading the heavy libraries
@@ -168,7 +169,27 @@ def extend(shallow: Profile, deep: Profile, steps: float) -> Profile:
         disk_bytes=disk,
         work=extend_tally(shallow.work, deep.work, steps),
         pinned=pinned,
+        swapping=extended_swapping(shallow.swapping, deep.swapping, steps),
     )
+
+
+def extended_swapping(low: Swapping | None, high: Swapping | None, steps: float) -> Swapping | None:
+    """What is swapped to NVMe at full depth; None where nothing is.
+
+    Raises:
+        DepthMismatch: When two depths do not tell.
+    """
+    if low is None or high is None:
+        return None
+    whole = replace(
+        low,
+        groups_bytes=extended_blocks(low.groups_bytes, high.groups_bytes, steps),
+        locked_bytes=extended_blocks(low.locked_bytes, high.locked_bytes, steps),
+        files_bytes=extended_blocks(low.files_bytes, high.files_bytes, steps),
+    )
+    if reason := whole.why_not_extended(low, high, steps):
+        raise DepthMismatch(reason)
+    return whole
 
 
 def extended_blocks(low: Sequence[int], high: Sequence[int], steps: float) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Engine, JobSpec, Method, StoredDtype
 from launcher.memory import TRAINING, Category, HostEstimate, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
-from launcher.planner.host import disk_estimate, host_estimate, weight_bytes
+from launcher.planner.host import disk_estimate, host_estimate, nvme_estimate, weight_bytes
 from launcher.planner.skyline import Skyline
 from launcher.units import MIB
 
@@ -58,7 +58,10 @@ def read_estimate(skyline: Skyline, plan: Plan, job: JobSpec, process_bytes: int
         _with_unpaged_states(peak, phases, host) if peak.phase is Phase.RESUME else peak for peak in phases
     )
     disk = disk_estimate(skyline.disk_bytes, job.training)
-    return MemoryEstimate(phases, resident, context_bytes(job.hardware, plan), host=host, disk=disk)
+    nvme = nvme_estimate(skyline.swapping)
+    return MemoryEstimate(
+        phases, resident, context_bytes(job.hardware, plan), host=host, disk=disk, nvme=nvme
+    )
 
 
 def _with_unpaged_states(peak: PhasePeak, phases: Sequence[PhasePeak], host: HostEstimate) -> PhasePeak:

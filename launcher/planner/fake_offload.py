@@ -29,13 +29,16 @@ HOST = "meta"
 """What torch is told where DeepSpeed says `cpu` and means host memory."""
 
 
-def offload(tape: Tape, *, on_gpu: bool) -> None:
+def offload(tape: Tape, *, on_gpu: bool, swaps: bool) -> None:
     """Replaces what DeepSpeed's offload does otherwise than a trace can follow, in this process.
 
     Args:
         tape: Records what is allocated.
         on_gpu: Whether the job runs on a GPU, and host memory is another one.
+        swaps: Whether optimizer states go on to NVMe.
     """
+    if swaps:
+        importlib.import_module("launcher.planner.fake_nvme").swap(tape, on_gpu=on_gpu)
     flat = stage_1_and_2.DeepSpeedZeroOptimizer
     flat.reduce_ipg_grads = _as_if_all_were_its_part(flat.reduce_ipg_grads)
     flat.copy_grads_in_partition = _GradientToHost(tape, on_gpu)

@@ -78,7 +78,9 @@ def join(job: JobSpec, plan: Plan, rank: int, folder: Path, tape: Tape, layers: 
         elements = _bucket_elements(job, plan)
         fake_deepspeed.answer(tape, on_gpu=on_gpu, overlaps=overlaps, layer_elements=elements)
         if plan.uses_offload:
-            importlib.import_module("launcher.planner.fake_offload").offload(tape, on_gpu=on_gpu)
+            importlib.import_module("launcher.planner.fake_offload").offload(
+                tape, on_gpu=on_gpu, swaps=plan.swaps
+            )
     elif plan.engine is Engine.FSDP2:
         FakeTensor.data_ptr = _stand_in_address  # type: ignore[method-assign, assignment]  # accelerate knows weights by it
         _real_numbers_for_meshes()
@@ -109,9 +111,9 @@ def _bucket_elements(job: JobSpec, plan: Plan) -> int:
 def _environment(job: JobSpec, plan: Plan, folder: Path) -> dict[str, str]:
     """What `accelerate launch` tells its workers, by its own parser; the device of a trace is the CPU."""
     deepspeed_file, config_file = folder / "deepspeed.json", folder / "accelerate.yaml"
-    on_cpu = HardwareSpec(name="cpu", kind=DeviceKind.CPU, nvme_path=job.hardware.nvme_path)
+    on_cpu = HardwareSpec(name="cpu", kind=DeviceKind.CPU)
     config_file.write_text(yaml.safe_dump(accelerate_settings(on_cpu, plan, str(deepspeed_file))))
-    deepspeed_file.write_text(json.dumps(deepspeed_config(job, plan)) if plan.buckets else "{}")
+    deepspeed_file.write_text(json.dumps(deepspeed_config(job, plan, str(folder))) if plan.buckets else "{}")
     parser: Any = launch.launch_command_parser()
     arguments, defaults, _ = launch._validate_launch_command(
         parser.parse_args(["--config_file", str(config_file), "worker.py"])

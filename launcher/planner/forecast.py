@@ -26,7 +26,7 @@ from launcher.planner.bounds import (
     sharded_categories,
     static_floor_bytes,
 )
-from launcher.planner.communication import with_communication, with_paging
+from launcher.planner.communication import lacks_drive_rate, with_communication, with_drive, with_paging
 from launcher.planner.depth import DepthMismatch, DepthPlan, assemble_first
 from launcher.planner.estimate import context_bytes, read_estimate
 from launcher.planner.polynomial import TracedShape
@@ -84,7 +84,7 @@ class Forecaster:
     ) -> None:
         self._job = job
         self._budget_bytes = budget_bytes or job.hardware.memory_bytes
-        self._rates = rates
+        self._rates = None if lacks_drive_rate(job) else rates
         self._speeds: dict[tuple[str, Checkpointing, bool], SpeedModel] = {}
         self._questions: dict[tuple[Plan, bool], _Question] = {}
         self._tracer = tracer
@@ -275,7 +275,8 @@ class Forecaster:
         step = self._speeds[key].step(batch, length, plan.gradient_accumulation_steps)
         held = skyline.resident_bytes(batch, length)[Category.PARAMETERS]
         gradients, weights = gradient_bytes(plan, question.facts), question.facts.weight_bytes
-        return with_communication(step, plan, self._job.hardware, held, gradients, weights)
+        step = with_communication(step, plan, self._job.hardware, held, gradients, weights)
+        return with_drive(step, self._job.hardware, skyline.drive_bytes)
 
     def stream(self, plan: Plan) -> Stream:
         """Every allocation and release of a plan at its true shape.

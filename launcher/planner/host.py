@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import JobSpec, StoredDtype, TrainingSpec
 from launcher.memory import PINNED, Category, DiskEstimate, HostEstimate, MemoryEstimate, Phase, PhasePeak
+from launcher.nvme import NvmeEstimate
 from launcher.optimisation import BF16_WEIGHTS
 from launcher.plan import Plan
 from launcher.planner.skyline import Skyline
+from launcher.planner.swapping import Swapping
 
 CHECKPOINT, MODEL, MERGED = "checkpoint", "model", "merged"
 """The folders that a run saves."""
@@ -27,8 +29,9 @@ def host_estimate(
         job: The job.
         process_bytes: The process with its libraries.
     """
+    locked = 0 if skyline.swapping is None else sum(skyline.swapping.locked_bytes)
     if job.hardware.kind is DeviceKind.CPU:
-        return HostEstimate(process_bytes, tuple(device), 0)
+        return HostEstimate(process_bytes, tuple(device), locked)
     if skyline.host is None:
         return HostEstimate(process_bytes, (), 0)
     peaks = skyline.host.peaks(plan.micro_batch_size, plan.max_length, plan.gradient_accumulation_steps)
@@ -37,7 +40,14 @@ def host_estimate(
     kept = [pinned_bytes(size) for size in skyline.host.pinned]
     rounding = sum(kept) - sum(skyline.host.pinned)
     phases = tuple(_with_rounding(peak, rounding) for peak in phases)
-    return HostEstimate(process_bytes, phases, pinned + sum(kept))
+    return HostEstimate(process_bytes, phases, pinned + sum(kept) + locked)
+
+
+def nvme_estimate(swapping: Swapping | None) -> NvmeEstimate | None:
+    """What a plan has on NVMe; None where nothing is swapped."""
+    if swapping is None:
+        return None
+    return NvmeEstimate(sum(swapping.files_bytes), sum(swapping.locked_bytes))
 
 
 def pinned_bytes(num_bytes: int) -> int:
@@ -105,3 +115,10 @@ def short_on_host(estimate: MemoryEstimate, hardware: HardwareSpec) -> int:
     if estimate.host is None or not hardware.host_memory_bytes or hardware.kind is DeviceKind.CPU:
         return 0
     return max(0, estimate.host.peak_bytes - hardware.host_memory_bytes)
+
+
+def short_on_nvme(estimate: MemoryEstimate, hardware: HardwareSpec) -> int:
+    """Bytes by which a plan exceeds a device's share of the NVMe; 0 where that is not known, or nothing is swapped."""
+    if estimate.nvme is None or not hardware.nvme_bytes:
+        return 0
+    return max(0, estimate.nvme.file_bytes - hardware.nvme_bytes)

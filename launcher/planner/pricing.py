@@ -14,7 +14,7 @@ from launcher.planner import reasons
 from launcher.planner.arrangements import is_last_resort, with_ordinary_buckets
 from launcher.planner.bounds import buckets_hold_bytes
 from launcher.planner.forecast import Forecaster
-from launcher.planner.host import short_on_host
+from launcher.planner.host import short_on_host, short_on_nvme
 from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.options import Options
 from launcher.planner.refusal import Judge
@@ -134,6 +134,11 @@ class Pricing:
         if short > 0:  # a larger device would not help
             text = reasons.too_large_on_host(estimate, short)
             self.reject(price.plan, text, short, estimate.peak_device_bytes, is_host_short=True)
+            return False
+        short = short_on_nvme(estimate, self._job.hardware)
+        if short > 0 and estimate.nvme is not None:
+            text = reasons.too_large_on_nvme(estimate.nvme.file_bytes, short)
+            self.reject(price.plan, text, short, estimate.peak_device_bytes, is_nvme_short=True)
             return False
         if estimate.peak_device_bytes > self.budget_bytes:
             self._reject_too_large(price.plan, estimate)

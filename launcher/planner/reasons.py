@@ -64,6 +64,11 @@ def by_host_bound(bound_bytes: int, host_bytes: int) -> str:
     )
 
 
+def too_large_on_nvme(needed_bytes: int, short_by_bytes: int) -> str:
+    """A plan that exceeds a device's share of the NVMe."""
+    return f"needs {format_bytes(needed_bytes)} of NVMe, {format_bytes(short_by_bytes)} more than there is"
+
+
 def worse(price: Price, best: Price, ranking: Ranking) -> str:
     """A plan that fits, and ranks below the plan taken."""
     more = price.estimate.peak_device_bytes - best.estimate.peak_device_bytes
@@ -228,7 +233,7 @@ def _shortfalls(plan: Plan, rejected: Sequence[Rejection]) -> list[str]:
     ordinary = replace(arrangement_of(plan), small_buckets=False)
     for item in rejected:
         is_alike = item.plan.activation_checkpointing is plan.activation_checkpointing
-        is_alike &= item.plan.optimizer is plan.optimizer and not item.is_host_short
+        is_alike &= item.plan.optimizer is plan.optimizer and not item.is_off_device
         is_same_job = _is_same_job(item.plan, plan)
         if not (item.short_by_bytes > 0 and is_alike and is_same_job and _shards_less(item.plan, plan)):
             continue
@@ -250,7 +255,7 @@ def _paged(plan: Plan, resident: Optimizer, rejected: Sequence[Rejection]) -> st
         for item in rejected
         if item.plan.optimizer is resident
         and item.short_by_bytes > 0
-        and not item.is_host_short
+        and not item.is_off_device
         and _is_same_job(item.plan, plan)
     ]
     lack = f"the job is short by {format_bytes(min(short))} or more" if short else "no plan is taken"
@@ -283,7 +288,7 @@ def none_fits(nearest: Rejection, considered: int, capacity_bytes: int, headroom
     words += plan.activation_checkpointing.value
     if nearest.is_refused:
         return f"none of {considered} plans is taken; of {words} the plan {nearest.reason}"
-    where = " of host memory" if nearest.is_host_short else ""
+    where = " of host memory" if nearest.is_host_short else " of NVMe" if nearest.is_nvme_short else ""
     short = f"{format_bytes(nearest.short_by_bytes)} ({nearest.short_by_bytes:,} bytes)"
     return (
         f"none of {considered} plans fits {format_bytes(capacity_bytes - headroom_bytes)} "

@@ -26,6 +26,7 @@ from launcher.engines import (
     local_tensors,
     master_weights,
     prepare_trainer,
+    swap_buffers,
 )
 from launcher.job import AdapterDtype, Engine, JobSpec, Method, Precision, Task
 from launcher.memory import Category, Phase, Region
@@ -179,7 +180,8 @@ class Rehearsal:
         profile = build_profile(self.tape.events, resident, self.batch_inputs or {}, stream)
         host = build_host_profile(self.tape.host_events, exact=not self.tape.shape.length_is_symbol)
         work = {} if self.tape.recorder is None else self.tape.recorder.tally()
-        return replace(profile, host=host, disk_bytes=disk_bytes, work=work)
+        swapping = None if self.tape.swapped is None else self.tape.swapped()
+        return replace(profile, host=host, disk_bytes=disk_bytes, work=work, swapping=swapping)
 
     def _stage_weights(self) -> list[torch.Tensor]:
         """Weights in host memory before the trainer moves them to a GPU; quantised ones are read straight to it."""
@@ -263,7 +265,11 @@ class Rehearsal:
         return sharder
 
     def _optimizer_tensors(self) -> list[torch.Tensor]:
-        return [*_state_tensors(self._trainer), *master_weights(self._trainer.optimizer)]
+        return [
+            *_state_tensors(self._trainer),
+            *master_weights(self._trainer.optimizer),
+            *swap_buffers(self._trainer.optimizer),
+        ]
 
     def _mark_weights(self) -> None:
         """Engines hold the weights in places of their own, and parts of what all ranks share."""

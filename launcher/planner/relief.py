@@ -38,6 +38,8 @@ def smallest_change(job: JobSpec, choice: PlanChoice, forecaster: Forecaster) ->
         )
     if nearest.is_host_short:
         return f"hardware with {more} more host memory (hardware.host_memory_bytes)"
+    if nearest.is_nvme_short:
+        return f"{more} more NVMe for each device (hardware.nvme_bytes)"
     budget_bytes = choice.capacity_bytes - choice.headroom_bytes
 
     def fits(plan: Plan) -> bool:

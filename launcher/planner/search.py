@@ -78,7 +78,7 @@ def _is_beyond(following: Arrangement, fitting: Arrangement) -> bool:
 
 def _nearness(item: Rejection) -> tuple[bool, bool, int, bool]:
     """By which rejected plans are listed: nearest to fitting first, of those that fit what was priced."""
-    return item.is_unexplored, item.is_host_short, item.short_by_bytes, not item.peak_bytes
+    return item.is_unexplored, item.is_off_device, item.short_by_bytes, not item.peak_bytes
 
 
 class _Search:

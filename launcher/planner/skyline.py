@@ -18,6 +18,7 @@ from launcher.errors import UnsupportedByPlanner
 from launcher.memory import Category, Phase, PhasePeak
 from launcher.planner.polynomial import evaluate, monomials
 from launcher.planner.stream import CATEGORIES, Stream
+from launcher.planner.swapping import Swapping
 from launcher.planner.work import WorkTable, WorkTally, build_table
 
 Matrix = NDArray[np.float64]
@@ -59,6 +60,8 @@ class Profile:
     """The operations of one optimizer step."""
     pinned: tuple[int, ...] = ()
     """Of host memory: sizes of the blocks that an engine pins and keeps, in the order of their births, bytes."""
+    swapping: Swapping | None = None
+    """What is on NVMe; None where nothing is."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,13 @@ class Skyline:
     """The operations of one optimizer step."""
     pinned: tuple[int, ...] = ()
     """Of host memory: sizes of the blocks that an engine pins and keeps, bytes."""
+    swapping: Swapping | None = None
+    """What is on NVMe; None where nothing is."""
+
+    @property
+    def drive_bytes(self) -> int:
+        """What crosses the NVMe in an optimizer step: all files are read and written once."""
+        return 0 if self.swapping is None else 2 * sum(self.swapping.files_bytes)
 
     def peaks(self, batch: int, length: int, accumulation: int) -> tuple[PhasePeak, ...]:
         """Peak of each phase.
@@ -205,6 +215,7 @@ def build_skyline(domain: Domain, profile: Profile, accumulation: int) -> Skylin
         profile.disk_bytes,
         build_table(profile.work),
         profile.pinned,
+        profile.swapping,
     )
 
 

@@ -32,6 +32,7 @@ from launcher.planner.blocks import FLUSH, Block, Event
 from launcher.planner.fast_fake import FastFakeTensorMode
 from launcher.planner.polynomial import CONSTANT, TracedShape, factor_shape
 from launcher.planner.recorder import WorkRecorder
+from launcher.planner.swapping import Swapping
 
 aten = torch.ops.aten
 ON_DEVICE = torch.device("cpu")
@@ -93,6 +94,8 @@ class Tape(TorchDispatchMode):
     host_events: list[Event] = field(default_factory=list)
     """What happens in host memory while the job runs on a GPU."""
     num_instants: int = 0
+    swapped: Callable[[], Swapping] | None = None
+    """What lies on NVMe at the end; None where nothing is swapped."""
     failed: str = ""
     """The operation that could not be run; empty while there is none."""
 

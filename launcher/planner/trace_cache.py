@@ -21,6 +21,7 @@ from launcher.domain import Domain, Exponents
 from launcher.memory import Category, Phase
 from launcher.planner.skyline import PhaseSkyline, Skyline
 from launcher.planner.stream import Stream
+from launcher.planner.swapping import Swapping
 from launcher.planner.tracer import Subject, SubjectFacts
 from launcher.planner.work import decode_table, encode_table
 
@@ -59,6 +60,7 @@ TRACED = (
     "memory.py",
     "merge.py",
     "model.py",
+    "nvme.py",
     "optimisation.py",
     "optimizers.py",
     "plan.py",
@@ -194,6 +196,7 @@ def _encode(skyline: Skyline) -> dict[str, Any]:
         "disk_bytes": dict(skyline.disk_bytes),
         "work": encode_table(skyline.work),
         "pinned": list(skyline.pinned),
+        "swapping": None if skyline.swapping is None else asdict(skyline.swapping),
     }
 
 
@@ -212,6 +215,7 @@ def _decode(payload: Mapping[str, Any]) -> Skyline:
         disk_bytes={str(name): int(size) for name, size in payload["disk_bytes"].items()},
         work=decode_table(payload["work"]),
         pinned=tuple(int(size) for size in payload["pinned"]),
+        swapping=TypeAdapter(Swapping | None).validate_python(payload["swapping"]),
     )
 
 

@@ -15,13 +15,15 @@ def traced_world(plan: Plan) -> Plan:
     """The plan with as many devices as are traced.
 
     Data parallelism without sharding is the same on any number of ranks. A world of more than `TRACED_RANKS` is traced
-    as one of so many on one node; one that is sharded within nodes keeps its nodes' size.
+    as one of so many on one node; one that is sharded within nodes keeps its nodes' size, and one that swaps to NVMe all.
     """
     if plan.engine is Engine.DDP:
         return replace(plan, num_devices=2, num_nodes=1)
     if plan.shard_within_node and plan.num_nodes > 1:
         return replace(plan, num_nodes=2)
-    if plan.world_size <= TRACED_RANKS:
+    if (
+        plan.world_size <= TRACED_RANKS or plan.swaps
+    ):  # which group is swapped hangs on how large a rank's part is
         return plan
     if plan.buckets is not None:  # a sub-group is so many elements of a rank's part
         elements = plan.buckets.sub_group_elements * plan.world_size // TRACED_RANKS

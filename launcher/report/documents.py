@@ -34,6 +34,7 @@ def plan_document(
                 "step_seconds": item.step_seconds,
                 "is_refused": item.is_refused,
                 "is_host_short": item.is_host_short,
+                "is_nvme_short": item.is_nvme_short,
             }
             for item in choice.rejected
         ],
@@ -125,7 +126,8 @@ def predicted_fields(estimate: MemoryEstimate, step: StepTime | None) -> dict[st
     """A prediction as plain values.
 
     `peak_reserved_bytes` is null where there is no caching allocator; `step_seconds` and `tokens_per_second` where
-    nobody knows how fast the device is. `disk_bytes.num_checkpoints` is null where the number of steps is not known.
+    nobody knows how fast the device is; `nvme_bytes` where nothing is swapped.
+    `disk_bytes.num_checkpoints` is null where the number of steps is not known.
     """
     host, disk = estimate.host, estimate.disk
     return {
@@ -145,6 +147,8 @@ def predicted_fields(estimate: MemoryEstimate, step: StepTime | None) -> dict[st
         "host_by_category_bytes": None if host is None else dict(host.by_category_bytes),
         "pinned_bytes": None if host is None else host.pinned_bytes,
         "disk_bytes": None if disk is None else {**asdict(disk), "total_bytes": disk.total_bytes},
+        "nvme_bytes": None if estimate.nvme is None else estimate.nvme.file_bytes,
+        "locked_bytes": None if estimate.nvme is None else estimate.nvme.locked_bytes,
         "step_seconds": None if step is None else step.seconds,
         "tokens_per_second": None if step is None else step.tokens_per_second,
         "rates": None if step is None else step.rates,

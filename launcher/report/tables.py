@@ -35,7 +35,7 @@ def plan_text(job: JobSpec, choice: PlanChoice, planning_seconds: float) -> str:
         lines += [
             wrapped("plan     ", plan_words(choice.plan)),
             wrapped("because  ", choice.reason),
-            *_speed_lines(choice.step, hardware),
+            *_speed_lines(choice.step, hardware, swaps=choice.plan.swaps),
             *([wrapped("grade    ", squeeze_words(choice.squeeze))] if choice.squeeze else []),
             "",
             *_estimate_lines(choice.estimate),
@@ -96,13 +96,19 @@ def engine_parts(plan: Plan) -> list[str]:
     if plan.engine is Engine.NONE:
         return []
     name = f"ZeRO stage {plan.zero_stage}" if plan.engine is Engine.DEEPSPEED else plan.engine.value.upper()
-    offloaded = offload_words(plan.offload_optimizer, plan.offload_parameters)
+    offloaded = offload_words(plan.offload_optimizer, plan.offload_parameters, swaps=plan.swaps)
     buckets = SMALL_BUCKETS if plan.has_small_buckets else ""
     return [name, *(words.removeprefix(", ") for words in (offloaded, buckets) if words)]
 
 
-def _speed_lines(step: StepTime | None, hardware: HardwareSpec) -> list[str]:
+def _speed_lines(step: StepTime | None, hardware: HardwareSpec, *, swaps: bool) -> list[str]:
     """Predicted speed, and on what it rests."""
+    if step is None and swaps and not hardware.nvme_bytes_per_second:
+        words = (
+            "not known: optimizer states cross the drive in each step, and hardware.nvme_bytes_per_second, the rate of "
+            "the drive, is not set"
+        )
+        return [wrapped("speed    ", words)]
     if step is None:
         words = "not known for this device; `launch action=calibrate` measures the one that is here"
         return [wrapped("speed    ", words)]
@@ -163,7 +169,7 @@ def _estimate_lines(estimate: MemoryEstimate) -> list[str]:
 
 
 def _beside_the_device(estimate: MemoryEstimate) -> list[str]:
-    """Host memory and disk, a line each."""
+    """Host memory, NVMe and disk, a line each."""
     lines = []
     host, disk = estimate.host, estimate.disk
     if host is not None:
@@ -171,6 +177,10 @@ def _beside_the_device(estimate: MemoryEstimate) -> list[str]:
         words = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
         pinned = f"; {format_bytes(host.pinned_bytes)} of it pinned" if host.pinned_bytes else ""
         lines.append(wrapped("host     ", f"{format_bytes(host.peak_bytes)}: {words}{pinned}"))
+    if estimate.nvme is not None:
+        locked = format_bytes(estimate.nvme.locked_bytes)
+        words = f"optimizer states and gradients; {locked} of host memory locked for it"
+        lines.append(wrapped("nvme     ", f"{format_bytes(estimate.nvme.file_bytes)}: {words}"))
     if disk is not None:
         count = (
             "as many checkpoints as are due" if disk.num_checkpoints is None else str(disk.num_checkpoints)

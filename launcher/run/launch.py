@@ -31,6 +31,7 @@ from launcher.run.render import (
     worker_environment,
 )
 from launcher.run.slurm import batch_script
+from launcher.run.swap import swap_folder
 from launcher.run.task_files import skypilot_text, train_job_text
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder, WorkerOutcome
@@ -256,7 +257,8 @@ def _configurations(at: RunPaths, paths: RunPaths, order: WorkerOrder) -> dict[P
     """Files of the folder `at` that accelerate and DeepSpeed read."""
     texts = {at.accelerate_config: accelerate_config(order.job.hardware, order.plan, paths)}
     if order.plan.engine is Engine.DEEPSPEED:
-        texts[at.deepspeed_config] = deepspeed_text(order.job, order.plan)
+        folder = str(swap_folder(order.job.hardware, paths)) if order.plan.swaps else ""
+        texts[at.deepspeed_config] = deepspeed_text(order.job, order.plan, folder)
     return texts
 
 

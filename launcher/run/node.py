@@ -34,6 +34,7 @@ from launcher.run.ranks import redact_rank_logs
 from launcher.run.rehearse import MARK, discard_results, is_due
 from launcher.run.render import worker_command, worker_environment
 from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
+from launcher.run.swap import remove_swapped, require_drive, require_swapping
 from launcher.run.waiting_room import is_called_back, waiting_room
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOrder, WorkerOutcome
@@ -74,6 +75,10 @@ def run_node(
     meeting = meet(paths, order, node)
     failure: LauncherError | None = LaunchError(f"node {node.rank} on host {socket.gethostname()} was ended")
     try:
+        require_drive(order.plan, order.job.hardware, order.predicted.nvme)
+        require_swapping(
+            order.plan, order.predicted.nvme, worker_environment(order.job.hardware, os.environ, order.plan)
+        )
         for act in acts:
             task = order if act == paths else read_document(act.worker, WorkerOrder)
             shown = show if act == paths else lambda line: show(MARK + line)
@@ -85,6 +90,9 @@ def run_node(
             if node.rank == 0:
                 rehearsed()
                 discard_results(act)
+    except LauncherError as problem:
+        failure = problem
+        raise
     finally:
         meeting.leave("" if failure is None else failure.message, isinstance(failure, WorkerOutOfMemory))
     lost = meeting.reason_to_stop() if ending.exit_code or ending.stopped_because else ""
@@ -118,6 +126,7 @@ def _supervised(
         )
     finally:
         redact_rank_logs(paths, known_secrets(environment))
+        remove_swapped(order.plan, order.job.hardware, paths)
 
 
 def _bad_rehearsal(paths: RunPaths, order: WorkerOrder, ending: Ending) -> WorkerOutcome:

@@ -131,5 +131,5 @@ class ProgressCallback(TrainerCallback):
 
     def _stop(self, control: TrainerControl) -> None:
         self._progress.is_stopped = True
-        control.should_save = True
+        control.should_save = not self._plan.swaps  # nothing could go on from it: see engine_limits.py
         control.should_training_stop = True

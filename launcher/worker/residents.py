@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from launcher import workload
-from launcher.engines import averaged_gradients, local_tensors, master_weights
+from launcher.engines import averaged_gradients, local_tensors, master_weights, swap_buffers
 from launcher.memory import RESIDENT, Category
 from launcher.optimizers import optimizer_tensors
 
@@ -61,7 +61,7 @@ def resident_tensors(
         Category.PARAMETERS: weights + scales,
         Category.BUFFERS: list(model.buffers()),
         Category.GRADIENTS: [*averaged_gradients(optimizer), *gradients],
-        Category.OPTIMIZER_STATE: [*tensors, *master_weights(optimizer)],
+        Category.OPTIMIZER_STATE: [*tensors, *master_weights(optimizer), *swap_buffers(optimizer)],
     }
 
 

@@ -59,6 +59,7 @@ from launcher.worker.ranks import rank, world_size
 from launcher.worker.recorder import METERED_STEPS
 from launcher.worker.residents import bucket_sizes_bytes, lasting_tensors, weigh_gradients, weigh_residents
 from launcher.worker.results import save_results, saved_bytes
+from launcher.worker.swapped import swap_buffers_seen
 from launcher.worker.tasks import check_images
 from launcher.worker.trusted import trusted_checkpoints
 
@@ -124,13 +125,19 @@ def train(
         save_aside(trainer, ingredients.output_dir)
         if resume is not None:
             enter(Phase.RESUME)
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        _run_loop(trainer, plan, meter, resume)
         resident = {**weigh_residents(model, trainer.optimizer), Category.GRADIENTS: progress.gradient_bytes}
         if not progress.is_stopped:
             gather_when_saving(trainer, plan)
             merged = ingredients.merged if job.method.merge else None
             save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
         return trainer, replace(_measured(meter, resident, progress, ingredients), leak=leaks.leak)
+
+
+def _run_loop(trainer: Trainer, plan: Plan, meter: Meter, resume: Path | None) -> None:
+    """Trains; engines wrap the model here, and make their buffers."""
+    with swap_buffers_seen(plan, meter.receive):
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 
 def _meter_of(trainers: Sequence[Trainer]) -> Meter:
@@ -258,7 +265,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         if progress.is_stopped:
             status, message = (
                 Status.INTERRUPTED,
-                f"stopped after step {progress.steps}; a checkpoint was saved",
+                f"stopped after step {progress.steps}; {_left_by(order.plan)}",
             )
     except DataError as failure:
         status, message = Status.DATA_ERROR, str(failure)
@@ -285,6 +292,13 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     if status in (Status.DONE, Status.INTERRUPTED):
         leave_together()
     return status
+
+
+def _left_by(plan: Plan) -> str:
+    """What an interrupted run leaves."""
+    if plan.swaps:
+        return "no checkpoint: none can be read back with optimizer states on NVMe"
+    return "a checkpoint was saved"
 
 
 def _ask_to_stop(progress: Progress, frame: FrameType | None) -> None:
