@@ -21,6 +21,7 @@ from launcher.plan import Plan
 from launcher.planner.communication import lacks_drive_rate, with_drive
 from launcher.planner.depth import DepthMismatch, extended_swapping
 from launcher.planner.forecast import Forecaster
+from launcher.planner.relief import smallest_change
 from launcher.planner.swapping import Swapping
 from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
@@ -32,7 +33,6 @@ from launcher.run.launch import prepare_run
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
 from launcher.step_time import StepTime
-from launcher.workflow import smallest_change
 from scripts.accuracy_ranks import WITHIN, RankJob, compare, job_of, swapping_plan, write_model
 from tests.tiny_job import tiny_order
 
@@ -100,6 +100,7 @@ def test_few_layers_tell_of_all(kind: DeviceKind) -> None:
         assert found.peak_allocated_bytes <= 1.01 * kept.peak_allocated_bytes
 
 
+@pytest.mark.thorough
 def test_a_drive_that_is_too_small_is_refused_by_how_much() -> None:
     words = (
         "recipe=smollm_lora",
@@ -130,12 +131,14 @@ def test_a_drive_that_is_too_small_is_refused_by_how_much() -> None:
         assert plan_document(taken, {}, 0.0, "")["predicted"]["nvme_bytes"] == size
         small = resolve(load_job([*words, f"hardware.nvme_bytes={size - 4096}"]), ())
         refused = plan_job(small, tracer)
+        assert refused.plan is None and refused.nearest is not None
+        change = smallest_change(small, refused, Forecaster(small, tracer, TraceCache(None)))
         fast = resolve(load_job([*words, "hardware.nvme_bytes_per_second=2e9"]), ())
         timed = plan_job(fast, tracer)
-    assert refused.plan is None and refused.nearest is not None and refused.nearest.is_nvme_short
+    assert refused.nearest.is_nvme_short
     assert refused.nearest.short_by_bytes == 4096
     assert "4.00 KiB more than there is" in refused.nearest.reason
-    assert "hardware.nvme_bytes" in smallest_change(small, refused)
+    assert "hardware.nvme_bytes" in change
     assert timed.step is not None and timed.step.communication_seconds >= 2 * size / 2e9
 
 
