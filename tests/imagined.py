@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
+
+import numpy as np
 
 from launcher.domain import Domain
 from launcher.errors import UnsupportedByPlanner
@@ -17,13 +20,15 @@ from launcher.job import (
     Loss,
     Method,
     MethodSpec,
+    Optimizer,
     PlannerSpec,
     TrainingSpec,
 )
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.optimisation import implementations
-from launcher.plan import Plan
+from launcher.plan import Plan, varied
 from launcher.planner.forecast import Forecaster
+from launcher.planner.group import Group, Split
 from launcher.step_time import StepTime
 
 MODES = (Checkpointing.NONE, Checkpointing.SELECTIVE, Checkpointing.FULL, Checkpointing.OFFLOAD)
@@ -95,6 +100,34 @@ class Law:
             context_bytes=self.context,
         )
 
+    def peaks(self, group: Group) -> list[int]:
+        """`price(plan).peak_device_bytes` of many plans."""
+        step, update = self._phases(group)
+        return (np.maximum(sum(step.values()), sum(update.values())) + self.context).tolist()
+
+    def floors(self, group: Group, like: Plan) -> list[int]:
+        """What plans that differ from those of a group in a kernel or the optimizer need at least."""
+        step, _ = self._phases(group)
+        if group.like.attention is not like.attention:
+            step[Category.ACTIVATIONS] = 0
+        if group.like.loss is not like.loss:
+            step[Category.LOGITS_AND_LOSS] = 0
+        if group.like.optimizer is not like.optimizer:
+            step[Category.OPTIMIZER_STATE] = 0
+        return (sum(step.values()) + self.context + np.zeros(len(group.splits), dtype=np.int64)).tolist()
+
+    def _phases(self, group: Group) -> tuple[dict[Category, Any], dict[Category, Any]]:
+        """Both phases of many plans that all accumulate, or of one, on the skyline of their regime."""
+        first = self.price(group.plan(group.splits[0]))
+        micro = np.array([split[0] for split in group.splits], dtype=np.int64)
+        step, update = (dict(phase.by_category_bytes) for phase in first.phases)
+        tokens = int(micro[0]) * group.like.max_length
+        many = micro * group.like.max_length
+        step[Category.ACTIVATIONS] = many * (step[Category.ACTIVATIONS] // tokens)
+        seen = many if group.like.loss is Loss.PLAIN else np.minimum(many, self.tile)
+        step[Category.LOGITS_AND_LOSS] = self.logits_per_token * seen // (1 + (group.like.loss is Loss.LIGER))
+        return step, update
+
     def step(self, plan: Plan, *, without_loss: bool = False) -> StepTime | None:
         """Time of a plan, or of all of it but the loss."""
         if not self.knows_speed:
@@ -140,6 +173,7 @@ class FakeForecaster(Forecaster):
         self.traced: list[tuple[object, ...]] = []
         self.traced_exactly: list[Plan] = []
         self.missing: tuple[Attention, ...] = ()
+        self.parts: dict[tuple[int, tuple[Split, ...]], tuple[tuple[Split, ...], ...]] = {}
 
     def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
         for plan in plans:
@@ -153,17 +187,20 @@ class FakeForecaster(Forecaster):
 
     def lower_bound_bytes(self, plan: Plan) -> int:
         bounds = [0]
-        accumulating = replace(plan, gradient_accumulation_steps=2)
+        accumulating = varied(plan, gradient_accumulation_steps=2)
         if plan.gradient_accumulation_steps == 1 and self.is_prepared(accumulating):
             price = self.law.price(accumulating)
             bound = price.peak_device_bytes - price.resident_bytes[Category.GRADIENTS]
             bounds.append(bound - price.peak.by_category_bytes[Category.INPUTS])
         steps = {plan.gradient_accumulation_steps, max(2, plan.gradient_accumulation_steps)}
+        at_once = self._answers_at_once()
         for attention, loss, optimizer, accumulation in product(
             Attention, Loss, implementations(plan.optimizer), steps
         ):
-            other = replace(plan, attention=attention, loss=loss, optimizer=optimizer)
-            known = replace(other, gradient_accumulation_steps=accumulation)
+            if at_once and self._key(plan, attention, loss, optimizer, accumulation) not in self.traced:
+                continue  # the same as below, sooner
+            other = varied(plan, attention=attention, loss=loss, optimizer=optimizer)
+            known = varied(other, gradient_accumulation_steps=accumulation)
             if other != plan and self.is_prepared(known):
                 step = dict(self.law.price(known).phases[0].by_category_bytes)
                 if attention is not plan.attention:
@@ -177,6 +214,49 @@ class FakeForecaster(Forecaster):
                 bounds.append(sum(step.values()) + self.law.context)
         assert max(bounds) <= self.law.price(plan).peak_device_bytes
         return max(bounds)
+
+    def known_peaks_bytes(self, group: Group) -> list[int | None]:
+        if not self._answers_at_once():
+            known = ((plan, self.is_prepared(plan)) for plan in group.plans())
+            return [self.law.price(plan).peak_device_bytes if is_known else None for plan, is_known in known]
+        peaks: dict[Split, int] = {}
+        for splits in self._parts(group):
+            if self._regime(group.plan(splits[0])) in self.traced:
+                peaks |= zip(splits, self.law.peaks(replace(group, splits=splits)), strict=True)
+        return [peaks.get(split) for split in group.splits]
+
+    def lower_bounds_bytes(self, group: Group) -> list[int]:
+        if not self._answers_at_once():
+            return [self.lower_bound_bytes(plan) for plan in group.plans()]
+        like, bounds = group.like, dict.fromkeys(group.splits, 0)
+        kernels = set(product(Attention, Loss, implementations(like.optimizer)))
+        for splits in self._parts(group):
+            if splits[0][1] == 1:
+                bounds |= {split: self.lower_bound_bytes(group.plan(split)) for split in splits}
+                continue
+            first = group.plan(splits[0])
+            for known in kernels - {(like.attention, like.loss, like.optimizer)}:
+                if self._key(first, *known, 2) in self.traced:
+                    attention, loss, optimizer = known
+                    other = varied(like, attention=attention, loss=loss, optimizer=optimizer)
+                    floors = self.law.floors(Group(other, splits), like)
+                    bounds |= {s: max(bounds[s], size) for s, size in zip(splits, floors, strict=True)}
+        return [bounds[split] for split in group.splits]
+
+    def _answers_at_once(self) -> bool:
+        """Whether a law is the plain one, whose figures for many micro batches are computed together."""
+        return type(self.law) is Law and type(self)._regime is FakeForecaster._regime
+
+    def _parts(self, group: Group) -> tuple[tuple[Split, ...], ...]:
+        """The splits of a group, by what is one regime for every kernel."""
+        key = group.like.max_length, group.splits
+        if key not in self.parts:
+            found: dict[tuple[bool, ...], list[Split]] = {}
+            for split in group.splits:
+                over = split[0] * group.like.max_length > self.law.tile
+                found.setdefault((split[0] == 1, over, split[1] > 1), []).append(split)
+            self.parts[key] = tuple(tuple(splits) for splits in found.values())
+        return self.parts[key]
 
     def domain(self, plan: Plan) -> Domain:
         if plan.attention in self.missing:
@@ -203,7 +283,7 @@ class FakeForecaster(Forecaster):
             return 0.0
         own = self.law.recompute[MODES.index(plan.activation_checkpointing)]
         modes = [mode for mode, more in zip(MODES, self.law.recompute, strict=True) if more <= own]
-        alike = [replace(plan, activation_checkpointing=mode) for mode in modes]
+        alike = [varied(plan, activation_checkpointing=mode) for mode in modes]
         other = 2 if plan.gradient_accumulation_steps == 1 else plan.gradient_accumulation_steps
         known = [
             self.law.seconds(item, without_loss=loss is not plan.loss)
@@ -211,19 +291,23 @@ class FakeForecaster(Forecaster):
             for loss in Loss
             for steps in (item.gradient_accumulation_steps, other)
             if self.is_prepared(
-                replace(item, loss=loss, buckets=(like or plan).buckets, gradient_accumulation_steps=steps)
+                varied(item, loss=loss, buckets=(like or plan).buckets, gradient_accumulation_steps=steps)
             )
         ]
         return max(known, default=0.0)
 
     def _regime(self, plan: Plan) -> tuple[object, ...]:
         """What one trace answers for: every batch above 1 and every length on one side of the tile."""
-        tiled = plan.loss is not Loss.PLAIN
-        over = tiled and plan.micro_batch_size * plan.max_length > self.law.tile
-        accumulates = plan.gradient_accumulation_steps > 1
-        single = plan.micro_batch_size == 1
-        knobs = plan.method, plan.rank, plan.activation_checkpointing, plan.loss, plan.optimizer
-        return *knobs, plan.attention, single, over, accumulates
+        kernels = plan.attention, plan.loss, plan.optimizer
+        return self._key(plan, *kernels, plan.gradient_accumulation_steps)
+
+    def _key(
+        self, plan: Plan, attention: Attention, loss: Loss, optimizer: Optimizer, accumulation: int
+    ) -> tuple[object, ...]:
+        """The regime of a plan with other kernels, optimizer or accumulation."""
+        over = loss is not Loss.PLAIN and plan.micro_batch_size * plan.max_length > self.law.tile
+        knobs = plan.method, plan.rank, plan.activation_checkpointing, loss, optimizer
+        return *knobs, attention, plan.micro_batch_size == 1, over, accumulation > 1
 
 
 def job_with(

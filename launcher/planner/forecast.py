@@ -3,64 +3,42 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from launcher.domain import Domain
-from launcher.errors import UnsupportedByPlanner
 from launcher.hardware import DeviceKind
-from launcher.job import Checkpointing, Engine, JobSpec, Loss
+from launcher.job import Checkpointing, JobSpec
 from launcher.memory import Category, MemoryEstimate
-from launcher.plan import Plan
+from launcher.plan import Plan, varied
 from launcher.planner.bounds import (
     RECOMPUTED,
     computes_alike,
     differing_categories,
-    differs_in_engine,
     gradient_bytes,
     host_floor_bytes,
-    replicated_plan,
     sharded_categories,
     static_floor_bytes,
 )
 from launcher.planner.communication import lacks_drive_rate, with_communication, with_drive, with_paging
 from launcher.planner.depth import DepthMismatch, DepthPlan, assemble_first
-from launcher.planner.estimate import context_bytes, read_estimate
-from launcher.planner.polynomial import TracedShape
-from launcher.planner.regimes import domain_of, symbolic_shape
+from launcher.planner.estimate import WORKSPACES, context_bytes, read_estimate
+from launcher.planner.group import Group, Split
+from launcher.planner.many import is_whole, peaks_bytes
+from launcher.planner.questions import Question, Questions
 from launcher.planner.reserve import with_reserved, with_workspaces
 from launcher.planner.skyline import Profile, Skyline
 from launcher.planner.space import attentions, losses, optimizers
 from launcher.planner.speed import SpeedModel
 from launcher.planner.stream import Stream, with_waiting_inputs
 from launcher.planner.stream_depth import check_peaks, extend_stream
-from launcher.planner.subject import alone, subject_of
 from launcher.planner.trace_cache import TraceCache
-from launcher.planner.tracer import Subject, SubjectFacts, Tracer
+from launcher.planner.tracer import SubjectFacts, Tracer
 from launcher.rates import Rates
 from launcher.step_time import StepTime
-
-
-@dataclass(frozen=True)
-class _Question:
-    """One skyline that is wanted."""
-
-    subject: Subject
-    facts: SubjectFacts
-    domain: Domain
-    shape: TracedShape
-    accumulation: int
-    attempts: tuple[DepthPlan, ...]
-    """Depths to trace, and those to trace when they don't tell what repeats."""
-    key: str
-
-    @property
-    def streams_key(self) -> str:
-        """Under which the streams of the same traces are kept."""
-        return f"{self.key}-streams"
 
 
 class Forecaster:
@@ -86,14 +64,12 @@ class Forecaster:
         self._budget_bytes = budget_bytes or job.hardware.memory_bytes
         self._rates = None if lacks_drive_rate(job) else rates
         self._speeds: dict[tuple[str, Checkpointing, bool], SpeedModel] = {}
-        self._questions: dict[tuple[Plan, bool], _Question] = {}
         self._tracer = tracer
         self._cache = cache
-        self._facts: dict[str, SubjectFacts] = {}
+        self._asked = Questions(job, tracer, cache)
+        self._absent: set[str] = set()
         self._skylines: dict[str, Skyline] = {}
         self._streams: dict[str, Mapping[int, Stream]] = {}
-        # plans with nothing sharded that were asked for, by what they are without buckets
-        self._replicated: dict[Plan, Plan] = {}
         self._pending: dict[str, tuple[Future[Profile], ...]] = {}
 
     def prepare(self, plans: Iterable[Plan], *, exact: bool = False) -> None:
@@ -127,7 +103,7 @@ class Forecaster:
 
     def supports_sdpa(self, plan: Plan) -> bool:
         """Whether the model's code has scaled-dot-product attention."""
-        return self._facts_of(subject_of(self._job, plan)).supports_sdpa
+        return self._asked.facts(plan).supports_sdpa
 
     def lower_bound_bytes(self, plan: Plan) -> int:
         """A device peak that the plan reaches at least, for what is known without a new trace; 0 when nothing is.
@@ -138,21 +114,75 @@ class Forecaster:
         optimizer, without what that changes.
         """
         question = self._question(plan, exact=False)
-        accumulating = replace(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
+        accumulating = varied(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
         bounds = [static_floor_bytes(plan, question.facts) + context_bytes(self._job.hardware, plan)]
-        kernels = {plan.optimizer, *optimizers(self._job)}
-        options = {plan.attention, *attentions(self._job)}
-        kinds = product(Checkpointing, {plan, accumulating}, options, losses(self._job), kernels)
-        for mode, known, attention, loss, optimizer in kinds:
-            alike = replace(known, activation_checkpointing=mode, loss=loss, optimizer=optimizer)
-            alike = replace(alike, attention=attention)
+        for alike in (other for known in {plan, accumulating} for other in self._alike(known)):
             if self.is_prepared(alike):
                 bounds.append(self._bound_from(alike, plan, question.facts))
         if plan.zero_stage and computes_alike(self._job, plan):
-            like = replicated_plan(plan)
-            same = [known for known, exact in self._questions if not exact and differs_in_engine(known, like)]
-            bounds += [self._floor(known, sharded_categories(plan), only_steps=True) for known in same]
+            known = self._asked.replicated(plan)
+            if known is not None:
+                bounds.append(self._floor(known, sharded_categories(plan), only_steps=True))
         return max(bounds)
+
+    def known_peaks_bytes(self, group: Group) -> list[int | None]:
+        """Device peaks of the plans of a group; None for each whose price needs a new trace."""
+        found: dict[Split, int] = {}
+        for question, splits in self._asked.by_question(group):
+            if question.key in self._pending or self._kept(question) is not None:
+                found |= zip(splits, self._peaks(question, replace(group, splits=splits)), strict=True)
+        return [found.get(split) for split in group.splits]
+
+    def lower_bounds_bytes(self, group: Group) -> list[int]:
+        """`lower_bound_bytes` of the plans of a group."""
+        many = tuple(split for split in group.splits if split[1] > 1)
+        if len(many) < 2 or group.like.zero_stage:  # a plan has the others' answers
+            return [self.lower_bound_bytes(plan) for plan in group.plans()]
+        first = group.plan(many[0])
+        facts = self._asked.facts(first)
+        least = static_floor_bytes(first, facts) + context_bytes(self._job.hardware, first)
+        found = dict.fromkeys(many, least)
+        for like in self._alike(group.like):
+            without = differing_categories(like, group.like)
+            for question, splits in self._asked.by_question(Group(like, many)):
+                if question.key in self._pending or self._kept(question) is not None:
+                    part = Group(like, splits)
+                    bounds = self._floors(question, part, without) if without else self._peaks(question, part)
+                    found |= {
+                        split: max(found[split], size) for split, size in zip(splits, bounds, strict=True)
+                    }
+        others = (split for split in group.splits if split[1] == 1)
+        found |= {split: self.lower_bound_bytes(group.plan(split)) for split in others}
+        return [found[split] for split in group.splits]
+
+    def _alike(self, plan: Plan) -> Iterator[Plan]:
+        """The plan with each checkpointing, each of the job's kernels and each implementation of its optimizer."""
+        kernels = {plan.optimizer, *optimizers(self._job)}
+        options = {plan.attention, *attentions(self._job)}
+        kinds = product(Checkpointing, options, losses(self._job), kernels)
+        for mode, attention, loss, optimizer in kinds:
+            changes = {"activation_checkpointing": mode, "loss": loss, "optimizer": optimizer}
+            yield varied(plan, attention=attention, **changes)
+
+    def _peaks(self, question: Question, group: Group) -> list[int]:
+        """Device peaks of plans that one skyline answers for."""
+        skyline = self._kept(question) or self._make(question)
+        hardware = self._job.hardware
+        # what is not in the skyline itself is read plan by plan (estimate.py)
+        if hardware.kind is DeviceKind.CPU or group.like.uses_pages or not is_whole(skyline):
+            return [self.estimate(plan).peak_device_bytes for plan in group.plans()]
+        spaces = WORKSPACES * hardware.blas_workspace_bytes
+        length = group.like.max_length
+        peaks = peaks_bytes(skyline, group.splits, length, workspaces_bytes=spaces)
+        return [int(peak) + context_bytes(hardware, group.like) for peak in peaks]
+
+    def _floors(self, question: Question, group: Group, without: Collection[Category]) -> list[int]:
+        """The peaks of plans that one skyline answers for, had some categories nothing."""
+        skyline = self._kept(question) or self._make(question)
+        only_steps = not set(without) <= set(RECOMPUTED)
+        length, context = group.like.max_length, self._job.hardware.context_bytes
+        floors = peaks_bytes(skyline, group.splits, length, without, only_steps=only_steps)
+        return [int(floor) + context for floor in floors]
 
     def host_floor_bytes(self, plan: Plan) -> int:
         """Host memory that a plan takes at least, for what is known without a trace; 0 when nothing is."""
@@ -242,11 +272,11 @@ class Forecaster:
                 "gradient_accumulation_steps": accumulation,
                 "loss": loss,
             }
-            alike = replace(like or plan, **changes)
+            alike = varied(like or plan, **changes)
             is_other = loss is not plan.loss
             step = self._step_known(alike, plan, without_loss=is_other)
             floor = max(floor, 0.0 if step is None else step.seconds)
-            replicated = self._replicated.get(replicated_plan(alike)) if plan.zero_stage else None
+            replicated = self._asked.replicated(alike) if plan.zero_stage else None
             if replicated is not None and computes_alike(self._job, plan):
                 step = self._step_known(replicated, plan, without_loss=is_other)
                 # what is sharded is updated in parts
@@ -262,7 +292,7 @@ class Forecaster:
         )
 
     def _step_time(
-        self, question: _Question, skyline: Skyline, plan: Plan, *, without_loss: bool = False
+        self, question: Question, skyline: Skyline, plan: Plan, *, without_loss: bool = False
     ) -> StepTime | None:
         if self._rates is None:
             return None
@@ -296,7 +326,7 @@ class Forecaster:
         whole = with_waiting_inputs(self._whole_stream(question, skyline, streams), waiting)
         return with_workspaces(whole, self._job.hardware.blas_workspace_bytes)
 
-    def _whole_stream(self, question: _Question, skyline: Skyline, streams: Mapping[int, Stream]) -> Stream:
+    def _whole_stream(self, question: Question, skyline: Skyline, streams: Mapping[int, Stream]) -> Stream:
         """The stream of the full depth; where it contradicts the skyline, both are made again from deeper traces."""
         num_layers = question.facts.num_layers
         attempts = list(question.attempts)
@@ -316,29 +346,32 @@ class Forecaster:
                 skyline, streams = self._trace(question, attempts)
         return streams[num_layers]
 
-    def _keep_skyline(self, question: _Question, skyline: Skyline) -> None:
+    def _keep_skyline(self, question: Question, skyline: Skyline) -> None:
         self._skylines[question.key] = skyline
+        self._absent.discard(question.key)
         for mode, without_loss in product(Checkpointing, (False, True)):
             self._speeds.pop((question.key, mode, without_loss), None)
         self._cache.keep_skyline(question.key, skyline)
 
-    def _kept(self, question: _Question) -> Skyline | None:
+    def _kept(self, question: Question) -> Skyline | None:
         known = self._skylines.get(question.key)
-        if known is None and question.key not in self._pending:
+        if known is None and question.key not in self._pending and question.key not in self._absent:
             known = self._cache.skyline(question.key)
-            if known is not None:
+            if known is None:
+                self._absent.add(question.key)  # a search asks many times
+            else:
                 self._skylines[question.key] = known
         return known
 
-    def _kept_streams(self, question: _Question) -> Mapping[int, Stream] | None:
+    def _kept_streams(self, question: Question) -> Mapping[int, Stream] | None:
         return self._streams.get(question.key) or self._cache.streams(question.streams_key)
 
-    def _make(self, question: _Question) -> Skyline:
+    def _make(self, question: Question) -> Skyline:
         """Waits for the traces of a question, or makes them, and keeps what they say."""
         return self._trace(question, question.attempts)[0]
 
     def _trace(
-        self, question: _Question, attempts: Iterable[DepthPlan]
+        self, question: Question, attempts: Iterable[DepthPlan]
     ) -> tuple[Skyline, Mapping[int, Stream]]:
         def traced(depths: Sequence[int]) -> list[Profile]:
             pending = self._pending.pop(question.key, None) or self._start(question, depths)
@@ -352,47 +385,8 @@ class Forecaster:
             self._cache.keep_streams(question.streams_key, streams)
         return skyline, streams
 
-    def _start(self, question: _Question, depths: Sequence[int]) -> tuple[Future[Profile], ...]:
+    def _start(self, question: Question, depths: Sequence[int]) -> tuple[Future[Profile], ...]:
         return self._tracer.records(question.subject, question.shape, depths, question.accumulation)
 
-    def _question(self, plan: Plan, exact: bool) -> _Question:
-        known = self._questions.get((plan, exact))
-        if known is None:
-            known = self._questions[plan, exact] = self._ask(plan, exact)
-            if plan.engine in (Engine.DDP, Engine.NONE) and not exact:
-                self._replicated[replicated_plan(plan)] = plan
-        return known
-
-    def _ask(self, plan: Plan, exact: bool) -> _Question:
-        subject = subject_of(self._job, plan)
-        facts = self._facts_of(subject)
-        batch, length = plan.micro_batch_size, plan.max_length
-        accumulation = min(plan.gradient_accumulation_steps, 2)
-        lines = facts.lines[plan.loss]
-        if length < lines.shortest:
-            raise UnsupportedByPlanner(
-                f"data.max_length={length}: the images of an example take {lines.shortest - 1} tokens",
-                f"data.max_length of {lines.shortest} or more, or fewer data.images_per_example",
-            )
-        domain = domain_of(batch, length, lines)
-        shape = None if exact else symbolic_shape(domain, lines)
-        if shape is None:
-            domain = Domain(batch, batch, length, length, 1, None)
-            shape = TracedShape(batch, length, batch_is_symbol=False, length_is_symbol=False)
-        what: Mapping[str, Any] = {"shape": vars(shape), "domain": vars(domain), "accumulation": accumulation}
-        attempts = tuple(facts.depths.attempts(facts.num_layers))
-        return _Question(
-            subject, facts, domain, shape, accumulation, attempts, self._cache.key(subject, what)
-        )
-
-    def _facts_of(self, subject: Subject) -> SubjectFacts:
-        # neither checkpointing nor an engine moves a line, and each loss has its own; one answer serves every mode
-        plain = replace(subject.plan, activation_checkpointing=Checkpointing.NONE, loss=Loss.PLAIN)
-        subject = replace(subject, plan=alone(plain))
-        key = self._cache.key(subject, {"facts": True})
-        facts = self._facts.get(key) or self._cache.facts(key)
-        if facts is None:
-            facts = self._tracer.facts(subject).result()
-            self._cache.keep_facts(key, facts)
-        self._facts[key] = facts
-        return facts
+    def _question(self, plan: Plan, exact: bool) -> Question:
+        return self._asked.question(plan, exact=exact)

@@ -9,15 +9,17 @@ from dataclasses import replace
 from launcher.errors import ConfigError, UnsupportedByPlanner
 from launcher.job import Checkpointing, JobSpec, Loss
 from launcher.memory import Category, MemoryEstimate
-from launcher.plan import Plan, Rejection, nearest
+from launcher.plan import Plan, Rejection, varied
 from launcher.planner import reasons
 from launcher.planner.arrangements import is_last_resort, with_ordinary_buckets
 from launcher.planner.bounds import buckets_hold_bytes
 from launcher.planner.forecast import Forecaster
+from launcher.planner.hopeless import Known, Sieve, is_unexplored, on_host
 from launcher.planner.host import short_on_host, short_on_nvme
 from launcher.planner.objective import MODES, Price, Ranking
 from launcher.planner.options import Options
 from launcher.planner.refusal import Judge
+from launcher.planner.rejections import RejectionLog
 from launcher.planner.space import attentions, checkpointing_modes, headroom_bytes, losses, optimizers
 
 ACCUMULATED = (Category.GRADIENTS, Category.TEMPORARIES)
@@ -40,12 +42,14 @@ class Pricing:
         self._first_mode = checkpointing_modes(job)[0]
         self.budget_bytes = job.hardware.memory_bytes - headroom_bytes(job)
         self.ranking = Ranking(job.planner.objective, forecaster.knows_speed)
-        self.rejected: list[Rejection] = []
-        self._bounded: list[Plan] = []
+        self.rejected = RejectionLog()
+        self._bounded: set[Plan] = set()
         self._priced: set[Plan] = set()
         self._refused_losses: dict[Loss, str] = {}
         self._peaks: dict[Plan, int] = {}
         self._host_floors: dict[tuple[object, ...], int] = {}
+        known = Known(self.budget_bytes, self.rejected, self._host_floors, self._refused_losses, self._peaks)
+        self.sieve = Sieve(job, forecaster, known)
 
     def settle(self, options: Options, weighed: Sequence[Options], rival: Price | None = None) -> None:
         """Prices plans until no other one can be the best, or as good.
@@ -108,7 +112,7 @@ class Pricing:
         return (plan.attention, plan.loss, plan.optimizer) == firsts
 
     def _keep_host_floor(self, plan: Plan, num_bytes: int) -> None:
-        self._host_floors[_on_host(plan)] = max(num_bytes, self._host_floors.get(_on_host(plan), 0))
+        self._host_floors[on_host(plan)] = max(num_bytes, self._host_floors.get(on_host(plan), 0))
 
     def _reject_mode(self, plan: Plan, options: Options, failure: UnsupportedByPlanner) -> None:
         """Rejects all plans of an arrangement with a checkpointing that the tracer can't follow.
@@ -169,7 +173,7 @@ class Pricing:
         lies on the host does, which is the same whatever is recomputed."""
         full = [plan for plan in promising if plan.activation_checkpointing is Checkpointing.FULL]
         is_begun = options.fitting or options.failed
-        if is_begun or not full or not full[0].uses_offload or _on_host(full[0]) in self._host_floors:
+        if is_begun or not full or not full[0].uses_offload or on_host(full[0]) in self._host_floors:
             return None
         return min(full, key=lambda plan: (plan.gradient_accumulation_steps == 1, plan.micro_batch_size))
 
@@ -236,11 +240,11 @@ class Pricing:
                 options.unpriced.remove(plan)
                 self.reject(plan, self._refused_losses[plan.loss], 0, 0)
                 continue
-            on_host = max(self._forecaster.host_floor_bytes(plan), self._host_floors.get(_on_host(plan), 0))
-            if 0 < self._job.hardware.host_memory_bytes < on_host:
+            needed = max(self._forecaster.host_floor_bytes(plan), self._host_floors.get(on_host(plan), 0))
+            if 0 < self._job.hardware.host_memory_bytes < needed:
                 options.unpriced.remove(plan)
-                text = reasons.by_host_bound(on_host, self._job.hardware.host_memory_bytes)
-                short = on_host - self._job.hardware.host_memory_bytes
+                text = reasons.by_host_bound(needed, self._job.hardware.host_memory_bytes)
+                short = needed - self._job.hardware.host_memory_bytes
                 self.reject(plan, text, short, 0, is_host_short=True)
                 continue
             same = [
@@ -263,14 +267,9 @@ class Pricing:
             if bound > self.budget_bytes:
                 options.unpriced.remove(plan)
                 options.bounded += [(plan, bound)] if accumulates else []
-                self._bounded.append(plan)
+                self._bounded.add(plan)
                 text, short = reasons.by_bound(bound, self.budget_bytes), bound - self.budget_bytes
-                # which of those a single device would offload to is nearest to fitting is not worth the traces
-                is_other = (
-                    plan.loss is not losses(self._job)[0] or plan.attention is not attentions(self._job)[0]
-                )
-                is_unexplored = is_other or is_last_resort(self._job, plan)
-                self.reject(plan, text, short, bound, is_unexplored=is_unexplored)
+                self.reject(plan, text, short, bound, is_unexplored=is_unexplored(self._job, plan))
 
     def _bound(self, plan: Plan, failed: Plan | None) -> int:
         """A peak that an unpriced plan reaches at least; 0 when nothing is known.
@@ -279,7 +278,7 @@ class Pricing:
         """
         bound = self.lower_bound(plan)
         if failed is not None and plan.gradient_accumulation_steps == 1:
-            smaller = replace(plan, micro_batch_size=failed.micro_batch_size)
+            smaller = varied(plan, micro_batch_size=failed.micro_batch_size)
             bound = max(bound, self.lower_bound(smaller))
         return bound
 
@@ -289,7 +288,8 @@ class Pricing:
         ordinary = with_ordinary_buckets(plan, self._job)
         if ordinary is None:
             return bound
-        known = max(self._peaks.get(ordinary, 0), self._forecaster.lower_bound_bytes(ordinary))
+        priced = max(self._peaks.get(ordinary, 0), self.rejected.peak_bytes(ordinary))
+        known = max(priced, self._forecaster.lower_bound_bytes(ordinary))
         return max(bound, known - buckets_hold_bytes(ordinary, self._job.model.architecture))
 
     def settle_nearest(self) -> None:
@@ -298,24 +298,32 @@ class Pricing:
         A plan that saves less of the activations is not nearer than the same one that saves more.
         """
         while True:
-            found = nearest(self.rejected)
-            if found is None or found.plan not in self._bounded:
+            found = self.rejected.nearest()
+            if found is None or not self._is_bounded(found.plan):
                 return
             saver = self._most_saving(found.plan)
-            place = next(index for index, item in enumerate(self.rejected) if item.plan == saver)
-            self._bounded.remove(found.plan if saver in self._priced else saver)
-            if saver in self._priced:
-                place = self.rejected.index(found)
-                self.rejected[place] = replace(found, is_unexplored=True)
+            if self._is_priced(saver):
+                self._bounded.discard(found.plan)
+                self.rejected.set_unexplored(found.plan)
                 continue
-            del self.rejected[place]
+            self._bounded.discard(saver)
+            self.rejected.remove(saver)
             self._fits(Price(saver, self._forecaster.estimate(saver), None))
             self._priced.add(saver)
 
+    def _is_bounded(self, plan: Plan) -> bool:
+        """Whether a plan exceeds the device by no more than a bound of it."""
+        found = self.rejected.run_of(plan)
+        return plan in self._bounded or (found is not None and found.is_bound)
+
+    def _is_priced(self, plan: Plan) -> bool:
+        found = self.rejected.run_of(plan)
+        return plan in self._priced or (found is not None and found.is_priced)
+
     def _most_saving(self, plan: Plan) -> Plan:
         """The same plan with the checkpointing that saves most, of those that exceed the device."""
-        alike = [replace(plan, activation_checkpointing=mode) for mode in reversed(MODES)]
-        return next(like for like in alike if like in self._priced or like in self._bounded)
+        alike = [varied(plan, activation_checkpointing=mode) for mode in reversed(MODES)]
+        return next(like for like in alike if self._is_priced(like) or self._is_bounded(like))
 
     def reject(self, plan: Plan, reason: str, short_by_bytes: int, peak_bytes: int, **flags: bool) -> None:
         """Writes down why a plan is not taken."""
@@ -341,9 +349,3 @@ def _is_larger(plan: Plan, like: Plan) -> bool:
         plan.activation_checkpointing is like.activation_checkpointing
         and plan.micro_batch_size > like.micro_batch_size
     )
-
-
-def _on_host(plan: Plan) -> tuple[object, ...]:
-    """What decides how much an engine holds in host memory, whatever is recomputed and however large a micro batch is."""
-    job = plan.method, plan.rank, plan.optimizer, plan.gradient_accumulation_steps > 1
-    return *job, plan.engine, plan.zero_stage, plan.offload_optimizer, plan.offload_parameters

@@ -21,10 +21,11 @@ from itertools import product
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError, UnsupportedByPlanner
 from launcher.job import Checkpointing, JobSpec
-from launcher.plan import Plan, PlanChoice, Rejection, nearest
+from launcher.plan import Plan, PlanChoice, Rejection, varied
 from launcher.planner import reasons
 from launcher.planner.arrangements import WAITING, Arrangement, arrangement_of, arrangements, rounds
 from launcher.planner.forecast import Forecaster
+from launcher.planner.group import Group
 from launcher.planner.objective import Price
 from launcher.planner.options import Options, repeats
 from launcher.planner.pins import OTHER_ENGINE
@@ -76,11 +77,6 @@ def _is_beyond(following: Arrangement, fitting: Arrangement) -> bool:
     return WAITING.index(following) > WAITING.index(fitting)
 
 
-def _nearness(item: Rejection) -> tuple[bool, bool, int, bool]:
-    """By which rejected plans are listed: nearest to fitting first, of those that fit what was priced."""
-    return item.is_unexplored, item.is_off_device, item.short_by_bytes, not item.peak_bytes
-
-
 class _Search:
     """One search."""
 
@@ -100,11 +96,11 @@ class _Search:
             if best is not None:
                 left = len(semantics) - position - 1
                 known = self._job, best, self._ranking, budget_bytes, position, left
-                return self._choice(best, second, reasons.taken(*known, rejected))
+                return self._choice(best, second, reasons.taken(*known, rejected.of_job(best.plan)))
         self._prices.settle_nearest()
-        found = nearest(rejected)
+        found = rejected.nearest()
         if found is None:
-            why = dict.fromkeys(item.reason for item in rejected)
+            why = dict.fromkeys(item.reason for item in rejected.written_out())
             raise ConfigError("; ".join(why), OTHER_ENGINE)
         capacity = self._job.hardware.memory_bytes
         headroom = headroom_bytes(self._job)
@@ -202,27 +198,33 @@ class _Search:
         return [price for price in contenders if self._prices.betters(price, rival)]
 
     def _options(self, semantic: Plan, weighed: Sequence[Options]) -> Options:
-        """All plans of one arrangement that can be better than the like of those that shard less."""
-        plans = []
+        """All plans of one arrangement that may fit, and be better than the like of those that shard less."""
+        groups = []
         for mode in self._modes:
-            of_mode = [self._with(semantic, mode, split) for split in self._splits]
-            limits = engine_limits(self._job, of_mode[0])
+            group = Group(self._with(semantic, mode, (1, 1)), self._splits)
+            first = group.plan(self._splits[0])
+            limits = engine_limits(self._job, first)
             if limits:  # once, and not for every micro batch
-                self._prices.reject(of_mode[0], "; ".join(limits), 0, 0)
+                self._prices.reject(first, "; ".join(limits), 0, 0)
             else:
-                plans += of_mode
-        if self._ranking.by_memory:
-            return Options(plans)
-        promising = []
-        for plan in plans:
+                groups.append(group)
+        if not self._ranking.by_memory and any(options.fitting for options in weighed):
+            groups = [self._promising(group, weighed) for group in groups]
+        return self._prices.sieve.opened(groups)
+
+    def _promising(self, group: Group, weighed: Sequence[Options]) -> Group:
+        """Without the plans whose like fits with less sharded; those are rejected."""
+        left = []
+        for split in group.splits:
+            plan = group.plan(split)
             like = [
                 price.plan for options in weighed for price in options.fitting if repeats(plan, price.plan)
             ]
             if like:
                 self._prices.reject(plan, reasons.shards_in_vain(plan, like[0]), 0, 0)
             else:
-                promising.append(plan)
-        return Options(promising)
+                left.append(split)
+        return replace(group, splits=tuple(left))
 
     def _is_settled(self, item: _Pass, rival: Price | None) -> bool:
         """Whether no arrangement that comes later can be better: the best one yet recomputes nothing, and is as fast.
@@ -273,7 +275,7 @@ class _Search:
             self._prices.reject(plan, reasons.unpriced(plan, floor, exact, self._ranking, is_out), 0, 0)
 
     def _with(self, semantic: Plan, mode: Checkpointing, split: tuple[int, int]) -> Plan:
-        return replace(
+        return varied(
             semantic,
             activation_checkpointing=mode,
             micro_batch_size=split[0],
@@ -281,23 +283,19 @@ class _Search:
         )
 
     def _choice(self, best: Price | None, second: Price | None, reason: str) -> PlanChoice:
-        rejected = list(self._prices.rejected)
-        if best is not None and second is not None:
+        first = None
+        if second is not None and best is not None:
             text = reasons.runner_up(second, best, self._ranking)
             seconds = None if second.step is None else second.step.seconds
-            rejected.insert(0, Rejection(second.plan, text, 0, second.estimate.peak_device_bytes, seconds))
+            first = Rejection(second.plan, text, 0, second.estimate.peak_device_bytes, seconds)
+        rejected = self._prices.rejected.ordered(first)
         return PlanChoice(
             plan=None if best is None else best.plan,
             reason=reason,
             estimate=None if best is None else best.estimate,
             runner_up=None if second is None else second.plan,
             runner_up_estimate=None if second is None else second.estimate,
-            # without a plan, what no engine can carry out is not near to one
-            rejected=tuple(
-                sorted(
-                    rejected, key=lambda item: (best is None and not item.short_by_bytes, *_nearness(item))
-                )
-            ),
+            rejected=rejected,
             capacity_bytes=self._job.hardware.memory_bytes,
             headroom_bytes=headroom_bytes(self._job),
             num_considered=len(rejected) + (best is not None),
