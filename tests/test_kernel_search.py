@@ -13,9 +13,12 @@ from launcher.config import load_job
 from launcher.errors import ConfigError
 from launcher.job import Attention, JobSpec, Loss, Objective, OptionalKernel, PinSpec, PlannerSpec
 from launcher.plan import Plan
+from launcher.planner.forecast import Forecaster
+from launcher.planner.group import Group, shapeless
 from launcher.planner.objective import SAME
 from launcher.planner.search import search
-from launcher.planner.space import attentions, losses
+from launcher.planner.space import attentions, batch_splits, losses, semantic_plans
+from launcher.planner.trace_cache import TraceCache
 from launcher.planner.tracer import Tracer
 from launcher.planning import plan_job, resolve
 from tests.imagined import MODES, FakeForecaster, Law, job_with
@@ -170,6 +173,34 @@ def test_real_plans_are_weighed_with_each_kernel(tracer: Tracer) -> None:
     assert choice.step.seconds == pytest.approx(seconds[expected])
     weighed = {(item.plan.attention, item.plan.loss) for item in choice.rejected} | {expected}
     assert weighed == set(KINDS)
+
+
+def test_figures_of_many_plans_at_once_are_those_of_each(tracer: Tracer) -> None:
+    """What the search reads off a skyline for a group of plans, beside what each plan is told for itself."""
+    words = [*SMALL[:-2], "training.global_batch_size=48", "planner.pin.engine=none", "planner.headroom=0.0"]
+    job = resolve(load_job(words), ())
+    forecaster = Forecaster(job, tracer, TraceCache(None))
+    first = next(semantic_plans(job))
+    groups = [
+        Group(shapeless(replace(first, activation_checkpointing=mode, loss=loss)), batch_splits(job))
+        for mode in MODES
+        for loss in losses(job)
+    ]
+    for micro, accumulation in ((1, 48), (2, 24), (48, 1)):
+        forecaster.estimate(groups[0].plan((micro, accumulation)))
+    known = 0
+    for group in groups:
+        plans = group.plans()
+        peaks = [
+            forecaster.estimate(plan).peak_device_bytes if forecaster.is_prepared(plan) else None
+            for plan in plans
+        ]
+        known += sum(peak is not None for peak in peaks)
+        assert forecaster.known_peaks_bytes(group) == peaks
+        bounds = forecaster.lower_bounds_bytes(group)
+        assert bounds == [forecaster.lower_bound_bytes(plan) for plan in plans]
+        assert all(bound > 0 for bound in bounds)
+    assert len(groups[0].splits) // 2 < known < len(groups) * len(groups[0].splits) / 2
 
 
 def test_a_model_without_ligers_loss_is_planned_with_torchs(tracer: Tracer) -> None:

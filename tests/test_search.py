@@ -30,13 +30,16 @@ from launcher.job import (
     PlannerSpec,
 )
 from launcher.memory import MemoryEstimate
-from launcher.plan import Plan, PlanChoice
+from launcher.plan import Plan, PlanChoice, nearest
+from launcher.planner.group import Group, shapeless
 from launcher.planner.interval import CONVENTION
 from launcher.planner.objective import SAME
 from launcher.planner.reasons import NOT_PRICED
 from launcher.planner.refusal import judge
+from launcher.planner.rejections import WRITTEN_OUT, Rejections
 from launcher.planner.search import search
 from launcher.planner.space import headroom_bytes
+from launcher.units import format_bytes
 from tests.imagined import MODES, FakeForecaster, Law, job_with
 
 KEPT, RECOMPUTED = Checkpointing.NONE, Checkpointing.FULL
@@ -338,6 +341,48 @@ def test_many_more_jobs_agree_too() -> None:
         check_everything_said(job, law, choice, truth)
 
 
+def pinnable_plans(job: JobSpec, combination: tuple[Method, int, int]) -> list[Plan]:
+    """Every plan of a combination that a job may pin: all splits, checkpointing and losses of torch, each optimizer."""
+    pin, own = job.planner.pin, job.training.optimizer
+    name = own.value.removeprefix("paged_")
+    same = [item for item in Optimizer if item.value in (name, f"paged_{name}")]
+    if own in (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED):
+        same = [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED]
+    kernels = [pin.attention] if pin.attention else [Attention.SDPA, Attention.EAGER]
+    return [
+        replace(plan, loss=loss, optimizer=optimizer, attention=attention)
+        for plan in all_plans(job, combination)
+        for loss in ([pin.loss] if pin.loss else [Loss.CHUNKED, Loss.PLAIN])
+        for optimizer in ([pin.optimizer] if pin.optimizer else same)
+        for attention in kernels
+        if attention is not Attention.EAGER or plan.activation_checkpointing is not Checkpointing.SELECTIVE
+    ]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_that_fits_is_better_by_the_objective_alone(seed: int) -> None:
+    """A brute force that knows no rule of the search: what fits, and what counts.
+
+    The tolerance: 1 % for another loss, and 1 % within which the smaller plan is taken.
+    """
+    law = random_law(seed)
+    job = random_job(seed, law)
+    for combination in combinations(job):
+        fitting = [plan for plan in pinnable_plans(job, combination) if law.peak(plan) <= budget_of(job)]
+        if fitting:
+            break
+    choice = search(job, FakeForecaster(law))
+    if not fitting:
+        assert choice.plan is None
+        return
+    assert choice.plan is not None
+    assert choice.plan in fitting
+    if job.planner.objective is Objective.MEMORY:
+        assert law.peak(choice.plan) == min(law.peak(plan) for plan in fitting)
+    elif law.knows_speed:
+        assert law.seconds(choice.plan) <= (1 + SAME) ** 2 * min(law.seconds(plan) for plan in fitting)
+
+
 @pytest.mark.parametrize("refused", [(Grade.SQUEEZED,), (Grade.TIGHT,), (Grade.TIGHT, Grade.SQUEEZED)])
 def test_refused_grades_leave_what_trying_every_plan_leaves(refused: tuple[Grade, ...]) -> None:
     differing = 0
@@ -373,6 +418,50 @@ def test_not_accumulating_can_fit_where_the_smallest_micro_batch_does_not() -> N
     choice = search(tight, FakeForecaster(law))
     assert choice.plan == whole
     check_everything_said(tight, law, choice, brute_force(tight, law))
+
+
+def test_of_many_rejections_each_is_written_out_when_it_is_looked_at() -> None:
+    """Which changes nothing of them: the same job, of fewer than are kept as numbers."""
+    law = Law()
+    lengths = tuple(4096 - 16 * place for place in range(11))
+    planner = PlannerSpec(headroom=0.0, choices=ChoicesSpec(max_length=lengths))
+    job = job_with(500_000, planner, batch=840)
+    choice = search(job, FakeForecaster(law))
+    assert isinstance(choice.rejected, Rejections)
+    assert len(choice.rejected) == choice.num_considered == len(lengths) * 2 * 4 * 32 > WRITTEN_OUT
+    items = list(choice.rejected)
+    assert len({item.plan for item in items}) == len(items)
+    assert choice.nearest == nearest(items) == items[0]
+    assert choice.rejected[5:9] == tuple(items[5:9]) and choice.rejected[-1] == items[-1]
+    keys = [(item.is_unexplored, item.short_by_bytes) for item in items]
+    assert keys == sorted(keys)
+    for item in items[::29]:
+        is_bound = "needs at least" in item.reason or "needs more than" in item.reason
+        short = law.peak(item.plan) - budget_of(job)
+        assert 0 < item.short_by_bytes <= short if is_bound else item.short_by_bytes == short
+        assert format_bytes(item.short_by_bytes) in item.reason
+
+
+def test_many_figures_at_once_are_those_of_each_plan() -> None:
+    """The imagined forecaster answers for a group as for each of its plans."""
+    for seed in range(20):
+        law = random_law(seed)
+        job = random_job(seed, law)
+        forecaster = FakeForecaster(law)
+        search(job, forecaster)
+        plans = with_each_loss(job, combinations(job)[0])
+        for like in {shapeless(plan) for plan in plans}:
+            splits = dict.fromkeys(
+                (plan.micro_batch_size, plan.gradient_accumulation_steps) for plan in plans
+            )
+            group = Group(like, tuple(sorted(splits)))
+            assert forecaster.lower_bounds_bytes(group) == [
+                forecaster.lower_bound_bytes(plan) for plan in group.plans()
+            ]
+            assert forecaster.known_peaks_bytes(group) == [
+                law.price(plan).peak_device_bytes if forecaster.is_prepared(plan) else None
+                for plan in group.plans()
+            ]
 
 
 def test_a_hopeless_job_takes_few_traces() -> None:
