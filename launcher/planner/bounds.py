@@ -112,8 +112,3 @@ def replicated_plan(plan: Plan) -> Plan:
     """The same job with nothing sharded, whatever its buckets: under DDP, or on one device without an engine."""
     engine = Engine.NONE if plan.world_size == 1 else Engine.DDP
     return replace(plan, engine=engine, zero_stage=0, buckets=None, **NO_OFFLOAD)
-
-
-def differs_in_engine(known: Plan, replicated: Plan) -> bool:
-    """Whether a plan is the same job with nothing sharded."""
-    return known.engine is replicated.engine and replace(known, buckets=None) == replicated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import product
@@ -27,11 +27,11 @@ from launcher.planner.communication import lacks_drive_rate, with_communication,
 from launcher.planner.depth import DepthMismatch, DepthPlan, assemble_first
 from launcher.planner.estimate import WORKSPACES, context_bytes, read_estimate
 from launcher.planner.group import Group, Split
-from launcher.planner.many import is_whole, peaks_bytes
+from launcher.planner.many import Readings, alike_plans
 from launcher.planner.questions import Question, Questions
 from launcher.planner.reserve import with_reserved, with_workspaces
 from launcher.planner.skyline import Profile, Skyline
-from launcher.planner.space import attentions, losses, optimizers
+from launcher.planner.space import losses
 from launcher.planner.speed import SpeedModel
 from launcher.planner.stream import Stream, with_waiting_inputs
 from launcher.planner.stream_depth import check_peaks, extend_stream
@@ -68,6 +68,8 @@ class Forecaster:
         self._cache = cache
         self._asked = Questions(job, tracer, cache)
         self._absent: set[str] = set()
+        self._read = Readings()
+        self._estimates: dict[Plan, MemoryEstimate] = {}
         self._skylines: dict[str, Skyline] = {}
         self._streams: dict[str, Mapping[int, Stream]] = {}
         self._pending: dict[str, tuple[Future[Profile], ...]] = {}
@@ -116,7 +118,7 @@ class Forecaster:
         question = self._question(plan, exact=False)
         accumulating = varied(plan, gradient_accumulation_steps=max(2, plan.gradient_accumulation_steps))
         bounds = [static_floor_bytes(plan, question.facts) + context_bytes(self._job.hardware, plan)]
-        for alike in (other for known in {plan, accumulating} for other in self._alike(known)):
+        for alike in (other for known in {plan, accumulating} for other in alike_plans(self._job, known)):
             if self.is_prepared(alike):
                 bounds.append(self._bound_from(alike, plan, question.facts))
         if plan.zero_stage and computes_alike(self._job, plan):
@@ -139,50 +141,48 @@ class Forecaster:
         if len(many) < 2 or group.like.zero_stage:  # a plan has the others' answers
             return [self.lower_bound_bytes(plan) for plan in group.plans()]
         first = group.plan(many[0])
-        facts = self._asked.facts(first)
-        least = static_floor_bytes(first, facts) + context_bytes(self._job.hardware, first)
+        least = static_floor_bytes(first, self._asked.facts(first))
+        least += context_bytes(self._job.hardware, first)
         found = dict.fromkeys(many, least)
-        for like in self._alike(group.like):
+        for like in alike_plans(self._job, group.like):
             without = differing_categories(like, group.like)
+            only_steps = not set(without) <= set(RECOMPUTED)
             for question, splits in self._asked.by_question(Group(like, many)):
                 if question.key in self._pending or self._kept(question) is not None:
                     part = Group(like, splits)
-                    bounds = self._floors(question, part, without) if without else self._peaks(question, part)
-                    found |= {
-                        split: max(found[split], size) for split, size in zip(splits, bounds, strict=True)
-                    }
-        others = (split for split in group.splits if split[1] == 1)
+                    floors = self._floors(question, part, without, only_steps=only_steps) if without else []
+                    pairs = zip(splits, floors or self._peaks(question, part), strict=True)
+                    found |= {split: max(found[split], size) for split, size in pairs}
+        others = [split for split in group.splits if split[1] == 1]
         found |= {split: self.lower_bound_bytes(group.plan(split)) for split in others}
         return [found[split] for split in group.splits]
-
-    def _alike(self, plan: Plan) -> Iterator[Plan]:
-        """The plan with each checkpointing, each of the job's kernels and each implementation of its optimizer."""
-        kernels = {plan.optimizer, *optimizers(self._job)}
-        options = {plan.attention, *attentions(self._job)}
-        kinds = product(Checkpointing, options, losses(self._job), kernels)
-        for mode, attention, loss, optimizer in kinds:
-            changes = {"activation_checkpointing": mode, "loss": loss, "optimizer": optimizer}
-            yield varied(plan, attention=attention, **changes)
 
     def _peaks(self, question: Question, group: Group) -> list[int]:
         """Device peaks of plans that one skyline answers for."""
         skyline = self._kept(question) or self._make(question)
         hardware = self._job.hardware
         # what is not in the skyline itself is read plan by plan (estimate.py)
-        if hardware.kind is DeviceKind.CPU or group.like.uses_pages or not is_whole(skyline):
+        if hardware.kind is DeviceKind.CPU or group.like.uses_pages or not skyline.is_whole:
             return [self.estimate(plan).peak_device_bytes for plan in group.plans()]
+        shapes = group.like.max_length, group.splits
         spaces = WORKSPACES * hardware.blas_workspace_bytes
-        length = group.like.max_length
-        peaks = peaks_bytes(skyline, group.splits, length, workspaces_bytes=spaces)
-        return [int(peak) + context_bytes(hardware, group.like) for peak in peaks]
+        peaks = self._read.peaks_bytes(question.key, skyline, *shapes, workspaces_bytes=spaces)
+        context = context_bytes(hardware, group.like)
+        return [peak + context for peak in peaks]
 
-    def _floors(self, question: Question, group: Group, without: Collection[Category]) -> list[int]:
+    def _floors(
+        self, question: Question, group: Group, without: Collection[Category], *, only_steps: bool
+    ) -> list[int]:
         """The peaks of plans that one skyline answers for, had some categories nothing."""
         skyline = self._kept(question) or self._make(question)
-        only_steps = not set(without) <= set(RECOMPUTED)
-        length, context = group.like.max_length, self._job.hardware.context_bytes
-        floors = peaks_bytes(skyline, group.splits, length, without, only_steps=only_steps)
-        return [int(floor) + context for floor in floors]
+        length, splits, context = group.like.max_length, group.splits, self._job.hardware.context_bytes
+        if skyline.is_whole:
+            key = question.key
+            floors = self._read.peaks_bytes(key, skyline, length, splits, without, only_steps=only_steps)
+        else:
+            shapes = [(batch, length, accumulation) for batch, accumulation in splits]
+            floors = [skyline.floor_bytes(*shape, without, only_steps=only_steps) for shape in shapes]
+        return [floor + context for floor in floors]
 
     def host_floor_bytes(self, plan: Plan) -> int:
         """Host memory that a plan takes at least, for what is known without a trace; 0 when nothing is."""
@@ -191,23 +191,28 @@ class Forecaster:
     def _floor(self, known: Plan, without: Collection[Category], *, only_steps: bool) -> int:
         """The peak of a plan with a trace, had some categories nothing; 0 where there is no trace."""
         question = self._question(known, exact=False)
-        skyline = None if question.key in self._pending else self._kept(question)
-        if skyline is None:
+        if question.key in self._pending or self._kept(question) is None:
             return 0
-        shape = known.micro_batch_size, known.max_length, known.gradient_accumulation_steps
-        return self._job.hardware.context_bytes + skyline.floor_bytes(*shape, without, only_steps=only_steps)
+        split = known.micro_batch_size, known.gradient_accumulation_steps
+        return self._floors(question, Group(known, (split,)), without, only_steps=only_steps)[0]
 
     def _bound_from(self, known: Plan, plan: Plan, facts: SubjectFacts) -> int:
         """What a plan with a trace, which differs in one or more of four knobs, says of one without."""
-        estimate = self.estimate(known)
-        bound = estimate.peak_device_bytes
+        self.skyline(known)  # waits for one that is on its way
         without = differing_categories(known, plan)
+        is_same_step = known.gradient_accumulation_steps == plan.gradient_accumulation_steps
+        estimate = None
+        if not (without and is_same_step):
+            estimate = self._estimates.get(known) or self.estimate(known)
+            self._estimates[known] = estimate
         if without:
             # what ZeRO 3 has gathered when a phase begins hangs on the step before; evaluation has a loss too, and a
             # resumed run has its states on the device
             only_steps = plan.zero_stage == 3 or not set(without) <= set(RECOMPUTED)
             bound = self._floor(known, without, only_steps=only_steps)
-        if known.gradient_accumulation_steps != plan.gradient_accumulation_steps:
+        elif estimate is not None:
+            bound = estimate.peak_device_bytes
+        if estimate is not None and not is_same_step:
             # under an engine the gradients that are held at the step are a part of those that were accumulated
             bound -= max(estimate.resident_bytes[Category.GRADIENTS], gradient_bytes(plan, facts))
             bound -= estimate.peak.by_category_bytes[Category.INPUTS]
@@ -349,6 +354,8 @@ class Forecaster:
     def _keep_skyline(self, question: Question, skyline: Skyline) -> None:
         self._skylines[question.key] = skyline
         self._absent.discard(question.key)
+        self._read.clear()
+        self._estimates.clear()
         for mode, without_loss in product(Checkpointing, (False, True)):
             self._speeds.pop((question.key, mode, without_loss), None)
         self._cache.keep_skyline(question.key, skyline)

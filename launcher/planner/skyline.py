@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +106,11 @@ class Skyline:
     def drive_bytes(self) -> int:
         """What crosses the NVMe in an optimizer step: all files are read and written once."""
         return 0 if self.swapping is None else 2 * sum(self.swapping.files_bytes)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether all coefficients are whole numbers, so that sums need no rounding and are the same in any order."""
+        return all(bool((part.rows == np.rint(part.rows)).all()) for part in self.phases)
 
     def peaks(self, batch: int, length: int, accumulation: int) -> tuple[PhasePeak, ...]:
         """Peak of each phase.
