@@ -88,12 +88,7 @@ class Sieve:
         if any(group.like.loss in self._known.refused_losses for group in groups):
             return True
         waits = any(group.like.uses_offload or group.like.uses_pages for group in groups)
-        if waits and any(peak is not None for many in peaks for peak in many):
-            return True
-        return any(
-            self._is_short_on_host(group, self._too_large(group, many))
-            for group, many in zip(groups, peaks, strict=True)
-        )
+        return waits and any(peak is not None for many in peaks for peak in many)
 
     def _too_large(self, group: Group, peaks: Sequence[int | None]) -> list[tuple[Split, int]]:
         """Plans with a trace that the device doesn't hold, with their peaks."""
@@ -111,19 +106,42 @@ class Sieve:
         def reason(plan: Plan, _: int) -> str:
             return reasons.too_large(estimate(plan), budget, keeps_logits=keeps_logits)
 
-        self._reject(group, large, reason, is_priced=True)
+        on_host = self._shorts_on_host(group, [split for split, _ in large])
+        held = [(split, peak) for split, peak in large if split not in on_host]
+        if held:
+            self._reject(group, held, reason, is_priced=True)
+        if on_host:
+            self._reject_on_host(group, [pair for pair in large if pair[0] in on_host], on_host)
         first = next((split for split, _ in large if split[1] > 1), None)
         if first is not None:  # it stands for all larger ones
             plan = group.plan(first)
             options.failed.append(Price(plan, estimate(plan), None))
 
-    def _is_short_on_host(self, group: Group, large: Sequence[tuple[Split, int]]) -> bool:
-        """Whether host memory may be short too, which has a reason of its own; it grows with the micro batch."""
+    def _reject_on_host(
+        self, group: Group, large: Sequence[tuple[Split, int]], shorts: Mapping[Split, int]
+    ) -> None:
+        """Writes down plans that the host doesn't hold either: a larger device would not help."""
+        estimate, splits = self._forecaster.estimate, tuple(split for split, _ in large)
+
+        def reason(plan: Plan, _: int) -> str:
+            split = plan.micro_batch_size, plan.gradient_accumulation_steps
+            return reasons.too_large_on_host(estimate(plan), shorts[split])
+
+        lacking, peaks = tuple(shorts[split] for split in splits), tuple(peak for _, peak in large)
+        run = Run(replace(group, splits=splits), lacking, peaks, reason, is_priced=True, is_host_short=True)
+        self._known.log.extend(run)
+
+    def _shorts_on_host(self, group: Group, splits: Sequence[Split]) -> dict[Split, int]:
+        """Of plans that exceed the host memory, by how much; what they take there grows with the micro batch."""
         hardware = self._job.hardware
-        if not large or not hardware.host_memory_bytes or hardware.kind is DeviceKind.CPU:
-            return False
-        ends = dict.fromkeys(split for split, _ in (large[0], *large[-2:]))
-        return any(short_on_host(self._forecaster.estimate(group.plan(end)), hardware) for end in ends)
+        if not hardware.host_memory_bytes or hardware.kind is DeviceKind.CPU:
+            return {}
+        found: dict[Split, int] = {}
+        for split in reversed(splits):
+            found[split] = short_on_host(self._forecaster.estimate(group.plan(split)), hardware)
+            if not found[split] and split[1] > 1:
+                break
+        return {split: short for split, short in found.items() if short}
 
     def _without_hopeless(self, group: Group, options: Options) -> set[Split]:
         """The plans without a trace that may fit, for what is known of others."""
