@@ -43,6 +43,11 @@ class Run:
     is_unexplored: bool = False
     is_host_short: bool = False
 
+    @property
+    def is_off_device(self) -> bool:
+        """See `Rejection`; of what NVMe lacks each is a rejection of its own."""
+        return self.is_host_short
+
     def __len__(self) -> int:
         return len(self.shorts)
 
@@ -145,13 +150,14 @@ class RejectionLog:
         """Each of them."""
         return (item for entry in self._in_order() for item in _items(entry))
 
-    def ordered(self, first: Rejection | None = None) -> Sequence[Rejection]:
+    def ordered(self, first: Rejection | None = None, *, has_plan: bool = True) -> Sequence[Rejection]:
         """All of them, nearest to fitting first, of those that fit what was priced.
 
         Args:
             first: One that comes before its equals; None: there is none.
+            has_plan: Whether a plan was found; without, what no engine can carry out is not near to one, and comes last.
         """
-        found = Rejections([*([] if first is None else [first]), *self._in_order()])
+        found = Rejections([*([] if first is None else [first]), *self._in_order()], has_plan=has_plan)
         return found if len(found) > WRITTEN_OUT else tuple(found)
 
     def __len__(self) -> int:
@@ -205,7 +211,7 @@ def _is_short(entry: Rejection | Run) -> bool:
 
 
 def _nearness(entry: Rejection | Run) -> tuple[bool, bool, int]:
-    return not entry.is_refused, entry.is_host_short, _least_short(entry)
+    return not entry.is_refused, entry.is_off_device, _least_short(entry)
 
 
 def _least_short(entry: Rejection | Run) -> int:
@@ -217,22 +223,23 @@ def _least_short(entry: Rejection | Run) -> int:
 class Rejections(ManyRejections):
     """All that a search rejected, nearest to fitting first; each is written out when it is looked at."""
 
-    def __init__(self, entries: Sequence[Rejection | Run]) -> None:
+    def __init__(self, entries: Sequence[Rejection | Run], *, has_plan: bool = True) -> None:
         self._entries = tuple(entries)
+        self._has_plan = has_plan
         self._sizes = [len(entry) if isinstance(entry, Run) else 1 for entry in self._entries]
 
     @cached_property
     def _order(self) -> list[tuple[int, int]]:
         """Of each rejection its entry and its place there."""
-        keys: list[tuple[bool, bool, int, bool]] = []
+        keys: list[tuple[bool, bool, bool, int, bool]] = []
         for entry in self._entries:
-            flags = entry.is_unexplored, entry.is_host_short
+            flags = entry.is_unexplored, entry.is_off_device
             if isinstance(entry, Rejection):
-                keys.append((*flags, entry.short_by_bytes, not entry.peak_bytes))
+                pairs = [(entry.short_by_bytes, entry.peak_bytes)]
             else:
-                pairs = zip(entry.shorts, entry.peaks, strict=True)
-                keys += [(*flags, short, not peak) for short, peak in pairs]
-        columns = np.array(keys, dtype=np.int64).reshape(-1, 4).T
+                pairs = list(zip(entry.shorts, entry.peaks, strict=True))
+            keys += [(not self._has_plan and not short, *flags, short, not peak) for short, peak in pairs]
+        columns = np.array(keys, dtype=np.int64).reshape(-1, 5).T
         order = np.lexsort(columns[::-1])
         begins = np.cumsum([0, *self._sizes])
         entries = np.searchsorted(begins, order, side="right") - 1

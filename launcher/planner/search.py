@@ -288,7 +288,7 @@ class _Search:
             text = reasons.runner_up(second, best, self._ranking)
             seconds = None if second.step is None else second.step.seconds
             first = Rejection(second.plan, text, 0, second.estimate.peak_device_bytes, seconds)
-        rejected = self._prices.rejected.ordered(first)
+        rejected = self._prices.rejected.ordered(first, has_plan=best is not None)
         return PlanChoice(
             plan=None if best is None else best.plan,
             reason=reason,
