@@ -5,18 +5,22 @@ one side, and left to the planner for the other. All numbers are predictions; wh
 of its own, it stands beside. Read from the peers' example files, in 2026.
 
     python -m scripts.peers                     prints the table
-    python -m scripts.peers --write             also writes docs/peers.md and docs/accuracy/<date>-peers.json
-    python -m scripts.peers --only axolotl
+    python -m scripts.peers --write             also writes docs/accuracy/<date>-peers.json
+    python -m scripts.peers --only axolotl      these alone; --write puts them among those that are in the newest data
+
+`python -m scripts.peers_page` makes docs/peers.md of it and of what scripts/peers_measured.py measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from launcher.config import load_job
 from launcher.plan import PlanChoice
@@ -59,6 +63,29 @@ class Recipe:
     """More of the job."""
     published: str = ""
     """What the peer says that it measured."""
+    published_step_seconds: float = 0.0
+    """The step that it says that it measured; 0: it says none."""
+    remark: str = ""
+    """What is not quite as in the peer's file."""
+    devices: int = 1
+    """Cards that train together."""
+    engine: tuple[str, ...] = ()
+    """What the peer decided about several cards."""
+
+    @property
+    def what(self) -> str:
+        """Method, rank, and how the frozen weights are stored where the method does not say it."""
+        if "method.quantization=int8" in self.changes:
+            return (
+                f"lora {self.rank} on int8"  # our method for all weights that bitsandbytes stores is `qlora`
+            )
+        return f"{self.method} {self.rank or ''}".strip()
+
+    @property
+    def where(self) -> str:
+        """Cards."""
+        card = self.card or CARDS[self.method]
+        return f"{self.devices} x {card}" if self.devices > 1 else card
 
     @property
     def job(self) -> list[str]:
@@ -70,9 +97,10 @@ class Recipe:
             f"method={self.method}",
             *rank,
             f"hardware={self.card or CARDS[self.method]}",
+            *([f"hardware.num_devices={self.devices}"] if self.devices > 1 else []),
             f"data.max_length={self.length}",
             f"data.packing={str(self.packing).lower()}",
-            f"training.global_batch_size={self.micro * self.accumulation}",
+            f"training.global_batch_size={self.micro * self.accumulation * self.devices}",
             "planner.headroom=0.05",
             *self.changes,
         ]
@@ -84,6 +112,7 @@ class Recipe:
             f"planner.pin.micro_batch_size={self.micro}",
             f"planner.pin.activation_checkpointing={self.checkpointing}",
             f"planner.pin.loss={self.loss}",
+            *(f"planner.pin.{change}" for change in self.engine),
             *(
                 change.replace("training.", "planner.pin.")
                 for change in self.changes
@@ -94,6 +123,9 @@ class Recipe:
 
 AXOLOTL = ("method.adapter_dtype=base", "method.dropout=0.05")
 INT8 = ("method.quantization=int8", "training.optimizer=adamw_8bit", *AXOLOTL)
+TUNED = "method.target_modules=[q_proj,v_proj,gate_proj,up_proj,down_proj]"
+NO_HEAD = "its file sets no length, 2,048 stands for it; it adapts the head too, which TRL refuses"
+ANY_MODEL = "its file is for any model, in fp32 unless told; here bf16"
 UNSLOTH = ("training.optimizer=adamw_8bit", "method.alpha=16")
 RECIPES = (
     Recipe("LLaMA-Factory 0.9.3 llama3_lora_sft", "llama3_1_8b", "lora", 2048, 1, 8, "full", 8),
@@ -109,10 +141,23 @@ RECIPES = (
     Recipe(
         "NeMo AutoModel llama3_1_8b_peft_benchmark", "llama3_1_8b", "lora", 4096, 2, 16, "none", 16,
         packing=True, card="h100_80g", changes=("method.dropout=0.1",), published="10.51 s per step",
+        published_step_seconds=10.51,
     ),
     Recipe(
         "NeMo AutoModel qwen2_5_7b_peft_benchmark", "qwen2_5_7b", "lora", 4096, 2, 16, "none", 16,
-        packing=True, card="h100_80g", published="9.29 s per step",
+        packing=True, card="h100_80g", published="9.29 s per step", published_step_seconds=9.29,
+    ),
+    Recipe(
+        "torchtune llama3_1/8B_lora_single_device", "llama3_1_8b", "lora", 2048, 2, 8, "full", 8, "chunked",
+        changes=(TUNED,), remark=NO_HEAD,
+    ),
+    Recipe(
+        "torchtune qwen2_5/7B_lora_single_device", "qwen2_5_7b", "lora", 2048, 2, 8, "full", 8, "chunked",
+        changes=(TUNED,), remark=NO_HEAD,
+    ),
+    Recipe(
+        "TRL trl sft, LoRA", "llama3_1_8b", "lora", 1024, 2, 8, "full", 32, "chunked", packing=True,
+        changes=(QUERY_VALUE, "method.dropout=0.05"), remark=ANY_MODEL,
     ),
     Recipe(
         "Axolotl llama-3/instruct-lora-8b", "llama3_1_8b", "qlora", 4096, 2, 4, "full", 32,
@@ -139,11 +184,43 @@ RECIPES = (
         "ms-swift qlora/bnb", "qwen2_5_7b", "qlora", 2048, 1, 16, "full", 8, published="10 GB",
     ),
     Recipe(
+        "torchtune llama3_1/8B_qlora_single_device", "llama3_1_8b", "qlora", 2048, 2, 8, "full", 8, "chunked",
+        changes=("method.double_quantization=false", TUNED), remark=NO_HEAD,
+    ),
+    Recipe(
+        "Unsloth CLI", "llama3_1_8b", "qlora", 2048, 2, 4, "offload", 64, "chunked", changes=UNSLOTH,
+        remark="for any model",
+    ),
+    Recipe(
         "Axolotl llama-3/fft-8b", "llama3_1_8b", "full", 8192, 1, 8, "full", packing=True,
         changes=("training.optimizer=paged_adamw_8bit",), published="48 GB, in its README",
     ),
     Recipe(
         "ms-swift full/train", "qwen2_5_7b", "full", 2048, 1, 16, "full", published="76 GiB",
+    ),
+    Recipe(
+        "torchtune llama3_1/8B_full_single_device", "llama3_1_8b", "full", 2048, 2, 1, "full", loss="chunked",
+        changes=("training.optimizer=paged_adamw_8bit",), published="18.9 GiB",
+        remark="its file sets no length, 2,048 stands for it; its optimizer steps in the backward pass and frees each "
+        "gradient, ours keep all of them until the step",
+    ),
+    Recipe(
+        "TRL trl sft, full", "llama3_1_8b", "full", 1024, 2, 8, "full", loss="chunked", packing=True,
+        remark=ANY_MODEL,
+    ),
+    Recipe(
+        "Unsloth full_finetune template", "qwen2_5_0_5b", "full", 2048, 1, 4, "offload", loss="chunked",
+        card="rtx4090_24g", changes=("training.optimizer=adamw_8bit",),
+    ),
+    Recipe(
+        "LLaMA-Factory 0.9.3 llama3_full_sft", "llama3_1_8b", "full", 2048, 1, 2, "full", devices=8,
+        changes=("training.precision=bf16_mixed",), engine=("engine=deepspeed", "zero_stage=3"),
+        remark="its file does not say how many cards",
+    ),
+    Recipe(
+        "torchtune llama3_1/8B_full", "llama3_1_8b", "full", 2048, 2, 1, "full", loss="chunked", devices=8,
+        engine=("engine=fsdp2",),
+        remark="its file sets neither the length, 2,048 stands for it, nor how many cards",
     ),
 )  # fmt: skip
 
@@ -184,8 +261,7 @@ def row_of(recipe: Recipe) -> tuple[Outcome, Outcome]:
 
 def line_of(recipe: Recipe, theirs: Outcome, ours: Outcome) -> str:
     """One line of the table."""
-    cells = [recipe.name, recipe.model, f"{recipe.method} {recipe.rank or ''}".strip(), str(recipe.length)]
-    cells.append(recipe.card or CARDS[recipe.method])
+    cells = [recipe.name, recipe.model, recipe.what, str(recipe.length), recipe.where]
     for side in (theirs, ours):
         rate = f"{side.tokens_per_second:,.0f}" if side.tokens_per_second else "does not fit"
         cells += [side.settings, f"{side.peak_bytes / GIB:.1f}", rate]
@@ -199,45 +275,46 @@ HEADER = (
     "| recipe | model | method | length | card | theirs | GiB | tokens/s | ours | GiB | tokens/s | ratio | they say |\n"
     "|---|---|---|--:|---|---|--:|--:|---|--:|--:|--:|---|"
 )
-PAGE = """# Peers' recipes beside our plans
 
-Generated by `python -m scripts.peers --write`, {date}, {versions}.
 
-The same training on the same card: same method, rank, targets, length, update and global batch. `theirs` has the micro
-batch, checkpointing, loss and optimizer of the peer's file, `ours` those that the planner takes; both run on this
-project's libraries, so kernels that a peer brings with it (Unsloth's, Liger's layers) are in neither. GiB is the
-predicted highest moment on the device, context included. Speeds are estimates from published facts of the cards, too
-fast by 4 to 15 % in the median where they were measured ([gpu.md](gpu.md)); their ratio is what counts. "They say" is
-the peer's own figure, with its own kernels. A plan fits when it leaves 5 % of the card.
+def newest(kind: str) -> Any:
+    """The newest data file of a kind."""
+    file = max((ROOT / "docs" / "accuracy").glob(f"????-??-??-{kind}.json"))
+    return json.loads(file.read_text(encoding="utf-8"))
 
-{table}
-"""
+
+def joined(rows: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows, and kept ones of recipes that still train the same, in the order of the recipes."""
+    same = {recipe.name: recipe for recipe in RECIPES}
+    found = {}
+    for row in (*kept, *rows):
+        before = Recipe(**row["recipe"])
+        now = same.get(before.name)
+        if now is not None and (before.job, before.pins) == (now.job, now.pins):
+            found[now.name] = row | {"recipe": asdict(now)}
+    return [found[name] for name in same if name in found]
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="recipes whose name has this text")
-    parser.add_argument("--write", action="store_true", help="write docs/peers.md and docs/accuracy")
+    parser.add_argument("--date", default=datetime.now(UTC).date().isoformat(), help="of the data file")
+    parser.add_argument("--write", action="store_true", help="write docs/accuracy/<date>-peers.json")
     options = parser.parse_args()
     print(HEADER)
-    lines, rows = [HEADER], []
     for recipe in RECIPES:
         if options.only.lower() not in recipe.name.lower():
             continue
         theirs, ours = row_of(recipe)
-        lines.append(line_of(recipe, theirs, ours))
-        rows.append({"recipe": asdict(recipe), "theirs": asdict(theirs), "ours": asdict(ours)})
-        print(lines[-1], flush=True)
-    if options.write:
-        date = datetime.now(UTC).date().isoformat()
-        versions = {name: version(name) for name in LIBRARIES}
-        words = ", ".join(f"{name} {number}" for name, number in versions.items())
-        page = PAGE.format(date=date, versions=words, table="\n".join(lines))
-        (ROOT / "docs" / "peers.md").write_text(page, encoding="utf-8")
-        document = {"date": date, "versions": versions, "rows": rows}
-        file = ROOT / "docs" / "accuracy" / f"{date}-peers.json"
-        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        print(line_of(recipe, theirs, ours), flush=True)
+        if options.write:  # each as it comes
+            row = {"recipe": asdict(recipe), "theirs": asdict(theirs), "ours": asdict(ours)}
+            rows = joined([row], newest("peers")["rows"])
+            versions = {name: version(name) for name in LIBRARIES}
+            document = {"date": options.date, "versions": versions, "rows": rows}
+            file = ROOT / "docs" / "accuracy" / f"{options.date}-peers.json"
+            file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
