@@ -200,7 +200,7 @@ RECIPES = (
     ),
     Recipe(
         "torchtune llama3_1/8B_full_single_device", "llama3_1_8b", "full", 2048, 2, 1, "full", loss="chunked",
-        changes=("training.optimizer=paged_adamw_8bit",), published="18.9 GiB",
+        changes=("training.optimizer=paged_adamw_8bit",), published="18.9 GiB, on a 24 GB card",
         remark="its file sets no length, 2,048 stands for it; its optimizer steps in the backward pass and frees each "
         "gradient, ours keep all of them until the step",
     ),

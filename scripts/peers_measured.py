@@ -226,8 +226,10 @@ def launched(command: Sequence[str], folder: Path, name: str) -> Worker:
 
 def take_turns(workers: Sequence[Worker]) -> None:
     """Trains them to their ends, never two at once after the warm-up."""
-    waiting = list(workers)
+    waiting, until = list(workers), time.monotonic() + TIMEOUT_SECONDS
     while waiting:  # both start together: nothing of it counts
+        if time.monotonic() > until:
+            raise SystemExit(f"{waiting[0].paths.root.name}: the warm-up did not end")
         for worker in [worker for worker in waiting if worker.look() >= WARM_STEPS]:
             worker.tell(signal.SIGSTOP)
             waiting.remove(worker)

@@ -83,11 +83,11 @@ predicted highest moment on the device, context included. Speeds are estimates p
 cards, too fast by 4 to 15 % in the median where they were measured ([gpu.md](gpu.md)); their ratio is what counts. "They
 say" is the peer's own figure, with its own kernels. A plan fits when it leaves 5 % of the card.
 
+{faster}
+
 {table}
 
 {remarks}
-
-{faster}
 
 ## Measured
 
@@ -98,13 +98,14 @@ say" is the peer's own figure, with its own kernels. A plan fits when it leaves 
 {left_out}
 """
 FASTER = (
-    "By its own figure {name} trains {theirs:,.0f} tokens/s where {ours:,.0f} are predicted for our plan: {share:.2f} "
-    "times as fast. It ran on a card of this size, where the same settings on our libraries are predicted not to fit."
+    "By its own figure {name} trains {theirs:,.0f} tokens/s where {ours:,.0f} are predicted for our plan: "
+    "{share:.2f} times as fast."
 )
 WHY_FASTER = (
-    "What was read of these benchmarks names a Triton kernel for LoRA (in the first), no checkpointing, two sequences "
-    "at a time and rows of made-up tokens that are all full; how much each of them brings is not known here, and no "
-    "prediction covers kernels that our libraries lack. On these two recipes our plans are the slower ones."
+    "So ours is the slower plan there. The peer's files ran on one card of this kind, where the same settings on our "
+    "libraries are predicted not to fit. What was read of them names a Triton kernel for LoRA (in one), no "
+    "checkpointing, two sequences at a time and rows of made-up tokens that are all full; how much of the difference "
+    "comes from which is not known here, and no prediction covers kernels that our libraries lack."
 )
 INTRODUCTION = (
     "Six of these recipes, scaled down and trained on a CPU in fp32 by `launch`, with one thread; by `python -m "
