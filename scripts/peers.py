@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import load_job
+from launcher.job import Engine
 from launcher.plan import PlanChoice
 from launcher.planning import plan_job, resolve
 from launcher.units import GIB
@@ -232,7 +233,7 @@ class Outcome:
     fits: bool
     """Whether it fits, with 5 % of the card kept free."""
     settings: str
-    """Micro batch x accumulation, checkpointing, loss."""
+    """Micro batch x accumulation, checkpointing, loss, and engine of several cards."""
     peak_bytes: int
     """Predicted highest bytes on the device."""
     tokens_per_second: float | None
@@ -246,6 +247,9 @@ def outcome_of(choice: PlanChoice) -> Outcome:
     assert plan is not None  # one was priced
     settings = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps}, {plan.activation_checkpointing.value}, "
     settings += plan.loss.value + (f", {plan.optimizer.value}" if plan.uses_pages else "")
+    if plan.world_size > 1:
+        stage = f" {plan.zero_stage}" if plan.engine is Engine.DEEPSPEED else ""
+        settings += f", {plan.engine.value}{stage}"
     if choice.estimate is not None:
         rate = choice.step.tokens_per_second if choice.step else None
         return Outcome(True, settings, choice.estimate.peak_device_bytes, rate)

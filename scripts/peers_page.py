@@ -114,8 +114,10 @@ INTRODUCTION = (
     "what theirs hold as the card's does, so it is not always the plan of the table above. Ratios are seconds per "
     "step of theirs over ours, above 1 where ours is faster: medians of {steps} steps each in {turns} turns, in "
     "brackets the lowest and the highest of the turns. The machine was busy (load averages {low:.1f} to {high:.1f}), "
-    "which CPU seconds show less than wall time. Predictions are from the rates of another CPU and fitted to nothing "
-    "that is measured here. Peaks are of live tensors, in MiB: predicted, measured, error."
+    "which CPU seconds show less than wall time. Predictions are from the rates of another CPU with two threads and "
+    "nothing else to do, and fitted to nothing that is measured here: steps took {fastest:.1f} to {slowest:.1f} times "
+    "the predicted seconds, and what is tested are the ratios. Those of cards, above, stay predictions. Peaks are of "
+    "live tensors, in MiB: predicted, measured, error."
 )
 MEASURED_HEADER = (
     "| recipe | method | theirs | ours | predicted ratio | measured ratio | by CPU seconds | error of the prediction "
@@ -158,7 +160,11 @@ def slowest_first(pairs: Sequence[Pair]) -> list[Pair]:
 
 def measured_section(found: Findings, recipes: dict[str, Recipe]) -> str:
     """What was measured, and how."""
+    sides = [side for pair in found.pairs for side in (pair.theirs, pair.ours)]
+    slowness = [statistics.median(side.step_seconds) / side.predicted_seconds for side in sides]
     introduction = INTRODUCTION.format(
+        fastest=min(slowness),
+        slowest=max(slowness),
         date=found.date,
         versions=", ".join(f"{name} {number}" for name, number in found.versions.items()),
         steps=TURNS * COUNTED,
