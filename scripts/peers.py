@@ -221,7 +221,8 @@ RECIPES = (
     Recipe(
         "torchtune llama3_1/8B_full", "llama3_1_8b", "full", 2048, 2, 1, "full", loss="chunked", devices=8,
         engine=("engine=fsdp2",),
-        remark="its file sets neither the length, 2,048 stands for it, nor how many cards",
+        remark="its file sets neither the length, 2,048 stands for it, nor how many cards; ours, by DeepSpeed, trains "
+        "fp32 copies of the weights, theirs the bf16 weights",
     ),
 )  # fmt: skip
 
