@@ -103,7 +103,7 @@ class Law:
     def peaks(self, group: Group) -> list[int]:
         """`price(plan).peak_device_bytes` of many plans."""
         step, update = self._phases(group)
-        return (np.maximum(sum(step.values()), sum(update.values())) + self.context).tolist()
+        return [int(size) for size in np.maximum(sum(step.values()), sum(update.values())) + self.context]
 
     def floors(self, group: Group, like: Plan) -> list[int]:
         """What plans that differ from those of a group in a kernel or the optimizer need at least."""
@@ -114,13 +114,15 @@ class Law:
             step[Category.LOGITS_AND_LOSS] = 0
         if group.like.optimizer is not like.optimizer:
             step[Category.OPTIMIZER_STATE] = 0
-        return (sum(step.values()) + self.context + np.zeros(len(group.splits), dtype=np.int64)).tolist()
+        sizes = sum(step.values()) + self.context + np.zeros(len(group.splits), dtype=np.int64)
+        return [int(size) for size in sizes]
 
     def _phases(self, group: Group) -> tuple[dict[Category, Any], dict[Category, Any]]:
         """Both phases of many plans that all accumulate, or of one, on the skyline of their regime."""
         first = self.price(group.plan(group.splits[0]))
         micro = np.array([split[0] for split in group.splits], dtype=np.int64)
-        step, update = (dict(phase.by_category_bytes) for phase in first.phases)
+        step: dict[Category, Any] = dict(first.phases[0].by_category_bytes)
+        update = dict(first.phases[1].by_category_bytes)
         tokens = int(micro[0]) * group.like.max_length
         many = micro * group.like.max_length
         step[Category.ACTIVATIONS] = many * (step[Category.ACTIVATIONS] // tokens)
