@@ -23,6 +23,8 @@ CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 """Name of a checkpoint folder, as transformers' `get_last_checkpoint` recognises it."""
 PARTIAL: Final = ".partial"
 """Folder in which checkpoints are written."""
+REPLACED: Final = "replaced-"
+"""What the name begins with of a checkpoint that gives its place to another one of the same step."""
 SEAL: Final = "seal.json"
 FULL_BYTES: Final = 1 << 20
 """A file system with less than this is full."""
@@ -67,10 +69,13 @@ def seal(folder: Path) -> None:
 
 def publish(partial: Path, folder: Path) -> Path:
     """Gives a sealed checkpoint its place beside the others, at once or not at all; returns the place."""
-    place = folder / partial.name
-    shutil.rmtree(place, ignore_errors=True)  # of the same step: the run went back, and came here again
+    place, before = folder / partial.name, partial.with_name(REPLACED + partial.name)
+    shutil.rmtree(before, ignore_errors=True)
+    if place.exists():  # of the same step: the run went back, and came here again
+        place.rename(before)
     partial.rename(place)
     sync_folder(folder)
+    shutil.rmtree(before, ignore_errors=True)
     return place
 
 
@@ -122,11 +127,12 @@ def whole_checkpoints(folder: Path) -> Iterator[Path]:
 def set_torn_aside(folder: Path) -> tuple[str, ...]:
     """Renames checkpoints that are not whole, from the newest to the first whole one; returns what was wrong.
 
-    What was being written when a run ended is removed.
+    What was being written when a run ended is removed; what was sealed by then, and had no place yet, gets it.
 
     Args:
         folder: Where checkpoints lie.
     """
+    _place_sealed(folder)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     notes = []
     for path in sorted(_checkpoints(folder), key=step_of, reverse=True):
@@ -138,6 +144,16 @@ def set_torn_aside(folder: Path) -> tuple[str, ...]:
         path.rename(aside)
         notes.append(f"passing over {path.name}: {wrong}")
     return tuple(notes)
+
+
+def _place_sealed(folder: Path) -> None:
+    """Between a seal and its checkpoint's place a run may have been ended; and while one took the place of another."""
+    for prefix in ("", REPLACED):
+        for path in (folder / PARTIAL).glob(f"{prefix}checkpoint-*"):
+            place = folder / path.name.removeprefix(prefix)
+            if CHECKPOINT.fullmatch(place.name) and not place.exists() and not damage(path):
+                path.rename(place)
+                sync_folder(folder)
 
 
 def step_of(checkpoint: Path) -> int:

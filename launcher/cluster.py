@@ -91,8 +91,7 @@ class LaunchSpec:
     batch, a generation if the job has one, and a save; each compared with the prediction. Nothing of it stays."""
     max_replans: Annotated[int, Ge(0), Le(16)] = 2
     """Out of memory: how many more plans are tried, each smaller than the one that failed, with the same global batch
-    and every knob that changes the result; from the last checkpoint. Each `launch resume=` counts anew. On one machine,
-    where `launch` itself waits; jobs of a cluster, of one node too, end with the first."""
+    and every knob that changes the result; from the last checkpoint. Each `launch resume=` counts anew."""
 
 
 _ELSEWHERE: Final = (Cluster.SLURM, Cluster.SKYPILOT, Cluster.KUBERNETES)

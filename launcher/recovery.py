@@ -174,7 +174,7 @@ def _following(
     following, change = found
     step = 0 if checkpoint is None else step_of(checkpoint)
     message, phase = outcome.message.splitlines()[0], outcome.phase
-    in_rehearsal = _is_in_rehearsal(paths)
+    in_rehearsal = _is_in_rehearsal(paths, order.plan.world_size)
     replan = Replan(phase, message, in_rehearsal, order.plan, following.plan, change, step, outcome.held)
     show(f"out of memory in {phase.value if phase else 'an unknown phase'}: {message}")
     show(f"trying    {change}, {f'from the checkpoint of step {step}' if step else 'from the beginning'}")
@@ -190,7 +190,7 @@ def left_without_memory(order: WorkerOrder, paths: RunPaths) -> WorkerOutcome | 
     launch = order.job.launch
     if not launch.max_replans or not launch.cluster.is_elsewhere:
         return None
-    act = paths.rehearsal if _is_in_rehearsal(paths) else paths
+    act = paths.rehearsal if _is_in_rehearsal(paths, order.plan.world_size) else paths
     decided = deciding_outcome(read_outcomes(act, order.plan.world_size), order.plan.world_size)
     if decided is not None and decided.status is Status.OUT_OF_MEMORY:
         return replace(decided, phase=decided.phase or noted_phase(act, decided.rank))
@@ -235,9 +235,12 @@ def go_on_with_less(
     return following
 
 
-def _is_in_rehearsal(paths: RunPaths) -> bool:
-    """Whether a run that has just ended did so before its rehearsal had."""
-    return is_due(paths) and not paths.rehearsal.findings.exists()
+def _is_in_rehearsal(paths: RunPaths, world_size: int) -> bool:
+    """Whether a run that has just ended did so before its rehearsal had; without `launch` nobody notes findings."""
+    if not is_due(paths) or paths.rehearsal.findings.exists():
+        return False
+    ended = read_outcomes(paths.rehearsal, world_size)
+    return len(ended) < world_size or any(outcome.status is not Status.DONE for outcome in ended)
 
 
 def _outcome(
@@ -251,7 +254,7 @@ def _outcome(
         outcome = launch_worker(paths, order, show, rehearsed=lambda: rehearsed(order))
     except WorkerOutOfMemory as failure:
         outcome = replace(_killed(str(failure), order), rank=failure.rank)
-    act = paths.rehearsal if _is_in_rehearsal(paths) else paths
+    act = paths.rehearsal if _is_in_rehearsal(paths, order.plan.world_size) else paths
     return replace(outcome, phase=outcome.phase or noted_phase(act, outcome.rank))
 
 

@@ -125,6 +125,25 @@ def require_idle(paths: RunPaths, order: WorkerOrder) -> None:
         )
 
 
+def require_not_queued(paths: RunPaths, order: WorkerOrder) -> None:
+    """Checks that no cluster is seen to run a run, or will run it, that is handed over again.
+
+    Where a cluster can't be asked, and its processes can't be seen, the user is who knows.
+
+    Raises:
+        LaunchError: When one does.
+    """
+    if not order.job.launch.cluster.is_elsewhere:
+        return  # the lock of the run directory says so
+    status = run_status(paths, order)
+    is_seen = bool(status.slurm_state) or any(rank.is_alive for rank in status.ranks)
+    if is_seen and status.state in (RunState.PENDING, RunState.RUNNING):
+        raise LaunchError(
+            f"`{paths.root}` is {status.state.value} on a cluster, and two jobs can't train in one run directory",
+            f"`launch action=status run_dir={paths.root}` says how far it is; cancel it first",
+        )
+
+
 def change_words(before: WorkerOrder, after: WorkerOrder, changes: Mapping[str, Any]) -> str:
     """What is different between two orders; empty when nothing is."""
     words = [difference(before.plan, after.plan)]

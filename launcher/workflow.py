@@ -39,7 +39,7 @@ from launcher.report.documents import (
 )
 from launcher.report.rehearsal import bill_at_failure, record_text, rehearsal_text
 from launcher.report.status import status_document, status_text
-from launcher.resume_plan import give_order, require_idle, resumption, still_written_bytes
+from launcher.resume_plan import give_order, require_idle, require_not_queued, resumption, still_written_bytes
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import VISIBLE, DetectedDevice, detect_cuda, is_here, num_here
@@ -61,7 +61,7 @@ from launcher.run.swap import require_drive
 from launcher.run.task_files import submit_hint
 from launcher.run.weight_files import check_model_folder
 from launcher.run_paths import RunPaths
-from launcher.run_record import RunRecord, WorkerOrder
+from launcher.run_record import RunRecord, WorkerOrder, WorkerOutcome
 
 Show = Callable[[str], None]
 
@@ -197,6 +197,7 @@ def resume_answer(job: JobSpec, changes: Mapping[str, Any], show: Show) -> Answe
     show(f"resuming  {paths.root}, {'from the beginning' if last is None else f'after {last.name}'}")
     try:
         if not changes:
+            require_not_queued(paths, order)
             if (outcome := left_without_memory(order, paths)) is not None:
                 with sole_launcher(paths):
                     require_idle(paths, order)
@@ -318,17 +319,22 @@ def _launch(
             raise LaunchError(
                 f"the run's record can't be written: {error}", f"make room at `{paths.root}`"
             ) from error
-    failure: LauncherError | None = None
+        failure = _failure(order, paths, outcome)
+        if discard is not None and is_void:
+            discard()
+    return Answer(record_text(record), {**describe(order), **run_fields(record)}, failure)
+
+
+def _failure(order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome) -> LauncherError | None:
+    """Why a run did not end well; None when it did."""
     try:
         raise_for_outcome(outcome, paths, order.plan.world_size)
     except WorkerOutOfMemory as error:
         bill = bill_at_failure(order.predicted, outcome)
-        failure = WorkerOutOfMemory(f"{error.message}\n\n{bill}", error.hint)
+        return WorkerOutOfMemory(f"{error.message}\n\n{bill}", error.hint)
     except LauncherError as error:
-        failure = error
-    if discard is not None and is_void:
-        discard()
-    return Answer(record_text(record), {**describe(order), **run_fields(record)}, failure)
+        return error
+    return None
 
 
 def status_answer(job: JobSpec) -> Answer:

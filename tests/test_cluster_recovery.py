@@ -152,6 +152,27 @@ def test_a_job_of_several_machines_is_resumed_with_the_next_plan(
     assert again.returncode == 0 and read_order(paths) == after, "it failed once, and shrinks once"
 
 
+def test_a_rehearsal_that_ended_well_is_not_where_memory_ran_out(tmp_path: Path) -> None:
+    """On a cluster nobody notes the rehearsal's findings; its outcomes say that it is over."""
+    paths = RunPaths(tmp_path)
+    order = tiny_order(Path("/models/tiny"), Engine.NONE, num_devices=1)
+    order = replace(order, job=replace(order.job, launch=LaunchSpec(Cluster.KUBERNETES)))
+    ended = WorkerOutcome(Status.DONE, "", 2, None, None, 0.0, None, None, rank=0, world_size=1)
+    short = replace(ended, status=Status.OUT_OF_MEMORY, message="no room", phase=Phase.EVALUATION)
+    for act, outcome in ((paths.rehearsal, ended), (paths, short)):
+        act.root.mkdir(parents=True, exist_ok=True)
+        write_document(act.worker, order)
+        act.phase(0).write_text("save")
+        write_document(act.outcome(0), outcome)
+    note_failure(paths, 0, WorkerOutOfMemory("no room"))
+    found = left_without_memory(order, paths)
+    assert found is not None and found.phase is Phase.EVALUATION
+    write_document(paths.rehearsal.outcome(0), replace(short, phase=Phase.GENERATION))
+    paths.outcome(0).unlink()
+    found = left_without_memory(order, paths)
+    assert found is not None and found.phase is Phase.GENERATION
+
+
 def test_what_ended_otherwise_keeps_its_plan(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     alone = tiny_order(Path("/models/tiny"), Engine.NONE, num_devices=1)

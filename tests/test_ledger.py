@@ -445,6 +445,22 @@ def test_a_checkpoint_takes_its_place_at_once(tmp_path: Path) -> None:
         assert not partial.exists()
 
 
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_a_kill_between_two_checkpoints_of_one_step_loses_neither(is_sealed: bool, tmp_path: Path) -> None:
+    """What a kill leaves between the two renames of `publish`."""
+    for name in ("checkpoint-3", "replaced-checkpoint-3"):
+        folder = tmp_path / ".partial" / name
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(name)
+        if is_sealed or name != "checkpoint-3":
+            seal(folder)
+    assert set_torn_aside(tmp_path) == ()
+    last = last_checkpoint(tmp_path)
+    assert last == tmp_path / "checkpoint-3" and damage(last) == ""
+    assert (last / "state").read_text() == ("checkpoint-3" if is_sealed else "replaced-checkpoint-3")
+    assert not (tmp_path / ".partial").exists()
+
+
 @pytest.mark.parametrize("left", [b"", b'{"job": {}}', b"\xff\0", b"[1"])
 def test_a_damaged_order_is_named_with_what_is_still_whole(left: bytes, tmp_path: Path) -> None:
     """A power loss may leave a file empty."""

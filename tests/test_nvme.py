@@ -234,6 +234,7 @@ def test_a_run_does_not_start_without_its_drive(tmp_path: Path) -> None:
     [
         ("raise SystemExit('no libaio.h')", "compiled or loaded here: no libaio.h"),
         ("raise SystemExit(3)", "ulimit -l"),
+        ("import os; os.abort()", "ulimit -l"),
     ],
 )
 def test_a_run_does_not_start_where_nothing_can_be_swapped(
@@ -271,7 +272,7 @@ def test_each_rank_takes_what_was_predicted_and_learns_the_same(
         found = result["phases"][phase]
         assert max(found["measured_bytes"]) == pytest.approx(found["predicted_bytes"], rel=WITHIN), result
     assert all(abs(error) <= WITHIN for error in result["errors"]), result
-    assert written == [num_devices * result["nvme_bytes"]], result
+    assert [size for size in written if size] == [num_devices * result["nvme_bytes"]], result
     assert not list(tmp_path.glob("swap-*"))
     on_host = compare(RankJob("job", replace(plan, offload_device=OffloadDevice.CPU)), tmp_path)
     assert result["last_loss"] == pytest.approx(on_host["last_loss"], abs=1e-3)

@@ -82,6 +82,8 @@ class Line:
             why = f"it was silent for {SILENCE_SECONDS:.0f} s"
         except (OSError, ValueError) as failure:
             why = str(failure)
+        except (KeyError, TypeError) as failure:
+            why = f"it sent what is no message of this version: {failure}"
         if not self._is_closed.is_set():
             self._on_end(self, why)
 

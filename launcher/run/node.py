@@ -71,8 +71,11 @@ def run_node(
         LauncherError: When machines don't meet, or the run ended without an outcome.
         WorkerOutOfMemory: When it did for want of memory, on whichever machine.
     """
-    acts = (paths.rehearsal, paths) if is_due(paths) else (paths,)
+    for act in (paths.rehearsal, paths):  # what a launcher left that was killed; nobody has begun
+        remove_swapped(order.plan, order.job.hardware, act)
     meeting = meet(paths, order, node)
+    # all see the same now: machine 0 has looked through the checkpoints before
+    acts = (paths.rehearsal, paths) if is_due(paths) else (paths,)
     failure: LauncherError | None = LaunchError(f"node {node.rank} on host {socket.gethostname()} was ended")
     try:
         require_drive(order.plan, order.job.hardware, order.predicted.nvme)

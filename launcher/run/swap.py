@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ sys.exit(3 if buffer.data_ptr() == 0 else 0)
 """
 """Compiles, or finds, DeepSpeed's asynchronous reads and writes, and locks as much memory as a rank will."""
 CANNOT_LOCK: Final = 3
+"""Where DeepSpeed was compiled without assertions; with them it aborts (0.19.8, csrc/aio, deepspeed_pin_tensor.cpp)."""
 LINES_SHOWN: Final = 3
 
 
@@ -89,7 +91,7 @@ def require_swapping(plan: Plan, needed: NvmeEstimate | None, variables: Mapping
     locked_bytes = 1 if needed is None else max(1, needed.locked_bytes)
     accelerator = variables.get("DS_ACCELERATOR", "")
     code, words = _probe(locked_bytes, accelerator)
-    if code == CANNOT_LOCK:
+    if code in (CANNOT_LOCK, -signal.SIGABRT):
         raise LaunchError(
             f"the plan swaps to NVMe, for which each rank locks {locked_bytes} bytes ({format_bytes(locked_bytes)}) into "
             "host memory, and this process may not",

@@ -46,6 +46,8 @@ class WaitingRoom:
 
     def call_back(self, order: Path) -> None:
         """Tells all who wait which order they begin with; without, they are told that there is none when this closes."""
+        if self._listener is not None:  # whoever is told may call at once, and means the next meeting
+            stop_listening(self._listener)
         self._dismiss(order_digest(order))
 
     def close(self) -> None:
@@ -78,6 +80,9 @@ class WaitingRoom:
                 Line(connection, self._heard, self._lost).start()
 
     def _heard(self, line: Line, message: Message) -> None:
+        if "waiting" not in message:
+            line.close()
+            return
         line.node = int(message["waiting"])
         with self._changed:
             self._lines[line.node] = line
