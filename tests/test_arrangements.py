@@ -288,5 +288,5 @@ def test_what_is_offloaded_is_on_the_host(stage: int, tracer: Tracer) -> None:
 
 
 def test_a_pinned_stage_that_no_engine_has_is_refused() -> None:
-    with pytest.raises(ConfigError, match="nothing that 1 devices can do"):
+    with pytest.raises(ConfigError, match="nothing that 1 device can do"):
         arrangements(job(1, PinSpec(zero_stage=2)), alone())

@@ -330,7 +330,7 @@ def test_a_mistake_that_stops_composition_hides_no_other() -> None:
         ),
         (
             "hardware=a100_40g planner.pin.zero_stage=2 planner.objective=cost seed=1",
-            ("zero_stage=2 is nothing that 1 devices can do", "`hardware.price_per_hour` is not set", "training.seed"),
+            ("zero_stage=2 is nothing that 1 device can do", "`hardware.price_per_hour` is not set", "training.seed"),
         ),
         (
             "hardware=t4_16g training.precision=bf16 planner.pin.rank=8 method=full report.recipe=x",
@@ -528,7 +528,7 @@ print(*{"torch", "transformers", "launcher.planner.tracer", "launcher.workflow"}
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
     for said in (
         "micro batch 3 x",
-        "nothing that 1 devices",
+        "nothing that 1 device",
         "a LoRA rank",
         "merged in one process",
         "no bf16",

@@ -47,7 +47,7 @@ from launcher.planning import resolve, with_headroom
             "micro batch 3 x accumulation any can't make",
         ),
         (["hardware=a100_40g", "hardware.num_devices=3"], "can't be split over 3 devices"),
-        (["hardware=a100_40g", "planner.pin.zero_stage=2"], "nothing that 1 devices can do"),
+        (["hardware=a100_40g", "planner.pin.zero_stage=2"], "nothing that 1 device can do"),
         (
             [
                 "hardware=a100_40g",
