@@ -18,6 +18,7 @@ from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_optimizer
 from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 from deepspeed.runtime.zero import stage3
 
+from launcher.planner.fake_offload import on_host
 from launcher.planner.swapping import Swapping
 from launcher.planner.tape import OFF_DEVICE, ON_DEVICE, Tape
 
@@ -134,7 +135,7 @@ def swap(tape: Tape, *, on_gpu: bool) -> None:
     if on_gpu:
         utils.torch = optimizer_utils.torch = _TorchOnHost()
         # weights that are on the drive are tensors of no size, made where torch makes them by default: on the host
-        sharded._create_fp32_partitions = _on_host(sharded._create_fp32_partitions)
+        sharded._create_fp32_partitions = on_host(sharded._create_fp32_partitions)
 
 
 def _noting_groups(configure: Callable[..., None], drive: Drive) -> Callable[..., None]:
@@ -144,12 +145,3 @@ def _noting_groups(configure: Callable[..., None], drive: Drive) -> Callable[...
         configure(optimizer, *settings)
 
     return configured
-
-
-def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def there(*args: Any, **kwargs: Any) -> Any:
-        with torch.device(OFF_DEVICE):
-            return function(*args, **kwargs)
-
-    return there

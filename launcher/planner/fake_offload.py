@@ -57,7 +57,7 @@ def _put_host_elsewhere(tape: Tape) -> None:
     sharded.subgroup_to_device = property(
         lambda self: self.__dict__["_places"], lambda self, value: self.__dict__.update(_places=_Places())
     )
-    sharded._create_param_groups_fp16_flat_cpu_memory = _on_host(
+    sharded._create_param_groups_fp16_flat_cpu_memory = on_host(
         sharded._create_param_groups_fp16_flat_cpu_memory
     )
     for optimizer in (flat, sharded):
@@ -93,7 +93,9 @@ def _keep_remote_device(init: Any, value: Any) -> None:
     init.__dict__["_remote_device"] = value
 
 
-def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a function allocates without a device is in host memory."""
+
     @wraps(function)
     def there(*args: Any, **kwargs: Any) -> Any:
         with torch.device(OFF_DEVICE):
