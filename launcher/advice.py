@@ -87,10 +87,15 @@ def explain_answer(job: JobSpec) -> Answer:
     libraries = {*needed_libraries(job), "bitsandbytes"}  # quantised methods are among the changes
     with Tracer(tuple(sorted(libraries))) as tracer:
         rates = device_rates(job.hardware, cache_folder("rates"))
-        forecaster = Forecaster(job, tracer, trace_cache(job), rates=rates)
+        cache = trace_cache(job)
+
+        def forecasters(other: JobSpec) -> Forecaster:
+            return Forecaster(other, tracer, cache, rates=rates)
+
         data, unknown = lengths_at_hand(job)
-        words = "" if data is None else far_above(job, choice.plan, data, forecaster)
-        explanation = explain(job, choice, forecaster, partial(find_plan, tracer=tracer), words)
+        words = "" if data is None else far_above(job, choice.plan, data, forecasters(job))
+        search = partial(find_plan, tracer=tracer)
+        explanation = explain(job, choice, forecasters, search, words, data)
     parts = [answer.text, explanation_text(explanation)]
     document = {**answer.document, "explanation": explanation_document(explanation)}
     if data is None:

@@ -6,7 +6,16 @@ Read off the libraries or seen failing (accelerate 1.15, deepspeed 0.19.8, bitsa
 from __future__ import annotations
 
 from launcher.hardware import DeviceKind
-from launcher.job import Checkpointing, Engine, JobSpec, Method, OffloadDevice, Optimizer, Quantization
+from launcher.job import (
+    AdapterDtype,
+    Checkpointing,
+    Engine,
+    JobSpec,
+    Method,
+    OffloadDevice,
+    Optimizer,
+    Quantization,
+)
 from launcher.optimisation import Precision
 from launcher.plan import Plan
 
@@ -75,9 +84,11 @@ def _offload_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
             "FSDP2 offloads parameters, gradients and optimizer states together, or none",
         ),
         (
-            is_fsdp and plan.precision is Precision.BF16_AUTOCAST,
-            "with autocast accelerate gives FSDP2 trained weights in fp32, which is training.precision=bf16_mixed, not "
-            "bf16_autocast",
+            is_fsdp
+            and plan.precision is Precision.BF16_AUTOCAST
+            and (plan.method is Method.FULL or job.method.adapter_dtype is AdapterDtype.BASE),
+            "with autocast accelerate gives FSDP2 trained weights in fp32 (utils/fsdp_utils.py), which is "
+            "training.precision=bf16_mixed, or adapters in fp32 (method.adapter_dtype=fp32), not bf16_autocast",
         ),
         (is_fsdp and plan.uses_offload and is_nvme, "FSDP2 offloads to host memory only"),
         *_nvme_limits(job, plan),

@@ -59,6 +59,8 @@ class Explanation:
     """Whether memory is this job's problem, in one sentence."""
     squeeze: Squeeze
     """How tight it is."""
+    sharding: str = ""
+    """What each higher ZeRO stage would free, and which would not help, and why; empty where there is none."""
 
 
 @dataclass(frozen=True)

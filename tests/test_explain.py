@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher.data_lengths import DataLengths
 from launcher.explanation import Change
 from launcher.job import (
     Checkpointing,
     ChoicesSpec,
+    DataSpec,
     EvaluationSpec,
     JobSpec,
     Method,
@@ -24,7 +26,8 @@ from launcher.job import (
 )
 from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Grade, Plan, PlanChoice
-from launcher.planner.explain import explain, marginal_changes, savers, squeeze, verdict
+from launcher.planner.explain import explain, savers, squeeze, verdict
+from launcher.planner.marginal import marginal_changes
 from launcher.planner.search import search
 from launcher.report.explanation import explanation_document, explanation_text
 from tests.imagined import FakeForecaster, Law, job_with
@@ -36,7 +39,11 @@ LAW = Law()
 def explained(job: JobSpec, law: Law = LAW) -> tuple[PlanChoice, tuple[Change, ...]]:
     choice = search(job, FakeForecaster(law))
     assert choice.plan is not None
-    return choice, marginal_changes(job, choice.plan, FakeForecaster(law))
+    return choice, marginal_changes(job, choice.plan, lambda _: FakeForecaster(law))
+
+
+def fakes(job: JobSpec) -> FakeForecaster:
+    return FakeForecaster(LAW)
 
 
 def roomy(**planner: object) -> JobSpec:
@@ -56,6 +63,9 @@ def test_each_change_is_one_knob_with_its_own_price() -> None:
         }
         assert differing <= {change.knob, "gradient_accumulation_steps", "rank"}, change
         assert change.saved_bytes == base.peak_device_bytes - LAW.price(change.plan).peak_device_bytes
+        if change.knob == "data.packing":
+            assert change.step_ratio is None  # nobody knows how much of the batches is padding
+            continue
         changed = LAW.step(change.plan)
         assert changed is not None
         assert change.step_ratio == pytest.approx(step.tokens_per_second / changed.tokens_per_second)
@@ -71,6 +81,7 @@ def test_what_changes_the_result_says_so() -> None:
         "activation_checkpointing": False,
         "loss": False,
         "attention": False,
+        "data.packing": True,
         "precision": True,
         "max_length": True,
         "method": True,
@@ -86,12 +97,63 @@ def test_a_pinned_knob_is_turned_too() -> None:
     assert {"2 -> 1", "2 -> 4", "full -> none", "full -> selective", "full -> offload"} <= words
 
 
+def test_packing_is_worth_the_padding_that_it_saves() -> None:
+    """Three rows of 8 tokens and one of 64: batches of two are half padding or more, and packed rows have none."""
+    job = replace(roomy(), data=DataSpec(max_length=64))
+    choice = search(job, FakeForecaster(LAW))
+    assert choice.plan is not None
+    plan = replace(choice.plan, micro_batch_size=2, gradient_accumulation_steps=4)
+    data = DataLengths("by hand", 4, (8, 8, 8, 64), (0, 0, 0, 0), 64)
+    found = marginal_changes(job, plan, fakes, data)
+    (packing,) = (change for change in found if change.knob == "data.packing")
+    # of the six pairs of rows three are 64 long and three 8: 36 tokens on average for 22 real ones per row
+    padded, packed = LAW.seconds(replace(plan, max_length=36)), LAW.seconds(plan)
+    assert packing.step_ratio == pytest.approx((packed / (8 * 64)) / (padded / (8 * 22)), rel=0.02)
+    back = replace(job, data=replace(job.data, packing=True))
+    (padding,) = (
+        change for change in marginal_changes(back, plan, fakes, data) if change.knob == "data.packing"
+    )
+    assert padding.words == "true -> false"
+    assert padding.step_ratio == pytest.approx(1 / packing.step_ratio)
+
+
+class EvaluationLaw(FakeForecaster):
+    """An evaluation whose batch is what takes the memory: a byte, and a MiB, per row."""
+
+    def __init__(self, job: JobSpec) -> None:
+        super().__init__(LAW)
+        self.rows = job.evaluation.batch_size or 0
+        self.kept = 10**8 if job.evaluation.keep_logits else 0
+
+    def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        step = super().estimate(plan, exact=exact)
+        size = step.peak_device_bytes + ((self.rows or plan.micro_batch_size) << 20) + self.kept
+        peak = PhasePeak(Phase.EVALUATION, size, {Category.ACTIVATIONS: size})
+        return replace(step, phases=(*step.phases, peak))
+
+
+def test_an_evaluation_s_batch_and_its_logits_are_turned_too() -> None:
+    job = replace(roomy(), evaluation=EvaluationSpec(enabled=True, batch_size=8, keep_logits=True))
+    choice = search(job, FakeForecaster(LAW))
+    assert choice.plan is not None
+    found = {
+        (change.knob, change.words): change.saved_bytes
+        for change in marginal_changes(job, choice.plan, EvaluationLaw)
+        if change.knob.startswith("evaluation.")
+    }
+    assert found == {
+        ("evaluation.batch_size", "8 -> 4"): 4 << 20,
+        ("evaluation.batch_size", "8 -> 16"): -(8 << 20),
+        ("evaluation.keep_logits", "true -> false"): 10**8,
+    }
+
+
 def test_more_memory_helps_where_it_is_short_and_not_where_it_is_not() -> None:
     kept = LAW.peak(search(roomy(), FakeForecaster(LAW)).plan or pytest.fail("roomy"))
     short = job_with(kept - 1)
     for job, words in ((short, "Memory is this job's limit: with 2 times as much it runs"), (roomy(), "not")):
         choice = search(job, FakeForecaster(LAW))
-        found = explain(job, choice, FakeForecaster(LAW), lambda other: search(other, FakeForecaster(LAW)))
+        found = explain(job, choice, fakes, lambda other: search(other, FakeForecaster(LAW)))
         assert words in found.verdict
         assert [item.factor for item in found.capacities] == [0.5, 1.0, 2.0]
         assert found.capacities[1].plan == choice.plan
@@ -106,7 +168,7 @@ def test_more_memory_can_buy_a_better_choice_of_the_lists() -> None:
     assert full is not None and full.method is Method.FULL
     short = replace(job, hardware=replace(job.hardware, memory_bytes=LAW.peak(full) - 1))
     choice = search(short, FakeForecaster(LAW))
-    found = explain(short, choice, FakeForecaster(LAW), lambda other: search(other, FakeForecaster(LAW)))
+    found = explain(short, choice, fakes, lambda other: search(other, FakeForecaster(LAW)))
     assert "the job gets full at length 64, choice 1 of its lists and not 2" in found.verdict
 
 
@@ -115,7 +177,7 @@ def test_nothing_fits_half_of_a_device_that_is_just_large_enough() -> None:
     assert smallest is not None
     job = job_with(LAW.peak(smallest) + 1)
     choice = search(job, FakeForecaster(LAW))
-    found = explain(job, choice, FakeForecaster(LAW), lambda other: search(other, FakeForecaster(LAW)))
+    found = explain(job, choice, fakes, lambda other: search(other, FakeForecaster(LAW)))
     half = found.capacities[0]
     assert half.plan is None and half.position == -1 and "none of" in half.reason
     text = explanation_text(found)
@@ -151,7 +213,7 @@ def test_a_setting_that_makes_the_peak_is_named(phase: Phase, words: str) -> Non
         {},
         0,
     )
-    found = explain(job, choice, FakeForecaster(LAW), lambda other: search(other, FakeForecaster(LAW)))
+    found = explain(job, choice, fakes, lambda other: search(other, FakeForecaster(LAW)))
     sentence = verdict(job, replace(choice, estimate=estimate), found.capacities)
     assert sentence.startswith("A setting decides the highest moment") and words in sentence
     assert "1.00 GiB more than a training step" in sentence
@@ -172,7 +234,7 @@ def test_full_fine_tuning_where_the_lists_allow_adapters_is_a_setting() -> None:
         job = replace(job, hardware=replace(job.hardware, memory_bytes=LAW.peak(smallest) + 1))
         choice = search(job, FakeForecaster(LAW))
         assert choice.plan is not None and choice.plan.method is Method.FULL
-        found = explain(job, choice, FakeForecaster(LAW), lambda other: search(other, FakeForecaster(LAW)))
+        found = explain(job, choice, fakes, lambda other: search(other, FakeForecaster(LAW)))
         faster = tuple(
             replace(item, plan=choice.plan, position=0, tokens_per_second=100 * item.factor)
             for item in found.capacities

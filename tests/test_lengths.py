@@ -207,7 +207,7 @@ def test_a_length_far_above_the_data_is_the_verdict() -> None:
     assert words.startswith("length 1000 is 16.7 times the data's p99 of 60 tokens; no example exceeds 200")
     assert f"{saved / 2**20:.2f} MiB less" in words
     find = lambda one: search(one, FakeForecaster(LAW))  # noqa: E731
-    verdict = explain(job, choice, FakeForecaster(LAW), find, words).verdict
+    verdict = explain(job, choice, lambda _: FakeForecaster(LAW), find, words).verdict
     assert verdict == f"A setting takes the memory, not the training: {words}."
     assert far_above(job, replace(choice.plan, max_length=100), DATA, FakeForecaster(LAW)) == ""
     assert "few examples need it" in far_above(

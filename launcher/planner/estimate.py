@@ -99,8 +99,11 @@ def _with_stored_copy(
     in_parts = plan.engine is Engine.DEEPSPEED and plan.zero_stage == 3
     if same_dtype or in_parts or job.hardware.kind is not DeviceKind.CPU or plan.method is Method.QLORA:
         return peak  # quantised weights, and those that are split as they come, are read one by one
-    adapters = 0 if plan.method is Method.FULL else resident[Category.GRADIENTS]
-    weights = resident[Category.PARAMETERS] - adapters
+    sharing = 1
+    if plan.engine is Engine.FSDP2:  # shards them when they are loaded
+        sharing = plan.num_devices if plan.shard_within_node else plan.world_size
+    adapters = 0 if plan.method is Method.FULL else resident[Category.GRADIENTS] * sharing
+    weights = resident[Category.PARAMETERS] * sharing - adapters
     copy = weights // held * stored
     if copy <= adapters:
         return peak

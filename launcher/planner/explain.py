@@ -5,26 +5,17 @@ All prices come from the skylines that the search uses, of the plan taken too, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 
-from launcher.engine_limits import engine_limits
-from launcher.errors import LauncherError
+from launcher.data_lengths import DataLengths
 from launcher.explanation import AtCapacity, Change, Explanation
-from launcher.hardware import DeviceKind
-from launcher.job import Attention, Checkpointing, Engine, JobSpec, Method, Optimizer, Precision
+from launcher.job import Checkpointing, JobSpec, Method
 from launcher.memory import TRAINING, Category, MemoryEstimate, Phase
-from launcher.optimisation import PAGED_OPTIMIZERS, implementations
 from launcher.plan import Grade, Plan, PlanChoice, Squeeze
-from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds, short_words
-from launcher.planner.forecast import Forecaster
+from launcher.planner.marginal import Forecasters, marginal_changes
+from launcher.planner.sharding import sharding_words
 from launcher.planner.space import (
-    attentions,
-    batch_splits,
-    checkpointing_modes,
-    headroom_bytes,
-    losses,
     semantic_plans,
 )
 from launcher.units import format_bytes
@@ -39,170 +30,42 @@ A convention: batches differ, other processes come, and fragmentation grows over
 MANY_SAVERS = 2
 FASTER = 1.03
 """Speeds nearer than this are the same: the order of plans is not known better."""
-OTHER_PRECISION = {
-    (Method.LORA, Precision.BF16): Precision.BF16_AUTOCAST,
-    (Method.LORA, Precision.BF16_AUTOCAST): Precision.BF16,
-    (Method.LORA, Precision.BF16_MIXED): Precision.BF16_AUTOCAST,
-    (Method.FULL, Precision.BF16): Precision.BF16_MIXED,
-    (Method.FULL, Precision.BF16_MIXED): Precision.BF16,
-}
-"""What is worth a look: adapters in fp32 that compute in bf16 all the same, and fp32 weights to update, or none."""
 SMALL_OPTIMIZERS = ("8bit", "adafactor", "sgd", "galore", "apollo", "paged")
 Search = Callable[[JobSpec], PlanChoice]
 
 
 def explain(
-    job: JobSpec, choice: PlanChoice, forecaster: Forecaster, search: Search, length_words: str = ""
+    job: JobSpec,
+    choice: PlanChoice,
+    forecasters: Forecasters,
+    search: Search,
+    length_words: str = "",
+    data: DataLengths | None = None,
 ) -> Explanation:
     """Explains the plan that was taken.
 
     Args:
         job: The job, resolved.
         choice: What its search found; it must have a plan.
-        forecaster: Prices the changes; it must have the libraries of all methods.
+        forecasters: Make what prices the changes, with the libraries of all methods.
         search: Searches the job on other devices.
         length_words: What is wrong with the length for the job's data; empty when nothing is, or nobody knows.
+        data: Lengths of the job's examples; None: nobody knows them.
 
     Raises:
         ValueError: When there is no plan.
     """
     if choice.plan is None or choice.estimate is None:
         raise ValueError(f"nothing to explain: {choice.reason}")
-    changes = marginal_changes(job, choice.plan, forecaster)
+    changes = marginal_changes(job, choice.plan, forecasters, data)
     capacities = tuple(_at_capacity(job, choice, factor, search) for factor in FACTORS)
     return Explanation(
         changes=changes,
         capacities=capacities,
         verdict=verdict(job, choice, capacities, length_words, changes),
         squeeze=squeeze(choice.plan, choice.estimate, choice.capacity_bytes, changes),
+        sharding=sharding_words(job, choice.plan, forecasters(job)),
     )
-
-
-def marginal_changes(job: JobSpec, plan: Plan, forecaster: Forecaster) -> tuple[Change, ...]:
-    """Every single change of a knob, priced; what frees most comes first, what was not priced last."""
-    options = list(_options(job, plan))
-    forecaster.prepare([plan])
-    base = forecaster.estimate(plan)
-    base_step = forecaster.step_time(plan)
-    budget = job.hardware.memory_bytes - headroom_bytes(job)
-    changes = []
-    for knob, words, changed, changes_result in options:
-        limits = engine_limits(job, changed) if changed.engine is not Engine.NONE else ()
-        if limits:
-            changes.append(Change(knob, words, changed, changes_result, None, None, False, "; ".join(limits)))
-            continue
-        try:
-            estimate = forecaster.estimate(changed)
-            step = forecaster.step_time(changed)
-        except LauncherError as failure:
-            changes.append(
-                Change(knob, words, changed, changes_result, None, None, False, str(failure).split("\n")[0])
-            )
-            continue
-        ratio = None
-        if step is not None and base_step is not None:
-            ratio = base_step.tokens_per_second / step.tokens_per_second
-        changes.append(
-            Change(
-                knob,
-                words,
-                changed,
-                changes_result,
-                base.peak_device_bytes - estimate.peak_device_bytes,
-                ratio,
-                estimate.peak_device_bytes <= budget,
-            )
-        )
-    return tuple(sorted(changes, key=lambda item: (item.saved_bytes is None, -(item.saved_bytes or 0))))
-
-
-def _options(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
-    """Knob, words, the plan with the change, and whether it changes the result."""
-    unpinned = replace(job, planner=replace(job.planner, pin=type(job.planner.pin)()))
-    splits = sorted(batch_splits(unpinned))
-    sizes = [micro for micro, _ in splits]
-    here = sizes.index(plan.micro_batch_size)
-    for index in (here - 1, here + 1):
-        if 0 <= index < len(splits):
-            micro, steps = splits[index]
-            yield (
-                "micro_batch_size",
-                f"{plan.micro_batch_size} -> {micro}",
-                replace(plan, micro_batch_size=micro, gradient_accumulation_steps=steps),
-                False,
-            )
-    free = replace(
-        job, planner=replace(job.planner, pin=replace(job.planner.pin, activation_checkpointing=None))
-    )
-    for mode in checkpointing_modes(free):
-        if mode is not plan.activation_checkpointing:
-            words = f"{plan.activation_checkpointing.value} -> {mode.value}"
-            yield "activation_checkpointing", words, replace(plan, activation_checkpointing=mode), False
-    for loss in losses(unpinned):
-        if loss is not plan.loss:
-            yield "loss", f"{plan.loss.value} -> {loss.value}", replace(plan, loss=loss), False
-    for attention in (*attentions(unpinned), Attention.EAGER):
-        is_eager = attention is Attention.EAGER
-        is_possible = not is_eager or plan.activation_checkpointing is not Checkpointing.SELECTIVE
-        if attention is not plan.attention and is_possible:
-            words = f"{plan.attention.value} -> {attention.value}"
-            yield "attention", words, replace(plan, attention=attention), False
-    yield from _other_arrangements(job, plan)
-    other = OTHER_PRECISION.get((plan.method, plan.precision))
-    if other is not None and plan.engine is not Engine.DEEPSPEED:  # to which they are one
-        yield "precision", f"{plan.precision.value} -> {other.value}", replace(plan, precision=other), True
-    for length in (plan.max_length // 2, plan.max_length * 2):
-        if length >= 8:
-            yield "max_length", f"{plan.max_length} -> {length}", replace(plan, max_length=length), True
-    for method in Method:
-        if method is not plan.method:
-            rank = 0 if method is Method.FULL else plan.rank or job.method.rank
-            yield (
-                "method",
-                f"{plan.method.value} -> {method.value}",
-                replace(plan, method=method, rank=rank),
-                True,
-            )
-    if plan.rank:
-        for rank in (plan.rank // 2, plan.rank * 2):
-            if rank:
-                yield "rank", f"{plan.rank} -> {rank}", replace(plan, rank=rank), True
-    for optimizer in implementations(plan.optimizer):
-        has_pages = optimizer in PAGED_OPTIMIZERS
-        if optimizer is not plan.optimizer and (not has_pages or job.hardware.kind is DeviceKind.CUDA):
-            words = f"{plan.optimizer.value} -> {optimizer.value}"
-            yield "optimizer", words, replace(plan, optimizer=optimizer), False
-    if Optimizer.ADAMW_8BIT not in implementations(plan.optimizer):
-        words = f"{plan.optimizer.value} -> {Optimizer.ADAMW_8BIT.value}"
-        yield "optimizer", words, replace(plan, optimizer=Optimizer.ADAMW_8BIT), True
-
-
-def _other_arrangements(job: JobSpec, plan: Plan) -> Iterator[tuple[str, str, Plan, bool]]:
-    """What several devices could share a little less or more of, engines that can't do it among them.
-
-    One device could put states on the host; those of adapters are too few to be worth a word.
-    """
-    if plan.world_size == 1 and plan.method is not Method.FULL and not plan.uses_offload:
-        return
-    pin = replace(
-        job.planner.pin, engine=None, zero_stage=None, offload_optimizer=None, offload_parameters=None
-    )
-    free = replace(job, planner=replace(job.planner, pin=pin))
-    here = arrangement_of(plan)
-    candidates = tuple(chain.from_iterable(rounds(free)))
-    possible = [
-        item for item in arrangements(free, plan, candidates)[0] if item.small_buckets is here.small_buckets
-    ]
-    for item in neighbours(possible, here):
-        yield "engine", f"{short_words(here)} -> {short_words(item)}", item.applied_to(plan, free), False
-
-
-def neighbours(items: Sequence[Arrangement], here: Arrangement) -> tuple[Arrangement, ...]:
-    """What comes before and after one of some arrangements; none where it is not among them."""
-    if here not in items:
-        return ()
-    place = items.index(here)
-    return tuple(items[index] for index in (place - 1, place + 1) if 0 <= index < len(items))
 
 
 def _at_capacity(job: JobSpec, choice: PlanChoice, factor: float, search: Search) -> AtCapacity:

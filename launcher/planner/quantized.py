@@ -230,6 +230,15 @@ def _state_buffer(
     return torch.zeros_like(parameter, dtype=dtype, device=OFF_DEVICE if paged else parameter.device)
 
 
+def _restore_state(module: Any) -> None:
+    """`fix_4bit_weight_quant_state_from_module`: a weight that FSDP2 gathered has lost its quantisation state.
+
+    bitsandbytes wraps it as `Params4bit`, in the same memory; a fake tensor can't be wrapped, and carries the state itself.
+    """
+    if getattr(module.weight, "quant_state", None) is None:
+        module.weight.quant_state = module.quant_state
+
+
 def _copied(state: Any) -> Any:
     """`copy.deepcopy` of an optimizer's state: it copies storages at their addresses, which fake tensors don't have."""
     return tree_map_only(torch.Tensor, torch.clone, state)
@@ -241,6 +250,7 @@ def stand_ins(*, on_gpu: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(replaced(peft_dora, "dequantize_module_weight", dequantized))
         stack.enter_context(replaced(bnb_optimizer, "deepcopy", _copied))
+        stack.enter_context(replaced(bnb_layers, "fix_4bit_weight_quant_state_from_module", _restore_state))
         if on_gpu:
             stack.enter_context(replaced(bitsandbytes, "matmul", _matmul_on_gpu))
             stack.enter_context(replaced(bnb_functional, "is_on_gpu", lambda tensors: True))

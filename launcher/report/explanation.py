@@ -33,6 +33,8 @@ def explanation_text(explanation: Explanation) -> str:
     ]
     if squeeze.advice:
         lines.append(wrapped("to relax ", squeeze.advice))
+    if explanation.sharding:
+        lines.append(wrapped("sharding ", explanation.sharding))
     return "\n".join(lines)
 
 
@@ -58,6 +60,7 @@ def explanation_document(explanation: Explanation) -> dict[str, Any]:
         ],
         "verdict": explanation.verdict,
         "squeeze": squeeze_fields(explanation.squeeze),
+        "sharding": explanation.sharding,
     }
 
 
