@@ -11,7 +11,8 @@ import pytest
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import Checkpointing, Engine, Method, MethodSpec, OffloadDevice, Quantization
+from launcher.job import AdapterDtype, Checkpointing, Engine, Method, MethodSpec, OffloadDevice, Quantization
+from launcher.optimisation import Precision
 from launcher.run.launch import prepare_run
 from launcher.run_paths import RunPaths
 from tests.tiny_job import tiny_order
@@ -63,6 +64,16 @@ def test_adapters_are_merged_without_an_engine_only(tmp_path: Path) -> None:
         assert "merged" in reason
     alone = tiny_order(tmp_path, Engine.NONE, 0, Method.LORA, num_devices=1)
     assert engine_limits(replace(alone.job, method=merging), alone.plan) == ()
+
+
+def test_autocast_over_bf16_is_for_the_adapters_of_fsdp_alone(tmp_path: Path) -> None:
+    """accelerate widens what is trained to fp32, which adapters are; ranks in docs/ranks.md ran so."""
+    for method, is_possible in ((Method.LORA, True), (Method.FULL, False)):
+        order = tiny_order(tmp_path, Engine.FSDP2, 3, method)
+        plan = replace(order.plan, precision=Precision.BF16_AUTOCAST)
+        assert (engine_limits(order.job, plan) == ()) is is_possible
+        narrow = replace(order.job, method=replace(order.job.method, adapter_dtype=AdapterDtype.BASE))
+        assert "bf16_mixed" in engine_limits(narrow, plan)[0]
 
 
 def test_fsdp_offloads_where_there_is_an_accelerator(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (Engine.DEEPSPEED, 3, Method.FULL),
         pytest.param(Engine.DEEPSPEED, 3, Method.LORA, marks=pytest.mark.thorough),
         pytest.param(Engine.FSDP2, 3, Method.FULL, marks=pytest.mark.thorough),
+        pytest.param(Engine.DEEPSPEED, 2, Method.QLORA, marks=pytest.mark.thorough),
+        (Engine.FSDP2, 3, Method.QLORA),
     ],
 )
 def test_each_rank_takes_what_was_predicted(engine: Engine, stage: int, method: Method, model: Path) -> None:

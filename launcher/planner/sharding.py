@@ -58,8 +58,8 @@ def sharding_words(job: JobSpec, plan: Plan, forecaster: Forecaster) -> str:
 
 def _change(saved_bytes: int) -> str:
     if saved_bytes < 0:
-        return f"would take {format_bytes(-saved_bytes)} more"
-    return f"would free {format_bytes(saved_bytes)}"
+        return f"takes {format_bytes(-saved_bytes)} more"
+    return f"frees {format_bytes(saved_bytes)}"
 
 
 def _parts(base: MemoryEstimate) -> str:
