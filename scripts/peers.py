@@ -102,6 +102,7 @@ class Recipe:
             f"data.max_length={self.length}",
             f"data.packing={str(self.packing).lower()}",
             f"training.global_batch_size={self.micro * self.accumulation * self.devices}",
+            "training.precision=bf16",  # peers differ in what they multiply in which dtype; both sides are alike here
             "planner.headroom=0.05",
             *self.changes,
         ]
