@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +13,15 @@ from pathlib import Path
 import pytest
 
 from launcher.cluster import Node
+from launcher.documents import write_document
 from launcher.errors import LaunchError
+from launcher.job import Engine
 from launcher.run import waiting_room as module
-from launcher.run.meeting import Hello, MainMeeting, NodeMeeting
+from launcher.run.channel import call
+from launcher.run.meeting import Hello, MainMeeting, NodeMeeting, NotOfThisRun
 from launcher.run.waiting_room import is_called_back, waiting_room
+from launcher.run_paths import RunPaths
+from tests.tiny_job import tiny_order
 
 
 @pytest.fixture
@@ -121,15 +128,38 @@ def test_one_machine_waits_for_nobody(order: Path) -> None:
         room.call_back(order)
 
 
-def meetings(port: int) -> tuple[MainMeeting, NodeMeeting]:
-    """Two machines that have met."""
+def main_meeting(port: int, num_nodes: int) -> tuple[threading.Thread, list[MainMeeting]]:
+    """Machine 0, which waits for the others, and where its meeting will be."""
     found: list[MainMeeting] = []
     node = Node(0, "127.0.0.1", port)
-    main = threading.Thread(target=lambda: found.append(MainMeeting(node, 2, Hello(0, "a", {}, "x"), 20.0)))
+    hello = Hello(0, "a", {}, "x")
+    main = threading.Thread(target=lambda: found.append(MainMeeting(node, num_nodes, hello, 20.0)))
     main.start()
-    other = NodeMeeting(Node(1, "127.0.0.1", port), Hello(1, "b", {}, "x"), 20.0)
+    call("127.0.0.1", port + 1, "a test", 20.0).close()  # its port is open; who says nothing is nobody
+    return main, found
+
+
+def node_meeting(port: int, number: int, host: str) -> NodeMeeting:
+    """Another machine, once all are there."""
+    return NodeMeeting(Node(number, "127.0.0.1", port), Hello(number, host, {}, "x"), 20.0)
+
+
+def meetings(port: int) -> tuple[MainMeeting, NodeMeeting]:
+    """Two machines that have met."""
+    main, found = main_meeting(port, 2)
+    other = node_meeting(port, 1, "b")
     main.join()
     return found[0], other
+
+
+def side_by_side(*parts: Callable[[], object]) -> None:
+    """Runs each in a thread of its own, to their ends."""
+    threads = [threading.Thread(target=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.parametrize(
@@ -161,3 +191,76 @@ def test_other_failures_are_not_memory(port: int) -> None:
     leaving.join()
     assert first.reason_to_stop() == "rank 1 was killed"
     assert not first.lacks_memory() and not second.lacks_memory()
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (1, "node 1 on host c is one too many: the run has a node 1 already, on host b"),
+        (0, "node 0 on host c is one too many: the run has a node 0 already, on host a"),
+        (3, "node 3 on host c is none of this run's, which has nodes 0 to 2"),
+    ],
+)
+def test_a_second_process_for_a_node_is_sent_away_and_the_others_meet(
+    number: int, words: str, port: int
+) -> None:
+    main, found = main_meeting(port, 3)
+    others: list[NodeMeeting] = []
+    first = threading.Thread(target=lambda: others.append(node_meeting(port, 1, "b")))
+    first.start()
+    time.sleep(1.0)
+    with pytest.raises(NotOfThisRun) as refused:
+        node_meeting(port, number, "c")
+    assert refused.value.message == words and refused.value.exit_code == 6
+    others.append(node_meeting(port, 2, "d"))
+    main.join()
+    first.join()
+    parts = found[0], *others
+    side_by_side(*(lambda part=part: part.gather_again(20.0) for part in parts))  # type: ignore[misc]
+    side_by_side(*(lambda part=part: part.leave("", False) for part in parts))  # type: ignore[misc]
+    assert [part.reason_to_stop() for part in parts] == ["", "", ""]
+
+
+def test_a_node_that_is_started_twice_leaves_nothing_in_the_run_directory(port: int, tmp_path: Path) -> None:
+    """The command itself: how its process ends would else be read as the end of the node that works."""
+    paths = RunPaths(tmp_path)
+    write_document(paths.worker, tiny_order(tmp_path, Engine.DDP, num_devices=1, num_nodes=2))
+    before = set(tmp_path.iterdir())
+    first, second = meetings(port)
+    command = [sys.executable, "-m", "launcher.run.node", str(tmp_path), "--rank", "1"]
+    again = subprocess.run(
+        [*command, "--address", "127.0.0.1", "--port", str(port)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert again.returncode == 6, again.stderr
+    assert f"error: node 1 on host {socket.gethostname()} is one too many" in again.stderr
+    assert "on host b" in again.stderr and "start each node once" in again.stderr
+    assert set(tmp_path.iterdir()) == before
+    side_by_side(lambda: first.leave("", False), lambda: second.leave("", False))
+    assert first.reason_to_stop() == second.reason_to_stop() == ""
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_machine_that_left_while_another_waits_is_named(who: int, is_first: bool, port: int) -> None:
+    """It ended well, so nobody failed: who waits for it would wait until the time is up."""
+    parts = meetings(port)
+    began = time.monotonic()
+    delays = (0.0, 0.5) if is_first else (0.5, 0.0)
+
+    def leave() -> None:
+        time.sleep(delays[0])
+        parts[who].leave("", lacks_memory=False)
+
+    def wait() -> None:
+        time.sleep(delays[1])
+        parts[1 - who].gather_again(60.0)
+        parts[1 - who].leave("ended", lacks_memory=False)
+
+    side_by_side(leave, wait)
+    words = f"nodes {who} on host {'ab'[who]} left after the rehearsal, and others wait for them"
+    assert parts[1 - who].reason_to_stop() == words
+    assert time.monotonic() - began < 20

@@ -35,6 +35,10 @@ class Hello:
     """Digest of the order that lies in its run directory; empty when it sees none."""
 
 
+class NotOfThisRun(LaunchError):
+    """This process is none of the run's machines, and the run goes on without it."""
+
+
 class Meeting(Protocol):
     """One machine's side of the run."""
 
@@ -96,6 +100,24 @@ def differences(first: Hello, other: Hello) -> str:
     )
 
 
+def why_refused(hello: Hello, hosts: Mapping[int, str], num_nodes: int) -> str:
+    """Why who says so is none of the run's machines; empty when it is.
+
+    Args:
+        hello: What it says.
+        hosts: Names of the machines that are there, by number.
+        num_nodes: How many there are to be.
+    """
+    if not 0 <= hello.node < num_nodes:
+        return f"node {hello.node} on host {hello.host} is none of this run's, which has nodes 0 to {num_nodes - 1}"
+    if hello.node in hosts:
+        return (
+            f"node {hello.node} on host {hello.host} is one too many: the run has a node {hello.node} already, "
+            f"on host {hosts[hello.node]}"
+        )
+    return ""
+
+
 class MainMeeting:
     """Machine 0's side: gathers the others, and passes on why to stop.
 
@@ -131,14 +153,17 @@ class MainMeeting:
     def gather_again(self, seconds: float) -> None:
         """See `Meeting`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._reason or len(self._arrived) == self._num_nodes - 1, seconds)
-            late = sorted(set(self._hosts) - {0} - self._arrived)
+            self._arrived.add(0)
+        self._stop_if_waiting_is_in_vain()
+        with self._changed:
+            self._changed.wait_for(lambda: self._reason or len(self._arrived) == self._num_nodes, seconds)
+            late = set(self._hosts) - self._arrived
             self._arrived.clear()
         if late and not self._reason:
-            names = ", ".join(f"{number} on host {self._hosts[number]}" for number in late)
-            self._stop(f"nodes {names} did not end their rehearsal within {seconds:.0f} s of node 0")
-        for line in self._lines:
-            line.send({"go": True})
+            self._stop(
+                f"nodes {self._named(late)} did not end their rehearsal within {seconds:.0f} s of node 0"
+            )
+        self._let_go()
 
     def leave(self, failure: str, lacks_memory: bool) -> None:
         """See `Meeting`; a good end waits for the others' as long as they take."""
@@ -147,6 +172,8 @@ class MainMeeting:
         with self._changed:
             self._lacks_memory |= lacks_memory
             self._ended.add(0)
+        self._stop_if_waiting_is_in_vain()
+        with self._changed:
             self._changed.wait_for(lambda: self._reason or len(self._ended) == self._num_nodes)
             self._changed.wait_for(lambda: len(self._ended) == self._num_nodes, GOODBYE_SECONDS)
         stop_listening(self._listener)  # who calls from now on means another meeting
@@ -169,8 +196,12 @@ class MainMeeting:
             time.sleep(0.1)
             self._close()
             raise LaunchError(self._reason, "each node runs the command that was printed for it")
+        self._let_go()
+
+    def _let_go(self) -> None:
         for line in self._lines:
-            line.send({"go": True})
+            if line.node >= 0:  # who has not said which machine it is may yet be refused
+                line.send({"go": True})
 
     def _accept(self) -> None:
         with suppress(OSError):  # until it is closed
@@ -182,17 +213,14 @@ class MainMeeting:
 
     def _heard(self, line: Line, message: Message) -> None:
         if "hello" in message:
-            hello = Hello(**message["hello"])
-            line.node = hello.node
-            if problem := differences(self._hello, hello):
-                self._stop(problem)
-            with self._changed:
-                self._hosts[hello.node] = hello.host
-                self._changed.notify_all()
+            self._greet(line, Hello(**message["hello"]))
+        elif line.node < 0:
+            return  # it was refused
         elif "arrived" in message:
             with self._changed:
                 self._arrived.add(line.node)
                 self._changed.notify_all()
+            self._stop_if_waiting_is_in_vain()
         elif "ended" in message:
             if message["ended"]:
                 self._stop(message["ended"])
@@ -200,6 +228,32 @@ class MainMeeting:
                 self._lacks_memory |= bool(message["lacks_memory"])
                 self._ended.add(line.node)
                 self._changed.notify_all()
+            self._stop_if_waiting_is_in_vain()
+
+    def _greet(self, line: Line, hello: Hello) -> None:
+        """Takes a machine in; who can't be one of the run's is sent away, and the run goes on without it."""
+        problem = differences(self._hello, hello)
+        with self._changed:
+            refusal = why_refused(hello, self._hosts, self._num_nodes)
+            if not refusal:
+                line.node = hello.node
+                if problem:
+                    self._stop(problem)
+                self._hosts[hello.node] = hello.host
+                self._changed.notify_all()
+        if refusal:
+            line.send({"refused": refusal})
+
+    def _stop_if_waiting_is_in_vain(self) -> None:
+        """Ends the run where machines wait for one that has left after its rehearsal."""
+        with self._changed:
+            gone = self._ended if self._arrived else set()
+            problem = f"nodes {self._named(gone)} left after the rehearsal, and others wait for them"
+        if gone:
+            self._stop(problem)
+
+    def _named(self, numbers: set[int]) -> str:
+        return ", ".join(f"{number} on host {self._hosts[number]}" for number in sorted(numbers))
 
     def _lost(self, line: Line, why: str) -> None:
         if line.node not in self._ended and line.node >= 0:
@@ -230,6 +284,7 @@ class NodeMeeting:
         seconds: How long it waits for machine 0, and for the others.
 
     Raises:
+        NotOfThisRun: When machine 0 has another process under this number.
         LaunchError: When machine 0 can't be reached, or says that the run can't begin.
     """
 
@@ -239,6 +294,7 @@ class NodeMeeting:
         self._reason = ""
         self._lacks_memory = False
         self._has_left = False
+        self._is_refused = False
         who = f"node {hello.node} on host {hello.host}"
         self._line = Line(call(node.address, node.control_port, who, seconds), self._heard, self._lost)
         self._line.start()
@@ -247,6 +303,10 @@ class NodeMeeting:
             self._reason = self._reason or f"the other nodes were not there within {seconds:.0f} s"
         if self._reason:
             self._line.close()
+            if self._is_refused:
+                raise NotOfThisRun(
+                    self._reason, "start each node once, with the command that was printed for it"
+                )
             raise LaunchError(self._reason)
 
     def reason_to_stop(self) -> str:
@@ -281,6 +341,9 @@ class NodeMeeting:
     def _heard(self, line: Line, message: Message) -> None:
         if "stop" in message:
             self._reason = self._reason or message["stop"]
+        elif "refused" in message:
+            self._is_refused = True
+            self._reason = message["refused"]
         elif "over" in message:
             self._lacks_memory = bool(message["lacks_memory"])
             self._is_over.set()

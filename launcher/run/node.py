@@ -29,7 +29,7 @@ from launcher.errors import Interrupted, LauncherError, LaunchError, WorkerOutOf
 from launcher.plan import Plan
 from launcher.redaction import redacted
 from launcher.run.endings import raise_for_outcome, read_outcome
-from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting, order_digest
+from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting, NotOfThisRun, order_digest
 from launcher.run.ranks import redact_rank_logs
 from launcher.run.rehearse import MARK, discard_results, is_due
 from launcher.run.render import worker_command, worker_environment
@@ -68,16 +68,17 @@ def run_node(
         rehearsed: Called when a rehearsal has ended well.
 
     Raises:
+        NotOfThisRun: When the run has another process as this machine.
         LauncherError: When machines don't meet, or the run ended without an outcome.
         WorkerOutOfMemory: When it did for want of memory, on whichever machine.
     """
-    for act in (paths.rehearsal, paths):  # what a launcher left that was killed; nobody has begun
-        remove_swapped(order.plan, order.job.hardware, act)
     meeting = meet(paths, order, node)
     # all see the same now: machine 0 has looked through the checkpoints before
     acts = (paths.rehearsal, paths) if is_due(paths) else (paths,)
     failure: LauncherError | None = LaunchError(f"node {node.rank} on host {socket.gethostname()} was ended")
     try:
+        for act in (paths.rehearsal, paths):  # what a launcher left that was killed; nobody has begun
+            remove_swapped(order.plan, order.job.hardware, act)
         require_drive(order.plan, order.job.hardware, order.predicted.nvme)
         require_swapping(
             order.plan, order.predicted.nvme, worker_environment(order.job.hardware, os.environ, order.plan)
@@ -300,7 +301,8 @@ def main(argv: Sequence[str]) -> int:
             outcome = run_node(paths, order, node, show, grace_seconds)
             raise_for_outcome(outcome, paths, order.plan.world_size)
         except LauncherError as failure:
-            note_failure(paths, node.rank, failure)
+            if not isinstance(failure, NotOfThisRun):  # the note would be taken for that of the node which is
+                note_failure(paths, node.rank, failure)
             if isinstance(failure, WorkerOutOfMemory):
                 if replans_left and _has_next_plan(paths, node, order.plan.num_nodes, show):
                     replans_left -= 1
