@@ -10,7 +10,7 @@ from typing import Final
 
 from launcher.cluster import USED_BY, Cluster, LaunchSpec
 from launcher.hardware import DeviceKind
-from launcher.job import Action, JobSpec
+from launcher.job import Action, JobSpec, OffloadDevice
 
 NAME: Final = re.compile(r"[\w.,:@+/-]*")
 """Names of partitions and accounts: nothing that sbatch or a YAML reader could take for something else."""
@@ -104,6 +104,12 @@ def _in_images(job: JobSpec, is_packaged: bool) -> Iterator[Problem]:
         yield (
             "launch.cluster=skypilot without launch.image and launch.setup: nothing would install the launcher",
             "launch.image=docker:<image with this package>, or launch.setup with the line that installs it",
+        )
+    if job.planner.pin.offload_device is OffloadDevice.NVME:
+        yield (
+            f"planner.pin.offload_device=nvme with launch.cluster={spec.cluster.value}: nothing mounts "
+            f"hardware.nvme_path={job.hardware.nvme_path or '(empty)'} where its workers run",
+            "planner.pin.offload_device=cpu; launch.cluster=slurm swaps to its nodes' own drives",
         )
     if is_packaged:
         yield (

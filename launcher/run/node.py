@@ -77,8 +77,8 @@ def run_node(
     acts = (paths.rehearsal, paths) if is_due(paths) else (paths,)
     failure: LauncherError | None = LaunchError(f"node {node.rank} on host {socket.gethostname()} was ended")
     try:
-        for act in (paths.rehearsal, paths):  # what a launcher left that was killed; nobody has begun
-            remove_swapped(order.plan, order.job.hardware, act)
+        for act in acts:  # what a launcher left that was killed
+            remove_swapped(order.plan, act, _ranks_of(node, order.plan))
         require_drive(order.plan, order.job.hardware, order.predicted.nvme)
         require_swapping(
             order.plan, order.predicted.nvme, worker_environment(order.job.hardware, os.environ, order.plan)
@@ -130,7 +130,11 @@ def _supervised(
         )
     finally:
         redact_rank_logs(paths, known_secrets(environment))
-        remove_swapped(order.plan, order.job.hardware, paths)
+        remove_swapped(order.plan, paths, _ranks_of(node, order.plan))
+
+
+def _ranks_of(node: Node, plan: Plan) -> range:
+    return range(node.rank * plan.num_devices, (node.rank + 1) * plan.num_devices)
 
 
 def _bad_rehearsal(paths: RunPaths, order: WorkerOrder, ending: Ending) -> WorkerOutcome:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -34,14 +36,16 @@ CANNOT_LOCK: Final = 3
 LINES_SHOWN: Final = 3
 
 
-def swap_folder(hardware: HardwareSpec, paths: RunPaths) -> Path:
+def swap_folder(hardware: HardwareSpec, paths: RunPaths, host: str) -> Path:
     """Where a run swaps to: a folder of its own, because DeepSpeed names files by rank and group alone.
 
     Args:
         hardware: Of it the folder on every node's NVMe.
-        paths: The run directory, whose place is what tells runs apart.
+        paths: The run directory, whose place tells the runs of one host apart.
+        host: Name of the machine that writes the run directory; others may have a directory of the same name, and share
+            the drive.
     """
-    digest = hashlib.sha256(str(paths.root.absolute()).encode()).hexdigest()
+    digest = hashlib.sha256(f"{host}:{paths.root.absolute()}".encode()).hexdigest()
     return Path(hardware.nvme_path) / f"swap-{digest[:16]}"
 
 
@@ -114,7 +118,26 @@ def _probe(locked_bytes: int, accelerator: str) -> tuple[int, str]:
     return done.returncode, " | ".join(lines[-LINES_SHOWN:])
 
 
-def remove_swapped(plan: Plan, hardware: HardwareSpec, paths: RunPaths) -> None:
-    """Removes what a run has swapped, on this machine; nobody reads it again."""
-    if plan.swaps:
-        shutil.rmtree(swap_folder(hardware, paths), ignore_errors=True)
+def remove_swapped(plan: Plan, paths: RunPaths, ranks: Sequence[int]) -> None:
+    """Removes what a machine's ranks have swapped, which nobody reads again; nothing of others that share the drive.
+
+    DeepSpeed gives each rank a folder (0.19.8, swap_tensor/optimizer_utils.py, `OptimizerSwapper`, and zero/stage3.py).
+
+    Args:
+        plan: What ran, or is to run.
+        paths: The run directory; its DeepSpeed configuration names the run's folder on the drive.
+        ranks: Those of this machine.
+    """
+    if not plan.swaps or not paths.deepspeed_config.exists():
+        return
+    config = json.loads(paths.deepspeed_config.read_text(encoding="utf-8"))
+    folder = Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"])
+    if plan.num_nodes == 1:  # an earlier plan of the run may have had more ranks
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    of_ranks = folder / "zero_stage_3" / "optimizer"
+    for rank in ranks:
+        shutil.rmtree(of_ranks / f"rank{rank}", ignore_errors=True)
+    with suppress(OSError):  # other machines' ranks are there
+        for empty in (of_ranks, of_ranks.parent, folder):
+            empty.rmdir()
