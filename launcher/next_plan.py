@@ -1,7 +1,7 @@
 """The next plan of a run on a cluster: `python -m launcher.next_plan <run directory>`, on machine 0.
 
 Nobody waits there who could plan. So the launcher of machine 0 starts this when its workers ran out of memory: a
-process of its own, which leaves the next plan in the run directory.
+process of its own, which holds the run directory and leaves the next plan in it. It is interrupted as workers are.
 """
 
 from __future__ import annotations
@@ -12,34 +12,40 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from launcher.errors import LauncherError, WorkerOutOfMemory
+from launcher.errors import Interrupted, LauncherError, WorkerOutOfMemory
 from launcher.recovery import go_on_with_less, left_without_memory
 from launcher.redaction import redacted
 from launcher.run.ledger import read_order
+from launcher.run.lock import sole_launcher
 from launcher.run_paths import RunPaths
+from launcher.run_record import WORKER_MARK
 from launcher.stored_secrets import known_secrets
 from launcher.workflow import described, kept_document
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry point; 0 where the run has another plan now, 4 where none needs less.
+    """Entry point; 0 where the run has another plan now, 4 where none needs less, 6 where another launcher is in it.
 
     The job's file asked for the memory that the first plan takes on the host: the next one may take no more.
     """
 
     def show(line: str) -> None:
-        sys.stderr.write(redacted(line, known_secrets(os.environ)) + "\n")
+        for part in redacted(line, known_secrets(os.environ)).splitlines():
+            sys.stderr.write(f"{WORKER_MARK}{part}\n")
 
     paths = RunPaths(Path(argv[1]).resolve())
     try:
-        order = read_order(paths)
-        outcome = left_without_memory(order, paths)
-        if outcome is None:
-            return WorkerOutOfMemory.exit_code
-        document = kept_document(order, paths, show)
-        host = order.predicted.host
-        limit = 0 if host is None else host.peak_bytes
-        following = go_on_with_less(order, paths, outcome, show, partial(described, document), limit)
+        with sole_launcher(paths):
+            order = read_order(paths)
+            outcome = left_without_memory(order, paths)
+            if outcome is None:
+                return WorkerOutOfMemory.exit_code
+            document = kept_document(order, paths, show)
+            host = order.predicted.host
+            limit = 0 if host is None else host.peak_bytes
+            following = go_on_with_less(order, paths, outcome, show, partial(described, document), limit)
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
     except LauncherError as failure:
         show(f"no next plan: {failure.message}")
         return failure.exit_code

@@ -21,6 +21,7 @@ from launcher.run.ledger import note_replan
 from launcher.run.node import clear_leftovers
 from launcher.run.ranks import deciding_outcome, noted_phase, read_outcomes
 from launcher.run.rehearse import is_due
+from launcher.run.supervise import interrupts_held
 from launcher.run.waiting_room import waiting_room
 from launcher.run_paths import RunPaths
 from launcher.run_record import Replan, Status, WorkerOrder, WorkerOutcome
@@ -154,19 +155,19 @@ def run_to_the_end(
             if room.missing:
                 show(f"no next plan: {room.missing}")
                 break
-            following = _following(order, paths, outcome, show)
-            if following is None:
+            found = _following(order, paths, outcome, show)
+            if found is None:
                 break
-            order = following
-            rewrite_run(paths, order, describe(order))
+            order, replan = found
+            _take(order, replan, paths, describe)
             room.call_back(paths.worker)
     return order, outcome
 
 
 def _following(
     order: WorkerOrder, paths: RunPaths, outcome: WorkerOutcome, show: Callable[[str], None]
-) -> WorkerOrder | None:
-    """What to try after an outcome for want of memory, written down as tried; None when there is nothing."""
+) -> tuple[WorkerOrder, Replan] | None:
+    """What to try after an outcome for want of memory, and the note of it; None when there is nothing."""
     checkpoint = last_checkpoint(paths.checkpoints)
     found = next_order(order, outcome.phase, checkpoint is not None)
     if found is None:
@@ -178,8 +179,16 @@ def _following(
     replan = Replan(phase, message, in_rehearsal, order.plan, following.plan, change, step, outcome.held)
     show(f"out of memory in {phase.value if phase else 'an unknown phase'}: {message}")
     show(f"trying    {change}, {f'from the checkpoint of step {step}' if step else 'from the beginning'}")
-    note_replan(paths, replan)
-    return following
+    return following, replan
+
+
+def _take(
+    order: WorkerOrder, replan: Replan, paths: RunPaths, describe: Callable[[WorkerOrder], dict[str, Any]]
+) -> None:
+    """Gives a run its next order; an interrupt comes before that or after it."""
+    with interrupts_held():
+        rewrite_run(paths, order, describe(order))
+        note_replan(paths, replan)
 
 
 def left_without_memory(order: WorkerOrder, paths: RunPaths) -> WorkerOutcome | None:
@@ -224,14 +233,16 @@ def go_on_with_less(
     """
     whole = order.job.hardware
     limited = replace(whole, host_memory_bytes=host_memory_bytes or whole.host_memory_bytes)
-    following = _following(replace(order, job=replace(order.job, hardware=limited)), paths, outcome, show)
-    if following is None:
+    found = _following(replace(order, job=replace(order.job, hardware=limited)), paths, outcome, show)
+    if found is None:
         return None
+    following, replan = found
     following = replace(
         following, job=replace(following.job, hardware=whole)
     )  # the limit was for this plan alone
-    clear_leftovers(paths, order.plan, show)  # of the old plan there may be more than of the new one
-    rewrite_run(paths, following, describe(following))
+    with interrupts_held():
+        clear_leftovers(paths, order.plan, show)  # of the old plan there may be more than of the new one
+        _take(following, replan, paths, describe)
     return following
 
 

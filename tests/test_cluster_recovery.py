@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.cluster import Cluster, LaunchSpec
 from launcher.documents import write_document
-from launcher.errors import LaunchError, WorkerOutOfMemory
+from launcher.errors import LaunchError, Terminated, WorkerOutOfMemory
 from launcher.job import Engine
-from launcher.memory import Phase
+from launcher.memory import HostEstimate, Phase
 from launcher.recovery import left_without_memory
+from launcher.run.launch import prepare_run
 from launcher.run.ledger import read_order, read_replans
+from launcher.run.lock import sole_launcher, works_on
 from launcher.run.node import note_failure
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOutcome
 from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, started, wait_for
 from tests.test_recovery import long_job, losses
-from tests.tiny_job import tiny_order
+from tests.tiny_job import PREDICTED, tiny_order
 
 OF_RANKS_BYTES = 128 << 20
 """What a rank of two has more than a process alone, in its threads' stacks for the most part."""
@@ -150,6 +155,57 @@ def test_a_job_of_several_machines_is_resumed_with_the_next_plan(
     assert after.plan.global_batch_size == before.plan.global_batch_size
     again = launch([f"resume={paths.root}", "output=json"], tmp_path)
     assert again.returncode == 0 and read_order(paths) == after, "it failed once, and shrinks once"
+
+
+NODE_WITHOUT_MEMORY = """
+import sys
+from launcher.errors import WorkerOutOfMemory
+from launcher.run import node
+
+def run_node(*words):
+    raise WorkerOutOfMemory("no room on rank 0")
+
+node.run_node = run_node
+sys.exit(node.main(sys.argv))
+"""
+"""A machine's launcher whose workers end at once for want of memory; all that follows is real."""
+
+
+def test_a_launcher_that_is_ended_while_it_plans_leaves_a_run_that_goes_on(
+    tiny: Path, tmp_path: Path
+) -> None:
+    paths = RunPaths(tmp_path / "run")
+    order = tiny_order(tiny, Engine.NONE, num_devices=1, launch=LaunchSpec(Cluster.KUBERNETES))
+    predicted = replace(PREDICTED, host=HostEstimate(0, (), 0))
+    prepare_run(paths, replace(order, predicted=predicted), {})
+    before = paths.worker.read_bytes()
+    place = "--rank", "0", "--address", "127.0.0.1", "--port", "29537"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", NODE_WITHOUT_MEMORY, str(paths.root), *place],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: paths.lock.exists() and paths.lock.read_text() != "", launcher)
+    planner = psutil.Process(int(paths.lock.read_text()))
+    assert planner.ppid() == launcher.pid
+    with (
+        pytest.raises(LaunchError, match=f"in use: another launch, process {planner.pid}"),
+        sole_launcher(paths),
+    ):
+        pass
+    wait_for(lambda: planner.children(recursive=True), launcher)
+    tracing = planner.children(recursive=True)
+    began = time.monotonic()
+    launcher.send_signal(signal.SIGTERM)
+    said = words_of(launcher)
+    assert time.monotonic() - began < 20
+    assert launcher.returncode == Terminated.exit_code == 143, said
+    assert "error: stopped before there was a next plan, after: no room on rank 0" in said
+    assert f"`launch resume={paths.root}` goes on" in said
+    assert not works_on(planner.pid, paths.root) and not any(process.is_running() for process in tracing)
+    with sole_launcher(paths):
+        assert paths.worker.read_bytes() == before and not paths.replans.exists()
+        assert left_without_memory(read_order(paths), paths) is not None, "a resume takes the next plan"
 
 
 def test_a_rehearsal_that_ended_well_is_not_where_memory_ran_out(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,7 @@ import psutil
 from launcher.checkpoints import set_torn_aside
 from launcher.cluster import Cluster, Node
 from launcher.documents import read_document, write_document
-from launcher.errors import Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
+from launcher.errors import Interrupted, LauncherError, LaunchError, Terminated, WorkerOutOfMemory
 from launcher.plan import Plan
 from launcher.redaction import redacted
 from launcher.run.endings import raise_for_outcome, read_outcome
@@ -33,7 +33,7 @@ from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting
 from launcher.run.ranks import redact_rank_logs
 from launcher.run.rehearse import MARK, discard_results, is_due
 from launcher.run.render import worker_command, worker_environment
-from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
+from launcher.run.supervise import SAVE_GRACE_SECONDS, TERM_GRACE_SECONDS, Ending, supervise
 from launcher.run.swap import remove_swapped, require_drive, require_swapping
 from launcher.run.waiting_room import is_called_back, waiting_room
 from launcher.run_paths import RunPaths
@@ -45,6 +45,7 @@ COMPARED: Final = ("torch", "transformers", "accelerate", "peft", "trl", "deepsp
 """Libraries that must be the same on every machine: they decide what is computed, or what is sent."""
 NEXT_PLAN_MODULE: Final = "launcher.next_plan"
 """Plans anew; it is above this folder's layer, and so a process."""
+STOPPED: Final = "stopped before there was a next plan"
 PATIENCE_SECONDS: Final = 300.0
 """How long a machine waits that can't read in the run directory how long to wait."""
 
@@ -308,11 +309,14 @@ def main(argv: Sequence[str]) -> int:
             if not isinstance(failure, NotOfThisRun):  # the note would be taken for that of the node which is
                 note_failure(paths, node.rank, failure)
             if isinstance(failure, WorkerOutOfMemory):
-                if replans_left and _has_next_plan(paths, node, order.plan.num_nodes, show):
-                    replans_left -= 1
-                    continue
                 goes_on = f"`launch resume={paths.root}` goes on, with a smaller plan if there is one"
-                failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {goes_on}", failure.rank)
+                try:
+                    if replans_left and _has_next_plan(paths, order, node, show):
+                        replans_left -= 1
+                        continue
+                    failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {goes_on}", failure.rank)
+                except Interrupted as stop:  # that it was memory stays noted
+                    failure = type(stop)(f"{stop.message}, after: {failure.message}", goes_on)
             show(f"error: {failure}")
             return failure.exit_code
         return 0
@@ -334,24 +338,50 @@ def _order_of(paths: RunPaths, node: Node) -> WorkerOrder:
     return read_document(paths.worker, WorkerOrder)
 
 
-def _has_next_plan(paths: RunPaths, node: Node, num_nodes: int, show: Callable[[str], None]) -> bool:
-    """Whether a run that ended for want of memory has another plan now: machine 0 makes it, the others wait for it."""
+def _has_next_plan(paths: RunPaths, order: WorkerOrder, node: Node, show: Callable[[str], None]) -> bool:
+    """Whether a run that ended for want of memory has another plan now: machine 0 makes it, the others wait for it.
+
+    Raises:
+        Interrupted: When this process is asked to stop meanwhile.
+    """
     if node.rank:
         try:
-            return is_called_back(node, paths.worker)
+            with _ended_by_termination():
+                return is_called_back(node, paths.worker)
         except LaunchError as failure:
             show(f"no next plan: {failure.message}")
             return False
-    with waiting_room(node, num_nodes) as room:
+    with _ended_by_termination(), waiting_room(node, order.plan.num_nodes) as room:
         if room.missing:
             show(f"no next plan: {room.missing}")
             return False
-        # what it says goes to this process's log
         command = [sys.executable, "-m", NEXT_PLAN_MODULE, str(paths.root)]
-        is_made = subprocess.run(command, check=False).returncode == 0
-        if is_made:
+        log, pid = paths.node_log(node.rank), paths.pid(node.rank)
+        is_slurm = order.job.launch.cluster is Cluster.SLURM
+        ending = supervise(command, os.environ, log, pid, show, TERM_GRACE_SECONDS, shields=is_slurm)
+        if ending.interrupted:
+            raise (Terminated if ending.terminated else Interrupted)(STOPPED)
+        if ending.exit_code == 0:
             room.call_back(paths.worker)
-        return is_made
+        return ending.exit_code == 0
+
+
+@contextmanager
+def _ended_by_termination() -> Iterator[None]:
+    """While this process waits, SIGTERM ends it in words.
+
+    Raises:
+        Terminated: When it comes.
+    """
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated(STOPPED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,16 @@ def _start(command: Sequence[str], environment: Mapping[str, str], shields: bool
 
 
 @contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Lets interrupts of this thread wait until what must not be cut through is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _interrupts(numbers: list[int]) -> Iterator[list[float]]:
     """Gathers the times of interrupts, instead of letting them cut through whatever is going on.
 
