@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.run.render import heap_environment
 
+NO_SKIP = os.environ.get("LAUNCHER_NO_SKIP", "").split()
+"""Files whose tests must not skip, as `test_slurm`: `.ci/run` names those that it has made runnable."""
 UNCLEAN = ("ACCELERATE_", "DEEPSPEED_", "FSDP_", "HYDRA_", "LAUNCHER_", "TRL_", "WANDB_")
 """Beginnings of variables that would steer the libraries under test."""
 UNCLEAN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -36,6 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of few tests come first: those train for real, and one that began last would keep a single core busy."""
     sizes = Counter(item.path for item in items)
     items.sort(key=lambda item: (sizes[item.path], item.path))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A skip where none may be is a failure, with the reason."""
+    report = yield
+    if report.skipped and item.path.stem in NO_SKIP:
+        report.outcome = "failed"
+        report.longrepr = f"LAUNCHER_NO_SKIP has {item.path.stem}, and it skips: {report.longreprtext}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -184,6 +185,44 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert "README.md" in script
     (command,) = [line for line in commands() if "'.[dev]'" in line]
     assert command.endswith("pytest")
+
+
+@pytest.mark.parametrize(("named", "code"), [("test_slurm test_gone", 1), ("test_page", 0)])
+def test_what_ci_made_runnable_may_not_skip(named: str, code: int, tmp_path: Path) -> None:
+    """`.ci/run` names the files; a test of theirs that skips, or whose fixture does, fails with the reason."""
+    (tmp_path / "test_slurm.py").write_text(
+        "import pytest\n\n"
+        "@pytest.fixture\ndef cluster():\n    pytest.skip('no munged')\n\n"
+        "@pytest.mark.skipif(True, reason='no sbatch')\ndef test_one():\n    pass\n\n"
+        "def test_two(cluster):\n    pass\n"
+    )
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for name in ("test_machines", "test_slurm", "test_page"):
+        assert f"needed+=({name})" in script and (ROOT / "tests" / f"{name}.py").exists()
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.conftest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+    ]
+    ran = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "LAUNCHER_NO_SKIP": named, "PYTEST_ADDOPTS": "-n 0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == code, ran.stdout + ran.stderr
+    assert ("2 errors" in ran.stdout) is bool(code)
+    if code:
+        assert "LAUNCHER_NO_SKIP has test_slurm" in ran.stdout
+        assert "no munged" in ran.stdout and "no sbatch" in ran.stdout
 
 
 def test_links_resolve() -> None:
