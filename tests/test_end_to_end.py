@@ -22,7 +22,12 @@ import psutil
 import pytest
 
 from launcher.checkpoints import last_checkpoint, step_of
+from launcher.documents import read_document
+from launcher.job import Engine
+from launcher.memory import MemoryMeasurement
 from launcher.run_paths import RunPaths
+from launcher.run_record import RunRecord
+from launcher.units import MIB
 
 TIMEOUT_SECONDS = 900
 CANARY = "canary" + "0123456789abcdef"
@@ -120,6 +125,27 @@ def test_run_reconciles_and_is_reported(job: list[str], tmp_path: Path) -> None:
     assert status["measured"] == document["measured"]
     assert event_files(run_dir) == [], "training.report_to=[]"
     check_the_command_by_hand(run_dir, [line["loss"] for line in steps if "loss" in line])
+
+
+def test_a_run_on_two_processes_shows_every_rank_beside_its_prediction(
+    job: list[str], tmp_path: Path
+) -> None:
+    paths = RunPaths(tmp_path / "run")
+    result = launch([*job, "hardware.num_devices=2", f"run_dir={paths.root}"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    record = read_document(paths.record, RunRecord)
+    assert (record.plan.world_size, record.plan.engine) == (2, Engine.DDP)
+    predicted = (record.predicted_as_run or record.predicted).peak_allocated_bytes
+    header, *shown = result.stdout[result.stdout.index("peak of rank, MiB") :].splitlines()[:3]
+    assert header.split() == ["peak", "of", "rank,", "MiB", "predicted", "measured", "error"]
+    for rank, line in enumerate(shown):
+        *name, ours, seen, error, sign = line.split()
+        measured = read_document(paths.measured(rank), MemoryMeasurement)
+        assert name == ["rank", str(rank)] and measured.rank == rank and sign == "%"
+        assert seen == f"{measured.peak_allocated_bytes / MIB:.2f}" and ours == f"{predicted / MIB:.2f}"
+        exact = 100.0 * (predicted - measured.peak_allocated_bytes) / measured.peak_allocated_bytes
+        assert float(error) == pytest.approx(exact, abs=1e-3)
+        assert abs(exact) <= 2.0, result.stdout
 
 
 def event_files(run_dir: Path) -> list[Path]:
