@@ -16,7 +16,7 @@ from launcher.job import (
     Optimizer,
     Quantization,
 )
-from launcher.optimisation import Precision
+from launcher.optimisation import BITSANDBYTES_OPTIMIZERS, LOW_RANK_OPTIMIZERS, Precision
 from launcher.plan import Plan
 
 CPU_ADAM = (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED)
@@ -32,6 +32,7 @@ def engine_limits(job: JobSpec, plan: Plan) -> tuple[str, ...]:
     """
     checks = (
         *_offload_limits(job, plan),
+        *_optimizer_limits(plan),
         (
             plan.zero_stage == 3
             and plan.method is Method.QLORA
@@ -56,6 +57,33 @@ def engine_limits(job: JobSpec, plan: Plan) -> tuple[str, ...]:
     return tuple(reason for is_found, reason in checks if is_found)
 
 
+def _optimizer_limits(plan: Plan) -> tuple[tuple[bool, str], ...]:
+    """What engines can't do with an optimizer that isn't torch's.
+
+    DeepSpeed can with bitsandbytes', at each stage: a rank's part is one flat tensor like any other (stage_1_and_2.py and
+    stage3.py, `zero_allow_untested_optimizer`). Seen on two processes of a CPU (tests/test_engines.py).
+    """
+    return (
+        (
+            plan.engine is Engine.FSDP2 and plan.optimizer in BITSANDBYTES_OPTIMIZERS,
+            # bitsandbytes 0.50, backends/*/ops.py; torch 2.13, distributed/tensor/_sharding_prop.py
+            f"{plan.optimizer.value} under fsdp2: FSDP2's weights are DTensors, for which bitsandbytes' update "
+            "(optimizer_update_32bit, optimizer_update_8bit_blockwise) says no sharding strategy, and torch refuses it; "
+            "use planner.pin.engine=deepspeed, or adamw_torch_fused",
+        ),
+        (
+            plan.engine is Engine.FSDP2 and plan.optimizer is Optimizer.ADAFACTOR,
+            "adafactor under fsdp2: transformers' Adafactor adds plain tensors to FSDP2's DTensors, which torch refuses "
+            "(transformers 5.24, optimization.py); use planner.pin.engine=deepspeed, or adamw_torch_fused",
+        ),
+        (
+            plan.engine is Engine.DEEPSPEED and plan.zero_stage > 0 and plan.optimizer in LOW_RANK_OPTIMIZERS,
+            f"{plan.optimizer.value} at ZeRO stage {plan.zero_stage}: it projects matrices, and DeepSpeed gives it a "
+            "flat part of all weights (stage_1_and_2.py, stage3.py); use planner.pin.engine=ddp",
+        ),
+    )
+
+
 def _offload_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
     is_fsdp, is_nvme = plan.engine is Engine.FSDP2, plan.offload_device is OffloadDevice.NVME
     return (
@@ -68,8 +96,10 @@ def _offload_limits(job: JobSpec, plan: Plan) -> tuple[tuple[bool, str], ...]:
             f"parameters can be offloaded at ZeRO stage 3 only, not {plan.zero_stage}",
         ),
         (
-            plan.engine is Engine.DEEPSPEED and plan.offload_optimizer and plan.zero_stage == 0,
-            "optimizer states can be offloaded from ZeRO stage 1 on, not at stage 0",
+            # stage 1 can do it (deepspeed 0.19.8, seen on two processes of a CPU), and has no advantage
+            plan.engine is Engine.DEEPSPEED and plan.offload_optimizer and plan.zero_stage < 2,
+            f"optimizer states are offloaded from ZeRO stage 2 on, not at stage {plan.zero_stage}: stage 2 has the same "
+            "states in host memory, and fewer gradients on the device",
         ),
         (
             plan.engine is Engine.DEEPSPEED

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from typing import Final
 
 from launcher.job import Engine, Method, Optimizer
+from launcher.optimisation import BITSANDBYTES_OPTIMIZERS
 from launcher.plan import Plan
 
 OPTIONAL_LIBRARIES: Final = ("bitsandbytes", "deepspeed")
-BITSANDBYTES_OPTIMIZERS: Final = tuple(
-    name
-    for name in Optimizer
-    if name.value.endswith(("_8bit", "_32bit")) or name.value.startswith(("galore_", "apollo_"))
+IMPORTING: Final = (
+    *BITSANDBYTES_OPTIMIZERS,
+    *(name for name in Optimizer if name.value.startswith(("galore_", "apollo_"))),
 )
-"""Its own, and those of galore-torch and apollo-torch 1.0, which import it whichever is asked for."""
+"""bitsandbytes' own, and those of galore-torch and apollo-torch 1.0, which import it whichever is asked for."""
 
 
 def uses_bitsandbytes(plan: Plan) -> bool:
     """Whether a plan's step calls or imports bitsandbytes."""
-    return plan.method is Method.QLORA or plan.optimizer in BITSANDBYTES_OPTIMIZERS
+    return plan.method is Method.QLORA or plan.optimizer in IMPORTING
 
 
 def unneeded_libraries(plan: Plan) -> tuple[str, ...]:

@@ -95,6 +95,8 @@ IMPLEMENTATIONS = (
 )
 """Optimizers that make the same update: in one kernel or in several, with states on the device or in pages that go to
 host memory where the device is full. `paged_adamw_32bit` is alone: of bf16 weights torch's AdamW has states in bf16."""
+BITSANDBYTES_OPTIMIZERS = tuple(name for name in Optimizer if name.value.endswith(("_8bit", "_32bit")))
+"""Optimizers of bitsandbytes."""
 PAGED_OPTIMIZERS = tuple(name for name in Optimizer if name.value.startswith("paged_"))
 """Optimizers of bitsandbytes whose states go to host memory where the device is full."""
 

@@ -11,8 +11,18 @@ import pytest
 from launcher.engine_limits import engine_limits
 from launcher.errors import ConfigError
 from launcher.hardware import DeviceKind, HardwareSpec
-from launcher.job import AdapterDtype, Checkpointing, Engine, Method, MethodSpec, OffloadDevice, Quantization
-from launcher.optimisation import Precision
+from launcher.job import (
+    AdapterDtype,
+    Checkpointing,
+    Engine,
+    Method,
+    MethodSpec,
+    OffloadDevice,
+    Optimizer,
+    Quantization,
+)
+from launcher.optimisation import LOW_RANK_OPTIMIZERS, Precision
+from launcher.planner.arrangements import ON_HOST
 from launcher.run.launch import prepare_run
 from launcher.run_paths import RunPaths
 from tests.tiny_job import tiny_order
@@ -25,7 +35,8 @@ CUDA = HardwareSpec(name="l4_24g", kind=DeviceKind.CUDA, num_devices=2)
     [
         (Engine.DDP, 0, {"offload_optimizer": True}, "ddp has no offload"),
         (Engine.DEEPSPEED, 2, {"offload_parameters": True}, "stage 3 only, not 2"),
-        (Engine.DEEPSPEED, 0, {"offload_optimizer": True}, "from ZeRO stage 1 on"),
+        (Engine.DEEPSPEED, 0, {"offload_optimizer": True}, "from ZeRO stage 2 on, not at stage 0"),
+        (Engine.DEEPSPEED, 1, {"offload_optimizer": True}, "from ZeRO stage 2 on, not at stage 1"),
         (Engine.FSDP2, 3, {"offload_parameters": True}, "together, or none"),
         (Engine.FSDP2, 3, {"offload_parameters": True, "offload_optimizer": True}, "needs an accelerator"),
         (Engine.DEEPSPEED, 3, {"offload_optimizer": True, "offload_device": OffloadDevice.NVME}, "nvme_path"),
@@ -54,6 +65,41 @@ def test_int8_weights_are_not_sharded(tmp_path: Path) -> None:
     (reason,) = engine_limits(int8, order.plan)
     assert "int8" in reason
     assert engine_limits(int8, tiny_order(tmp_path, Engine.DEEPSPEED, 2, Method.QLORA).plan) == ()
+
+
+def test_optimizers_that_an_engine_has_no_update_for(tmp_path: Path) -> None:
+    """tests/test_engines.py runs those of bitsandbytes under ZeRO."""
+    refused = {
+        engine: {
+            optimizer
+            for optimizer in Optimizer
+            if engine_limits(order.job, replace(order.plan, optimizer=optimizer))
+        }
+        for engine, order in (
+            (engine, tiny_order(tmp_path, engine, stage))
+            for engine, stage in ((Engine.DDP, 0), (Engine.DEEPSPEED, 1), (Engine.FSDP2, 3))
+        )
+    }
+    bitsandbytes = {name for name in Optimizer if name.value.endswith(("_8bit", "_32bit"))}
+    assert len(bitsandbytes) == 7
+    assert refused[Engine.DDP] == set()
+    assert refused[Engine.DEEPSPEED] == set(LOW_RANK_OPTIMIZERS)
+    assert refused[Engine.FSDP2] == {*bitsandbytes, Optimizer.ADAFACTOR}
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_a_search_offers_no_engine_refuses(nodes: int, tmp_path: Path) -> None:
+    """And the other way round: every stage that may offload is offered."""
+    order = tiny_order(tmp_path, Engine.DEEPSPEED, 3, num_nodes=nodes)
+    job, offered = replace(order.job, hardware=replace(CUDA, num_nodes=nodes)), set()
+    for stage in range(4):
+        for parameters in (False, True):
+            offloading = replace(
+                order.plan, zero_stage=stage, offload_optimizer=True, offload_parameters=parameters
+            )
+            if not engine_limits(job, offloading):
+                offered.add((stage, parameters))
+    assert offered == {(item.zero_stage, item.offload_parameters) for item in ON_HOST}
 
 
 def test_adapters_are_merged_without_an_engine_only(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import pytest
 
 from launcher.documents import read_document
 from launcher.errors import Interrupted, LaunchError, WorkerOutOfMemory
-from launcher.job import Checkpointing, Engine, Method
+from launcher.job import Checkpointing, Engine, Method, Optimizer
 from launcher.memory import Category, MemoryMeasurement, Phase
 from launcher.run.endings import raise_for_outcome
 from launcher.run.launch import launch_worker, prepare_run
@@ -201,6 +201,43 @@ def test_a_sharded_adapter_is_saved_as_anybody_loads_it(tiny: Path, tmp_path: Pa
     adapted = PeftModel.from_pretrained(base, str(run.paths.model))
     trained = [weight for name, weight in adapted.named_parameters() if "lora_B" in name]
     assert len(trained) == 7 * 6 and all(float(weight.detach().abs().max()) > 0 for weight in trained)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [
+        (1, Optimizer.ADAMW_8BIT),
+        (2, Optimizer.PAGED_ADAMW_8BIT),
+        (3, Optimizer.ADAMW_8BIT),
+        (3, Optimizer.PAGED_ADAMW_32BIT),
+    ],
+)
+def test_flat_parts_are_updated_by_bitsandbytes(
+    stage: int, optimizer: Optimizer, alone: Run, tiny: Path, tmp_path: Path
+) -> None:
+    """Eight bits of a state are as good as 32 for four steps."""
+    order = tiny_order(tiny, Engine.DEEPSPEED, stage, optimizer=optimizer)
+    run = prepared(
+        tmp_path,
+        replace(order, job=replace(order.job, training=replace(order.job.training, optimizer=optimizer))),
+    )
+    run.launch()
+    assert run.losses() == pytest.approx(alone.losses(), rel=SAME_LOSS)
+
+
+@pytest.mark.thorough
+def test_quantised_parameters_learn_the_same_where_they_are_offloaded(tiny: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, offloaded in (("kept", False), ("offloaded", True)):
+        order = tiny_order(
+            tiny, Engine.DEEPSPEED, 3, Method.QLORA, offload_optimizer=offloaded, offload_parameters=offloaded
+        )
+        (tmp_path / name).mkdir()
+        run = prepared(tmp_path / name, order)
+        run.launch()
+        losses.append(run.losses())
+    assert losses[1] == pytest.approx(losses[0], rel=SAME_LOSS) and losses[0][-1] < losses[0][0]
 
 
 # ---------------------------------------------------------------------------------------------------------- endings
