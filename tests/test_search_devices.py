@@ -318,7 +318,7 @@ def sharding_of(law: Law, method: Method, stage: int, micro: int = 1) -> str:
 
 
 def test_stages_that_would_not_help_are_named_with_the_reason() -> None:
-    """Adapters have 192,000 bytes of gradients and states beside ten million of frozen weights, which are sharded last."""
+    """Adapters have 192,000 bytes of gradients and states beside ten million of frozen weights, sharded last."""
     law = ShardedLaw(parameters=10_000_000, bucket_share=0.0)
     said = sharding_of(law, Method.LORA, 0)
     assert "Stages 1 and 2 would not help: adapters have few gradients and states" in said
