@@ -387,24 +387,43 @@ def test_a_process_that_aborts_for_want_of_memory_is_out_of_memory(below: bool, 
     assert "signal SIGABRT" in caught.value.message and caught.value.exit_code == 4
 
 
+BITSANDBYTES_FULL = "Error out of memory at line 380 in file /src/csrc/pythonInterface.cpp"
+"""bitsandbytes issue 726, and `strings` of libbitsandbytes_cuda128.so (0.50.2): `Error %s at line %d in file %s`."""
+
+
+@pytest.mark.parametrize(("what", "exit_code"), [("out of memory", 4), ("invalid argument", 6)])
+def test_a_library_that_exits_for_want_of_memory_is_out_of_memory(
+    what: str, exit_code: int, stage: Stage
+) -> None:
+    said = BITSANDBYTES_FULL.replace("out of memory", what)
+    with pytest.raises(LauncherError, match="exit code 1") as caught:
+        stage.play(f"print({said!r}, flush=True)\nos._exit(1)")
+    assert caught.value.exit_code == exit_code and said in caught.value.message
+
+
 @pytest.mark.parametrize(
-    ("said", "exit_code"),
+    ("said", "ended", "exit_code"),
     [
-        ("terminate called after throwing an instance of 'std::bad_alloc'", 4),
-        ("memory allocation of 4096 bytes failed", 4),
-        ("terminate called after throwing an instance of 'std::logic_error'", 6),
+        ("terminate called after throwing an instance of 'std::bad_alloc'", -6, 4),
+        ("memory allocation of 4096 bytes failed", -6, 4),
+        ("terminate called after throwing an instance of 'std::logic_error'", -6, 6),
+        (BITSANDBYTES_FULL, 1, 4),
+        ("ImportError: no such module", 1, 6),
     ],
 )
-def test_of_several_ranks_the_one_that_aborted_says_why(said: str, exit_code: int, tmp_path: Path) -> None:
+def test_of_several_ranks_the_one_that_ended_says_why(
+    said: str, ended: int, exit_code: int, tmp_path: Path
+) -> None:
     """torchrun's report, as torch 2.13 words it, of a rank that a thread of gloo's ended."""
     paths, plan = RunPaths(tmp_path), replace(ORDER.plan, engine=Engine.DDP, num_devices=2)
     paths.log.write_text(
         f"[rank 1] {said}\n"
         "[rank 0] RuntimeError: Connection closed by peer\n"
         "Root Cause (first observed failure):\n[0]:\n  time      : 2026-11-27_05:00:00\n"
-        "  host      : here\n  rank      : 1 (local_rank: 1)\n  exitcode  : -6 (pid: 12)\n"
+        f"  host      : here\n  rank      : 1 (local_rank: 1)\n  exitcode  : {ended} (pid: 12)\n"
     )
-    with pytest.raises(LauncherError, match=r"rank 1 on host here ended with signal SIGABRT") as caught:
+    how = "exit code 1" if ended == 1 else "signal SIGABRT"
+    with pytest.raises(LauncherError, match=f"rank 1 on host here ended with {how}") as caught:
         endings.read_outcome(paths, plan, supervise.Ending(1, False, 0))
     assert caught.value.exit_code == exit_code and said in caught.value.message
     if isinstance(caught.value, WorkerOutOfMemory):

@@ -29,6 +29,8 @@ KILLED_BELOW: Final = re.compile(r"died with <Signals\.(\w+): \d+>")
 ABORTED: Final = re.compile(r"std::bad_alloc|memory allocation of \d+ bytes failed")
 """What C++ (libstdc++, where no one catches the exception, as in a thread of gloo's) and Rust (alloc's
 `handle_alloc_error`, in safetensors and tokenizers) say when an allocation failed, before they abort the process."""
+EXITED: Final = re.compile(r"Error out of memory at line \d+ in file ")
+"""What bitsandbytes' C++ says (csrc/ops.cuh, `CUDA_CHECK_RETURN`; 0.39 to 0.50) before it calls `exit(1)`."""
 ERRORS: Final[Mapping[Status, type[LauncherError]]] = {
     Status.INTERRUPTED: Interrupted,
     Status.TERMINATED: Terminated,
@@ -81,7 +83,7 @@ def _read_outcome(paths: RunPaths, plan: Plan, ending: Ending) -> WorkerOutcome:
     message = f"the worker ended with {how} and left no outcome\n{_quoted(tail)}".rstrip()
     if killed_by == "SIGKILL":
         _raise_for_kill(message, hint, ending)
-    if killed_by == "SIGABRT" and _says_aborted(_lines_of(paths.log, ending.log_begins_at)):
+    if _lacked_memory(how, _lines_of(paths.log, ending.log_begins_at)):
         raise WorkerOutOfMemory(message, hint)
     if shutil.disk_usage(paths.root).free < FULL_BYTES:
         hint = f"the file system of `{paths.root}` is full: make room, then `launch resume={paths.root}`"
@@ -90,13 +92,13 @@ def _read_outcome(paths: RunPaths, plan: Plan, ending: Ending) -> WorkerOutcome:
 
 def _raise_killed(killed: KilledRank, tail: tuple[str, ...], paths: RunPaths, ending: Ending) -> NoReturn:
     message = (
-        f"rank {killed.rank} on host {killed.host} ended with signal {killed.signal_name} and left no outcome; "
+        f"rank {killed.rank} on host {killed.host} ended with {killed.how} and left no outcome; "
         f"the other ranks were ended\n{_quoted(tail)}"
     ).rstrip()
     hint = f"the whole log is `{paths.log}`"
-    if killed.signal_name == "SIGKILL":
+    if killed.how == "signal SIGKILL":
         _raise_for_kill(message, hint, ending, killed.rank)
-    if killed.signal_name == "SIGABRT" and _says_aborted(tail):
+    if _lacked_memory(killed.how, tail):
         raise WorkerOutOfMemory(message, hint, killed.rank)
     raise LaunchError(message, hint)
 
@@ -162,9 +164,10 @@ def _lines_of(log: Path, begins_at: int) -> tuple[str, ...]:
     return tuple(line for line in lines if line.strip())
 
 
-def _says_aborted(lines: Iterable[str]) -> bool:
-    """Whether a process said that it aborts for want of memory; accelerate's own traceback may come after that."""
-    return any(ABORTED.search(line) for line in lines)
+def _lacked_memory(how: str, lines: Iterable[str]) -> bool:
+    """Whether a process said that it ends for want of memory; accelerate's own traceback may come after that."""
+    said = ABORTED if how.startswith("signal SIGABRT") else EXITED
+    return any(said.search(line) for line in lines)
 
 
 def _quoted(lines: tuple[str, ...]) -> str:

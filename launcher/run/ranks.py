@@ -33,14 +33,14 @@ PRECEDENCE: Final = (Status.OUT_OF_MEMORY, Status.DATA_ERROR, Status.FAILED, Sta
 
 @dataclass(frozen=True)
 class KilledRank:
-    """A rank that a signal ended before it could say anything."""
+    """A rank that ended before it could say anything."""
 
     rank: int
     """Which one."""
     host: str
     """Its machine."""
-    signal_name: str
-    """The signal."""
+    how: str
+    """What ended it: `signal SIGKILL`, `exit code 1`."""
 
 
 def read_outcomes(paths: RunPaths, world_size: int) -> tuple[WorkerOutcome, ...]:
@@ -70,9 +70,9 @@ def deciding_outcome(outcomes: Sequence[WorkerOutcome], world_size: int) -> Work
 
 
 def killed_rank(logs: Sequence[Path], outcomes: Sequence[WorkerOutcome], begins_at: int) -> KilledRank | None:
-    """The first rank that a signal ended, and that left no outcome; None when there is none.
+    """The first rank that ended and left no outcome; None when there is none.
 
-    SIGTERM doesn't count: that is how torchrun ends the others.
+    SIGTERM doesn't count: that is how torchrun ends the others. Where a library's C code calls `exit` there is no signal.
 
     Args:
         logs: Logs of the machines.
@@ -83,12 +83,15 @@ def killed_rank(logs: Sequence[Path], outcomes: Sequence[WorkerOutcome], begins_
     for log in logs:
         for failure in reversed(list(FAILURE.finditer(_end_of(log, begins_at)))):  # the root cause comes last
             code, rank = int(failure["code"]), int(failure["rank"])
-            if code < 0 and -code != signal.SIGTERM and rank not in spoke:
-                name = str(-code)
-                with suppress(ValueError):
-                    name = signal.Signals(-code).name
-                return KilledRank(rank, failure["host"], name)
+            if code and -code != signal.SIGTERM and rank not in spoke:
+                return KilledRank(rank, failure["host"], _worded(code))
     return None
+
+
+def _worded(code: int) -> str:
+    with suppress(ValueError):
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}" if code > 0 else f"signal {-code}"
 
 
 def rank_tail(logs: Sequence[Path], rank: int, begins_at: int) -> tuple[str, ...]:
