@@ -18,6 +18,7 @@ from launcher.plan import Plan
 from launcher.units import format_bytes
 from launcher.worker.engine import all_stop_now
 from launcher.worker.meter import process_memory_bytes
+from launcher.worker.random_states import remembered_random_states
 
 KEPT_STEPS = 1024
 """Last optimizer steps whose times are kept: runs are long, and what is kept of every step grows with them."""
@@ -69,6 +70,8 @@ class ProgressCallback(TrainerCallback):
         self._plan = plan
         self._metrics = metrics
         self._report = report
+        self._put_back: Callable[[], None] = lambda: None
+        self._epoch_begins = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,12 +80,29 @@ class ProgressCallback(TrainerCallback):
         self._progress.first_step = state.global_step
         self._progress.step_ends.append(time.perf_counter())
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The loader draws next; a resumed run draws that again."""
+        self._remember()
+        self._epoch_begins = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The batches of an optimizer step are there, and nothing is drawn for them yet."""
+        if not self._epoch_begins:
+            self._remember()
+        self._epoch_begins = False
+
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A micro batch is done."""
+        """A micro batch is done. A step may take longer than there is time to save: one that began is given up."""
         if self._plan.world_size == 1 and self._progress.stop_asked:
-            self._stop(control)
+            self._put_back()  # the checkpoint is of the step before, and what goes on from it draws for this one anew
+            kwargs["model"].zero_grad()  # the plan has no gradients beside what is saved
+            self._stop(state, control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,7 +113,7 @@ class ProgressCallback(TrainerCallback):
         self._progress.step_tokens.append(self._progress.tokens)
         self._progress.tokens = 0
         if all_stop_now(self._plan, state.global_step, self._progress.stop_asked):
-            self._stop(control)
+            self._stop(state, control)
 
     def on_log(
         self,
@@ -129,7 +149,15 @@ class ProgressCallback(TrainerCallback):
         elif "eval_loss" in logs:
             self._report(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.4f}")
 
-    def _stop(self, control: TrainerControl) -> None:
+    def _remember(self) -> None:
+        if self._plan.world_size == 1 and self._plan.gradient_accumulation_steps > 1:
+            self._put_back = remembered_random_states()
+
+    def _stop(self, state: TrainerState, control: TrainerControl) -> None:
         self._progress.is_stopped = True
-        control.should_save = not self._plan.swaps  # nothing could go on from it: see engine_limits.py
+        self._progress.steps = state.global_step
+        has_new_steps = state.global_step > self._progress.first_step
+        control.should_save = (
+            has_new_steps and not self._plan.swaps
+        )  # what swaps can't go on: see engine_limits.py
         control.should_training_stop = True

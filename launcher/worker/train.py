@@ -265,7 +265,7 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
         if progress.is_stopped:
             status, message = (
                 Status.INTERRUPTED,
-                f"stopped after step {progress.steps}; {_left_by(order.plan)}",
+                f"stopped after step {progress.steps}; {_left_by(order.plan, progress)}",
             )
     except DataError as failure:
         status, message = Status.DATA_ERROR, str(failure)
@@ -294,10 +294,12 @@ def run(order: WorkerOrder, paths: RunPaths) -> Status:
     return status
 
 
-def _left_by(plan: Plan) -> str:
+def _left_by(plan: Plan, progress: Progress) -> str:
     """What an interrupted run leaves."""
     if plan.swaps:
         return "no checkpoint: none can be read back with optimizer states on NVMe"
+    if progress.steps == progress.first_step:
+        return "no step was done since, and nothing new is saved"
     return "a checkpoint was saved"
 
 
