@@ -146,12 +146,12 @@ def follow(child: subprocess.Popen[bytes], paths: RunPaths) -> Durations:
     """Follows a job to its end: how long a save takes at most, and how long its results."""
     longest, save_began, results_began = 0.0, 0.0, 0.0
     while child.poll() is None:
-        now, is_saving = time.monotonic(), any((paths.checkpoints / PARTIAL).glob("*/*"))
+        now, is_saving = time.monotonic(), _is_saving(paths)
         if is_saving and not save_began:
             save_began = now
         elif save_began and not (paths.checkpoints / PARTIAL).exists():
             longest, save_began = max(longest, now - save_began), 0.0
-        if not results_began and paths.model.exists():
+        if not results_began and _results_began(paths):
             results_began = now
         if results_began and paths.outcome(0).exists():
             return Durations(longest, now - results_began)
@@ -182,8 +182,8 @@ def strike(
     begins: dict[str, Callable[[], bool]] = {
         "rehearsal": act.pid(0).exists,
         "step": lambda: _last_step(paths) >= wanted,
-        "save": lambda: _last_step(paths) >= wanted and any((paths.checkpoints / PARTIAL).glob("*/*")),
-        "results": paths.model.exists,
+        "save": lambda: _last_step(paths) >= wanted and _is_saving(paths),
+        "results": lambda: _results_began(paths),
     }
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not begins[moment]():
@@ -205,14 +205,22 @@ def strike(
 def under_way_in(paths: RunPaths, moment: str) -> str:
     """How far a save, or the results, are: by what lies on the disk."""
     if moment == "results":
-        return "merged model" if paths.merged.exists() else "model"
+        return "merged model" if paths.model.exists() else "model"
     if moment != "save":
         return moment
     partial = paths.checkpoints / PARTIAL
-    written = [file.name for file in partial.glob("*/*")]
+    written = [file.name for file in partial.glob("checkpoint-*/*")]
     if SEAL in written:
         return "sealed, not renamed"
     return "writing" if written else "renamed" if partial.exists() else "rotation, or after it"
+
+
+def _is_saving(paths: RunPaths) -> bool:
+    return any((paths.checkpoints / PARTIAL).glob("checkpoint-*/*"))
+
+
+def _results_began(paths: RunPaths) -> bool:
+    return paths.model.exists() or (paths.checkpoints / PARTIAL / paths.model.name).exists()
 
 
 def _last_step(paths: RunPaths) -> int:

@@ -1,8 +1,10 @@
-"""Has a trainer write its checkpoints aside, and give them their place when they are whole."""
+"""Has a trainer write its checkpoints and results aside, and gives them their place when they are whole."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +30,60 @@ def save_aside(trainer: Trainer, folder: Path) -> None:
     written._get_output_dir = lambda trial: str(partial)
 
     def save_whole(*args: Any, **kwargs: Any) -> None:
-        if trainer.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        _wait()
-        save(*args, **kwargs)
-        _wait()
-        if trainer.args.should_save:
-            (checkpoint,) = partial.iterdir()
-            seal(checkpoint)
-            publish(checkpoint, folder)
-            partial.rmdir()
-            rotate_checkpoints(str(folder), trainer.args.save_total_limit)
-        _wait()
+        what = f"the checkpoint of step {trainer.state.global_step}"
+        with _aside(partial, trainer.args.should_save, what, "the checkpoints before it are whole"):
+            save(*args, **kwargs)
+            _wait()
+            if trainer.args.should_save:
+                (checkpoint,) = partial.iterdir()
+                seal(checkpoint)
+                publish(checkpoint, folder)
+                rotate_checkpoints(str(folder), trainer.args.save_total_limit)
 
-    def save_or_say_why(*args: Any, **kwargs: Any) -> None:
-        try:
-            save_whole(*args, **kwargs)
-        except (
-            Exception
-        ) as failure:  # safetensors, torch and Python each have words of their own for a full disk
-            free_bytes = shutil.disk_usage(folder).free
-            shutil.rmtree(partial, ignore_errors=True)  # leaves room to say so
-            if free_bytes > FULL_BYTES:
-                raise
-            raise LaunchError(
-                f"the checkpoint of step {trainer.state.global_step} can't be written: the file system of `{folder}` is "
-                f"full ({failure})",
-                "make room there; the checkpoints before it are whole",
-            ) from failure
+    written._save_checkpoint = save_whole
 
-    written._save_checkpoint = save_or_say_why
+
+def place_whole(place: Path, write: Callable[[Path], None], partial: Path, *, is_main: bool) -> None:
+    """Has a folder of results written aside, on all ranks, sealed and given its place, at once or not at all.
+
+    Args:
+        place: Where it belongs; one that is there gives way.
+        write: Writes it into the folder that it is called with.
+        partial: Folder in which things are written; on the file system of the place.
+        is_main: Whether this rank seals and renames.
+
+    Raises:
+        LaunchError: When the disk is full.
+    """
+    with _aside(partial, is_main, f"`{place}`", "then resume the run"):
+        write(partial / place.name)
+        _wait()
+        if is_main:
+            seal(partial / place.name)
+            publish(partial / place.name, place.parent)
+
+
+@contextmanager
+def _aside(partial: Path, is_main: bool, what: str, hint: str) -> Iterator[None]:
+    """The folder in which something is written, empty at first and gone afterwards; a full disk is told."""
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _wait()
+    try:
+        yield
+    except Exception as failure:  # safetensors, torch and Python each have words of their own for a full disk
+        free_bytes = shutil.disk_usage(partial.parent).free
+        shutil.rmtree(partial, ignore_errors=True)  # leaves room to say so
+        if free_bytes > FULL_BYTES:
+            raise
+        raise LaunchError(
+            f"{what} can't be written: the file system of `{partial.parent}` is full ({failure})",
+            f"make room there; {hint}",
+        ) from failure
+    if is_main:
+        partial.rmdir()
+    _wait()
 
 
 def _wait() -> None:

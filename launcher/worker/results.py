@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from launcher.memory import Phase
 from launcher.merge import drop_optimizer, merge_adapters
+from launcher.worker.checkpoints import place_whole
 
 TENSOR_FILES = (".safetensors", ".pt", ".pth", ".bin")
 """Endings of files that hold tensors."""
@@ -20,27 +21,42 @@ def save_results(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     model: Path | None,
     merged: Path | None,
+    partial: Path,
     enter: Callable[[Phase], None],
 ) -> None:
     """Saves what was trained, and merges adapters if there is a place for the merged model.
+
+    Each folder is written aside, and has its place when it is whole.
 
     Args:
         trainer: A trainer that has trained; after a merge it has neither adapters nor optimizer states.
         tokenizer: Saved beside each model.
         model: Where the trained weights or adapter go; None: nowhere.
         merged: Where the merged model goes; None: nothing is merged.
+        partial: Folder in which they are written.
         enter: Called with the phase that begins.
+
+    Raises:
+        LaunchError: When the disk is full.
     """
+    is_main = trainer.args.should_save
+
+    def write_model(folder: Path) -> None:
+        trainer.save_model(str(folder))  # on all ranks: sharded weights are gathered
+        if is_main:
+            tokenizer.save_pretrained(str(folder))
+
+    def write_merged(folder: Path) -> None:
+        merge_adapters(trainer.model).save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
     if model is not None:
         enter(Phase.SAVE)
-        trainer.save_model(str(model))  # on all ranks: sharded weights are gathered
-        if trainer.args.should_save:
-            tokenizer.save_pretrained(str(model))
+        place_whole(model, write_model, partial, is_main=is_main)
     if merged is not None and isinstance(trainer.model, PeftModel):
         drop_optimizer(trainer)
         enter(Phase.MERGE)
-        merge_adapters(trainer.model).save_pretrained(str(merged))
-        tokenizer.save_pretrained(str(merged))
+        place_whole(merged, write_merged, partial, is_main=is_main)
 
 
 def saved_bytes(checkpoints: Path, model: Path | None, merged: Path | None) -> dict[str, int]:

@@ -34,8 +34,8 @@ from trl import SFTConfig
 
 from launcher import workload
 from launcher.callbacks import GenerationCallback, PhaseCallback
-from launcher.checkpoints import last_checkpoint
-from launcher.documents import write_document
+from launcher.checkpoints import PARTIAL, last_checkpoint
+from launcher.documents import append_lines, write_document
 from launcher.engines import engine, engine_arguments, gather_when_saving, prepare_trainer
 from launcher.errors import DataError, LauncherError
 from launcher.job import JobSpec
@@ -130,7 +130,8 @@ def train(
         if not progress.is_stopped:
             gather_when_saving(trainer, plan)
             merged = ingredients.merged if job.method.merge else None
-            save_results(trainer, ingredients.tokenizer, ingredients.model, merged, enter)
+            partial = ingredients.output_dir / PARTIAL  # a start removes what a kill leaves there
+            save_results(trainer, ingredients.tokenizer, ingredients.model, merged, partial, enter)
         return trainer, replace(_measured(meter, resident, progress, ingredients), leak=leaks.leak)
 
 
