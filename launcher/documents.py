@@ -1,9 +1,12 @@
-"""Typed documents on disk: frozen dataclasses to JSON and back, written whole or not at all."""
+"""Typed documents on disk: frozen dataclasses to JSON and back, written whole or not at all. Lines that are appended."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +78,28 @@ def write_bytes(path: Path, content: bytes, *, is_synced: bool = True) -> None:
         raise
     if is_synced:
         sync_folder(path.parent)
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Appends JSON objects to a file, one a line; the line that a kill left torn is ended first.
+
+    Raises:
+        OSError: When it can't be.
+    """
+    with path.open("a+b") as stream:
+        is_torn = stream.tell() > 0 and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        stream.write(b"\n" * is_torn + text.encode())
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file to which they are appended, but those that are torn; none where there is no file."""
+    with suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):  # one that is being written, or in which a writer was killed
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from launcher.documents import read_lines
 from launcher.run_paths import RunPaths
 from scripts.endurance import ARCHITECTURE, LAUNCHER, LIBRARIES, ROOT, start
 from scripts.small_text import write_small_model
@@ -58,11 +59,7 @@ def command(folder: Path, run_dir: Path, steps: int) -> list[str]:
 
 def last_step(metrics: Path) -> int:
     """The last logged step; 0 before the first."""
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    for line in reversed(lines):
-        with suppress(ValueError):  # a line that is being written
-            return int(json.loads(line)["step"])
-    return 0
+    return max((int(line["step"]) for line in read_lines(metrics)), default=0)
 
 
 def slope(readings: list[tuple[int, int]]) -> float:

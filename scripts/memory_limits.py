@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoints import last_checkpoint, step_of
-from launcher.documents import read_document, write_text
+from launcher.documents import read_document, read_lines, write_text
 from launcher.memory import Phase
 from launcher.plan import Plan
 from launcher.run_paths import RunPaths
@@ -417,8 +417,7 @@ def stop_after_first_checkpoint(arguments: list[str], paths: RunPaths, log: Path
 
 def losses(paths: RunPaths) -> dict[int, float]:
     """Loss of each step; of a step that was trained twice the last one."""
-    lines = map(json.loads, paths.metrics.read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in read_lines(paths.metrics) if "loss" in line}
 
 
 def meeting(trial: Trial, seen: Seen, model: Path) -> Met:

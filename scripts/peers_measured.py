@@ -19,7 +19,6 @@ less. One thread each: two threads wait for each other wherever a core is shared
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import load_job
-from launcher.documents import from_json, read_document, to_json
+from launcher.documents import from_json, read_document, read_lines, to_json
 from launcher.job import JobSpec
 from launcher.planner.tracer import Tracer
 from launcher.planning import plan_job, resolve
@@ -181,10 +180,7 @@ class Worker:
 
     def steps(self) -> list[float]:
         """Wall seconds of each step that has ended."""
-        if not self.paths.metrics.exists():
-            return []
-        whole = self.paths.metrics.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-        return [line["step_seconds"] for line in map(json.loads, whole) if "loss" in line]
+        return [line["step_seconds"] for line in read_lines(self.paths.metrics) if "loss" in line]
 
     def look(self) -> int:
         """Reads the worker's clock if steps have ended since, and says how many there are."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.documents import read_document, write_bytes, write_document
+from launcher.documents import append_lines, read_document, read_lines, write_bytes, write_document
 from launcher.memory import StepShape
 
 
@@ -59,3 +59,16 @@ def test_a_document_that_does_not_fit_leaves_the_one_before_it(tmp_path: Path) -
         signal.signal(signal.SIGXFSZ, ignored)
     assert read_document(file, StepShape) == StepShape(2, 64)
     assert [path.name for path in tmp_path.iterdir()] == ["shape.json"]
+
+
+def test_lines_after_one_that_a_kill_left_torn_are_whole(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert list(read_lines(file)) == []
+    append_lines(file, [{"step": 1}, {"step": 2, "text": "a\nb"}])
+    with file.open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    assert [line["step"] for line in read_lines(file)] == [1, 2]
+    append_lines(file, [{"step": 3}])
+    append_lines(file, [{"step": 4}])
+    assert [line["step"] for line in read_lines(file)] == [1, 2, 3, 4]
+    assert file.read_text().splitlines()[2:] == ['{"step": 3, "lo', '{"step": 3}', '{"step": 4}']

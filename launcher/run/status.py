@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import Any, Final
 
 from launcher.checkpoints import last_checkpoint
 from launcher.cluster import SubmittedJob
-from launcher.documents import read_document
+from launcher.documents import read_document, read_lines
 from launcher.errors import Interrupted, Terminated
 from launcher.run.ledger import read_order
 from launcher.run.lock import works_on
@@ -146,9 +145,8 @@ def _text(file: Path) -> str:
 def _last_logged(metrics: Path) -> dict[str, Any]:
     """The last step that was logged, and the last loss."""
     found: dict[str, Any] = {}
-    for line in _text(metrics).splitlines():
-        with suppress(ValueError):  # a line that is being written
-            logged = json.loads(line)
+    with suppress(OSError):
+        for logged in read_lines(metrics):
             found |= {key: logged[key] for key in ("step", "loss") if key in logged}
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, MutableSequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from launcher.documents import append_lines
 from launcher.memory import Phase, StepShape
 from launcher.plan import Plan
 from launcher.units import format_bytes
@@ -135,8 +135,8 @@ class ProgressCallback(TrainerCallback):
         line = {"step": state.global_step, **logs, "step_seconds": seconds, "tokens_per_second": rate}
         line |= {f"memory_{name}_bytes": value for name, value in memory.items()}
         if self._metrics is not None:
-            with suppress(OSError), self._metrics.open("a", encoding="utf-8") as stream:  # as above
-                stream.write(json.dumps(line) + "\n")
+            with suppress(OSError):  # as above
+                append_lines(self._metrics, [line])
         if "loss" in logs:
             loss = float(logs["loss"])
             self._progress.last_loss = loss

@@ -7,7 +7,6 @@ model. Its exit code is the launcher's: 0, 4 (out of memory), 5 (data), 6 (anyth
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 import socket
@@ -204,8 +203,7 @@ def _generation_writer(
         texts = ingredients.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         report(f"generated {len(texts)} texts at step {step}")
         if ingredients.generations is not None and rank() == 0:  # the others generate the same
-            with ingredients.generations.open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps({"step": step, "text": text}) + "\n" for text in texts)
+            append_lines(ingredients.generations, ({"step": step, "text": text} for text in texts))
 
     return write
 
