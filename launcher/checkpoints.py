@@ -2,7 +2,7 @@
 
 checkpoints/.partial/checkpoint-12/      being written
 checkpoints/checkpoint-12/seal.json      whole: every file with its size and digest
-checkpoints/torn-checkpoint-9/           does not match its seal; never read again
+checkpoints/torn-checkpoint-9/           does not match its seal; never read again, and gone when there is a newer one
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def whole_checkpoints(folder: Path) -> Iterator[Path]:
 def set_torn_aside(folder: Path) -> tuple[str, ...]:
     """Renames checkpoints that are not whole, from the newest to the first whole one; returns what was wrong.
 
-    What was being written when a run ended is removed; what was sealed by then, and had no place yet, gets it.
+    What was being written when a run ended is removed; what was sealed by then, and had no place yet, gets it. Of all
+    that were ever set aside the one with the most steps stays, to be looked at: each is as large as a whole one.
 
     Args:
         folder: Where checkpoints lie.
@@ -143,6 +144,10 @@ def set_torn_aside(folder: Path) -> tuple[str, ...]:
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         notes.append(f"passing over {path.name}: {wrong}")
+    torn = [path for path in folder.glob(f"{TORN}*") if CHECKPOINT.fullmatch(path.name.removeprefix(TORN))]
+    for path in sorted(torn, key=step_of)[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
+        notes.append(f"removed {path.name}: the newest torn checkpoint is kept")
     return tuple(notes)
 
 
