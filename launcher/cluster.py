@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Final
 
@@ -127,6 +127,8 @@ class Node:
     """Name or address of machine 0, as the others reach it; empty on a single machine."""
     port: int = 0
     """TCP port there; 0 takes a free one, on a single machine."""
+    secret: str = field(default="", repr=False)
+    """What machines of this run say first to machine 0; see run/secret.py."""
 
     @property
     def control_port(self) -> int:

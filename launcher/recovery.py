@@ -21,6 +21,7 @@ from launcher.run.ledger import note_replan
 from launcher.run.node import clear_leftovers
 from launcher.run.ranks import deciding_outcome, noted_phase, read_outcomes
 from launcher.run.rehearse import is_due
+from launcher.run.secret import with_secret
 from launcher.run.supervise import interrupts_held
 from launcher.run.waiting_room import waiting_room
 from launcher.run_paths import RunPaths
@@ -151,7 +152,8 @@ def run_to_the_end(
         outcome = _outcome(order, paths, show, rehearsed)
         if outcome.status is not Status.OUT_OF_MEMORY or not replans_left:
             break
-        with waiting_room(nodes_of(order)[0], order.plan.num_nodes) as room:
+        main = with_secret(nodes_of(order)[0], paths.secret, 0.0)
+        with waiting_room(main, order.plan.num_nodes) as room:
             if room.missing:
                 show(f"no next plan: {room.missing}")
                 break

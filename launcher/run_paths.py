@@ -138,6 +138,11 @@ class RunPaths:
         return self.root / "launcher.lock"
 
     @property
+    def secret(self) -> Path:
+        """What the machines of a run know each other by; its owner's alone."""
+        return self.root / "launcher.secret"
+
+    @property
     def replans(self) -> Path:
         """The plans that ran out of memory, and what was tried next."""
         return self.root / "replans.json"

@@ -233,7 +233,7 @@ def _state_buffer(
 def _restore_state(module: Any) -> None:
     """`fix_4bit_weight_quant_state_from_module`: a weight that FSDP2 gathered has lost its quantisation state.
 
-    bitsandbytes wraps it as `Params4bit`, in the same memory. A fake tensor can't be wrapped: it carries the state itself.
+    bitsandbytes wraps it as `Params4bit`, in the same memory. A fake tensor can't be wrapped: it carries the state.
     """
     if getattr(module.weight, "quant_state", None) is None:
         module.weight.quant_state = module.quant_state

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from launcher.cluster import Node
 from launcher.errors import LaunchError
-from launcher.run.channel import Line, Message, call, listen, stop_listening
+from launcher.run.channel import STRANGER, Line, Message, call, listen, stop_listening
 
 GOODBYE_SECONDS: Final = 12.0
 """How long machine 0 waits after a bad end for the others to have ended: two signals, five seconds each
@@ -141,8 +141,10 @@ class MainMeeting:
         self._arrived: set[int] = set()
         self._reason = ""
         self._lacks_memory = False
+        self._secret = node.secret
+        self._strangers: set[str] = set()
         listen(node.port).close()  # torchrun opens it later, and would fail less clearly
-        self._listener = listen(node.control_port)
+        self._listener = listen(node.control_port, node.address)
         threading.Thread(target=self._accept, daemon=True).start()
         self._gather(seconds)
 
@@ -191,7 +193,7 @@ class MainMeeting:
             self._changed.wait_for(lambda: self._reason or len(self._hosts) == self._num_nodes, seconds)
             missing = [str(number) for number in range(self._num_nodes) if number not in self._hosts]
         if not self._reason and missing:
-            self._stop(f"nodes {', '.join(missing)} did not report within {seconds:.0f} s")
+            self._stop(f"nodes {', '.join(missing)} did not report within {seconds:.0f} s{self._who_else()}")
         if self._reason:
             time.sleep(0.1)
             self._close()
@@ -207,7 +209,7 @@ class MainMeeting:
         with suppress(OSError):  # until it is closed
             while True:
                 connection, _ = self._listener.accept()
-                line = Line(connection, self._heard, self._lost)
+                line = Line(connection, self._heard, self._lost, self._secret)
                 self._lines.append(line)
                 line.start()
 
@@ -255,7 +257,13 @@ class MainMeeting:
     def _named(self, numbers: set[int]) -> str:
         return ", ".join(f"{number} on host {self._hosts[number]}" for number in sorted(numbers))
 
+    def _who_else(self) -> str:
+        found = ", ".join(sorted(self._strangers))
+        return f"; {found} called, and saw another run directory or none: {STRANGER}" if found else ""
+
     def _lost(self, line: Line, why: str) -> None:
+        if not line.is_known:
+            self._strangers.add(line.peer)
         if line.node not in self._ended and line.node >= 0:
             self._stop(f"node {line.node} on host {self._hosts.get(line.node, '?')} is gone: {why}")
             with self._changed:
@@ -296,7 +304,7 @@ class NodeMeeting:
         self._has_left = False
         self._is_refused = False
         who = f"node {hello.node} on host {hello.host}"
-        self._line = Line(call(node.address, node.control_port, who, seconds), self._heard, self._lost)
+        self._line = Line(call(node, who, seconds), self._heard, self._lost)
         self._line.start()
         self._line.send({"hello": asdict(hello)})
         if not self._may_go.wait(seconds):

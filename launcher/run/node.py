@@ -33,6 +33,7 @@ from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting
 from launcher.run.ranks import redact_rank_logs
 from launcher.run.rehearse import MARK, discard_results, is_due
 from launcher.run.render import worker_command, worker_environment
+from launcher.run.secret import with_secret
 from launcher.run.supervise import SAVE_GRACE_SECONDS, TERM_GRACE_SECONDS, Ending, supervise
 from launcher.run.swap import remove_swapped, require_drive, require_swapping
 from launcher.run.waiting_room import is_called_back, waiting_room
@@ -175,6 +176,7 @@ def meet(paths: RunPaths, order: WorkerOrder, node: Node) -> Meeting:
     if order.plan.num_nodes == 1:
         return Alone()
     hello, seconds = hello_of(node, paths.worker), float(order.job.launch.connect_seconds)
+    node = with_secret(node, paths.secret, seconds)
     if node.rank == 0:
         return MainMeeting(node, order.plan.num_nodes, hello, seconds)
     return NodeMeeting(node, hello, seconds)
@@ -344,6 +346,7 @@ def _has_next_plan(paths: RunPaths, order: WorkerOrder, node: Node, show: Callab
     Raises:
         Interrupted: When this process is asked to stop meanwhile.
     """
+    node = with_secret(node, paths.secret, 0.0)  # it is there: they have met
     if node.rank:
         try:
             with _ended_by_termination():

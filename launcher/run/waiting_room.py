@@ -62,22 +62,22 @@ class WaitingRoom:
 
     def _gather(self, node: Node, num_nodes: int) -> None:
         try:
-            self._listener = listen(node.control_port)
+            self._listener = listen(node.control_port, node.address)
         except LaunchError as failure:
             self.missing = failure.message
             return
-        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+        threading.Thread(target=self._accept, args=(self._listener, node.secret), daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: len(self._lines) == num_nodes - 1, GATHER_SECONDS)
             missing = [str(number) for number in range(1, num_nodes) if number not in self._lines]
         if missing:
             self.missing = f"nodes {', '.join(missing)} do not wait for a next plan ({GATHER_SECONDS:.0f} s)"
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, secret: str) -> None:
         with suppress(OSError):  # until it is closed
             while True:
                 connection, _ = listener.accept()
-                Line(connection, self._heard, self._lost).start()
+                Line(connection, self._heard, self._lost, secret).start()
 
     def _heard(self, line: Line, message: Message) -> None:
         if "waiting" not in message:
@@ -123,9 +123,7 @@ def is_called_back(node: Node, order: Path) -> bool:
         answers.append(str(message["next"]))
         answered.set()
 
-    line = Line(
-        call(node.address, node.control_port, who, GATHER_SECONDS), heard, lambda line, why: answered.set()
-    )
+    line = Line(call(node, who, GATHER_SECONDS), heard, lambda line, why: answered.set())
     line.start()
     line.send({"waiting": node.rank})
     answered.wait()
