@@ -10,21 +10,36 @@ SECRET_NAME: Final = re.compile(
     r"PASSWORD|PASSWD|PASSPHRASE"
     r"|(?:TOKEN|SECRETS?|CREDENTIALS?|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)(?:_|\d*$)"
     r"|(?:^|_)(?:PASS|PAT)(?:_|$)"
-    r"|_(?:KEYS?|PW|PWD)$",
+    r"|_(?:KEYS?|PW|PWD)$"
+    r"|(?:^|_)(?:DSN|CONN(?:ECTION)?_?STR(?:ING)?)$",
     re.IGNORECASE,
 )
-"""Names of variables that hold secrets: HF_TOKEN, MYTOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD, DB_PASS. What may be a part
-of harmless words (PWD, COMPASS, TOKENIZERS) counts at their ends or beginnings only."""
+"""Names of variables that hold secrets: HF_TOKEN, MYTOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD, DB_PASS, SENTRY_DSN. What
+may be a part of harmless words (PWD, COMPASS, TOKENIZERS) counts at their ends or beginnings only."""
 PLACE_NAME: Final = re.compile(r"_?(PATH|FILE|DIR|HOME|URL|URI|SOCK)$", re.IGNORECASE)
 """Names of variables that say where a secret is."""
 URL_PASSWORD: Final = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 """A password in an address, as in those of proxies and package indexes."""
+URL_USER: Final = re.compile(
+    r"\bhttps?://((?=[^/\s:@]*\d)(?=[^/\s:@]*[A-Za-z])[\w.~%+-]{20,})(?::[^/\s@]*)?@"
+)
+"""A token in the place of a user's name, as code hosts and package indexes take it: `https://TOKEN@host`. Names of people
+and of accounts are shorter, or have no digit."""
+AUTHORIZED: Final = re.compile(
+    r"\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)(?:\s|%20)+([\w+/=.~%-]{8,})", re.IGNORECASE
+)
+"""A header of HTTP with what it is about: `Authorization: Basic dXNlcjpwYXNzd29yZA==`."""
+CONNECTED: Final = re.compile(
+    r"(?:^|[;\s])(?:Password|Pwd|AccountKey|SharedAccessKey|AccessKey|Secret)=([^;\s]+)", re.IGNORECASE
+)
+"""The secret part of a connection string; the rest may be said."""
 SHORTEST: Final = 8
 """Characters below which a value is taken for no secret: `1` or `true` would be struck out everywhere."""
 KNOWN_SHAPES: Final = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b"
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-[A-Za-z0-9_-]{20,}"
+    r"|AKIA[0-9A-Z]{16})\b"
 )
-"""Tokens that are known by their look: Hugging Face, GitHub, OpenAI, AWS."""
+"""Tokens that are known by their look: Hugging Face, GitHub, GitLab, OpenAI, AWS."""
 ASSIGNED: Final = re.compile(
     r"(?i)\b(\w*(?:TOKEN|API_?KEY|PASSWORD|PASSWD|PASSPHRASE|SECRET|ACCESS_?KEY|PRIVATE_?KEY|_PASS))\s*[=:]\s*['\"]?(?!\$)[^\s'\"$]{8,}"
 )
@@ -37,9 +52,10 @@ def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
     for name, value in environment.items():
         if SECRET_NAME.search(name) and not PLACE_NAME.search(name) and len(value) >= SHORTEST:
             found[value] = name
-        for password in URL_PASSWORD.findall(value):
-            if len(password) >= SHORTEST:
-                found[password] = name
+        for kind in (URL_PASSWORD, URL_USER, AUTHORIZED, CONNECTED):
+            for part in kind.findall(value):
+                if len(part) >= SHORTEST:
+                    found[part] = name
     return found
 
 
@@ -63,7 +79,7 @@ def secret_in(text: str) -> str:
     """What looks like a secret in a text, in words that don't repeat it; empty where nothing does."""
     if found := ASSIGNED.search(text):
         return f"a value for {found[1]}"
-    if KNOWN_SHAPES.search(text):
+    if KNOWN_SHAPES.search(text) or URL_USER.search(text) or AUTHORIZED.search(text):
         return "an access token"
     return "a password in an address" if URL_PASSWORD.search(text) else ""
 

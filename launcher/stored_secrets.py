@@ -1,10 +1,12 @@
-"""The secrets of a process: those of its environment, and the tokens that `hf auth login` has stored for it.
+"""The secrets of a process: those of its environment, the tokens that `hf auth login` has stored for it, and the
+passwords of its `.netrc` (Weights & Biases keeps its key there).
 
 Who prints for people, or keeps what others print, strikes these out (redaction.py).
 """
 
 from __future__ import annotations
 
+import netrc
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,8 @@ from launcher.redaction import SHORTEST, secrets_of
 
 STORED_NAME: Final = "HF_TOKEN"
 """What a stored token is called where it is struck out: the variable that would hold it."""
+NETRC_NAME: Final = "NETRC"
+"""What a password of `.netrc` is called: the variable that names the file."""
 LARGEST_BYTES: Final = 1 << 16
 """A longer file holds no tokens."""
 
@@ -27,7 +31,7 @@ def known_secrets(environment: Mapping[str, str]) -> dict[str, str]:
         environment: Of the process.
     """
     stored = {token: STORED_NAME for file in token_files(environment) for token in _tokens_in(file)}
-    return {**stored, **secrets_of(environment)}
+    return {**_netrc_passwords(environment), **stored, **secrets_of(environment)}
 
 
 def token_files(environment: Mapping[str, str]) -> tuple[Path, ...]:
@@ -37,6 +41,17 @@ def token_files(environment: Mapping[str, str]) -> tuple[Path, ...]:
     folder = environment.get("HF_HOME") or f"{cache}/huggingface"
     token = Path(environment.get("HF_TOKEN_PATH") or f"{folder}/token")
     return token, token.with_name("stored_tokens")
+
+
+def _netrc_passwords(environment: Mapping[str, str]) -> dict[str, str]:
+    """Passwords of the file that curl, git and requests read; one that is malformed is read by none of them."""
+    file = Path(environment.get("NETRC") or f"{environment.get('HOME') or '~'}/.netrc")
+    with suppress(OSError, RuntimeError, UnicodeDecodeError, netrc.NetrcParseError):
+        file = file.expanduser()
+        if file.stat().st_size <= LARGEST_BYTES:
+            passwords = (entry[2] for entry in netrc.netrc(file).hosts.values())
+            return {word: NETRC_NAME for word in passwords if word and len(word) >= SHORTEST}
+    return {}
 
 
 def _tokens_in(file: Path) -> list[str]:

@@ -64,13 +64,14 @@ SECRET_NAMES = (
     "HF_TOKEN", "MYTOKEN", "GITHUB_TOKEN_2", "token1", "WANDB_API_KEY", "OPENAI_APIKEY", "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY", "PRIVATE_KEY", "SSH_PRIVATE_KEY", "DEPLOY_KEY", "client_secret", "DJANGO_SECRETS",
     "PGPASSWORD", "MYSQL_PWD", "DB_PASS", "PASS", "SMTP_PASSWD", "GPG_PASSPHRASE", "GITHUB_PAT", "AZURE_CREDENTIALS",
-    "RABBITMQ_PASSWORD_HASH",
+    "RABBITMQ_PASSWORD_HASH", "AWS_SESSION_TOKEN", "SIGNING_PRIVATE_KEY", "SENTRY_DSN", "DSN",
+    "AZURE_STORAGE_CONNECTION_STRING", "DB_CONN_STR",
 )  # fmt: skip
 HARMLESS_NAMES = (
     "TOKENIZERS_PARALLELISM", "MAX_NEW_TOKENS", "HF_TOKEN_PATH", "PWD", "OLDPWD", "COMPASS", "BYPASS_CACHE",
     "PASSTHROUGH", "GIT_ASKPASS", "PGPASSFILE", "SSH_AUTH_SOCK", "KEYBOARD", "MONKEY", "PATH", "PYTHONPATH",
     "SECRETARY", "PATTERN", "DB_PASSWORD_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "TOKEN_URL", "XAUTHORITY",
-    "CUDA_HOME",
+    "CUDA_HOME", "RDSN", "STRING", "CONNECTIONS", "DSNAME",
 )  # fmt: skip
 
 
@@ -80,6 +81,57 @@ def test_secrets_are_known_by_the_names_of_their_variables() -> None:
     harmless = {"API_TOKEN": "short", "HTTP_PROXY": "http://proxy.example:3128"}
     assert secrets_of(harmless) == {}
     assert set(secrets_of(harmless | SECRETS).values()) == set(SECRETS)
+
+
+@pytest.mark.parametrize(
+    ("value", "secret"),
+    [
+        ("https://ghx0123456789abcdefABCD@github.com/me/it.git", "ghx0123456789abcdefABCD"),
+        ("https://0123456789abcdef0123456789abcdef@o1.ingest.example/2", "0123456789abcdef0123456789abcdef"),
+        ("git+https://tok0123456789abcdefghi:x-oauth-basic@host/it", "tok0123456789abcdefghi"),
+        ("AUTHORIZATION: basic dXNlcjpwYXNzd29yZA==", "dXNlcjpwYXNzd29yZA=="),
+        ("x=1,Authorization=Bearer%20abcdefgh12345", "abcdefgh12345"),
+        ("Server=tcp:db;User ID=me;Password=pass word;Pwd=horse-battery;Encrypt=yes", "horse-battery"),
+        ("AccountName=me;AccountKey=c2VjcmV0a2V5c2VjcmV0==;EndpointSuffix=core", "c2VjcmV0a2V5c2VjcmV0=="),
+    ],
+)
+def test_secrets_inside_of_values_are_known_by_what_is_around_them(value: str, secret: str) -> None:
+    assert secrets_of({"ANY": value}).get(secret) == "ANY"
+    assert secret not in redacted(f"failed: {value}", secrets_of({"ANY": value}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "someone@example.com",
+        "me@host.example:/data/runs",
+        "ssh://git@github.com/me/it.git",
+        "ssh://deployment-account-2024@host/it",
+        "https://someone@example.com/it",
+        "https://a.long.name.of.somebody@example.com/it",
+        "https://github.com/me/it0123456789abcdefghij",
+        "https://huggingface.co/org/model-0123456789-abcdefghij@main",
+        "Authorization: Basic",
+        "authorization is basic here",
+        "data/train@2024.jsonl",
+    ],
+)
+def test_ordinary_addresses_are_no_secrets(value: str) -> None:
+    assert secrets_of({"ANY": value}) == {} and secret_in(value) == ""
+
+
+def test_passwords_of_netrc_are_secrets(tmp_path: Path) -> None:
+    file = tmp_path / ".netrc"
+    file.write_text(
+        f"machine api.wandb.ai\n  login user\n  password {CANARY}\nmachine b login c password short\n"
+    )
+    file.chmod(0o600)
+    assert known_secrets({"HOME": str(tmp_path)}) == {CANARY: "NETRC"}
+    moved = file.rename(tmp_path / "elsewhere")
+    assert known_secrets({"HOME": str(tmp_path)}) == {}
+    assert known_secrets({"HOME": str(tmp_path), "NETRC": str(moved)}) == {CANARY: "NETRC"}
+    moved.write_text("machine without an end password")
+    assert known_secrets({"HOME": str(tmp_path), "NETRC": str(moved)}) == {}
 
 
 def test_a_token_of_a_login_is_a_secret(tmp_path: Path) -> None:
