@@ -23,21 +23,33 @@ def sole_launcher(paths: RunPaths) -> Iterator[None]:
     """Holds the run directory for this process; the kernel lets go of it however the process ends.
 
     Raises:
-        LaunchError: When another process holds it.
+        LaunchError: When another process holds it, or it can't be held.
     """
-    with paths.lock.open("a+", encoding="ascii") as stream:
+    try:
+        opened = paths.lock.open("a+", encoding="ascii")
+    except OSError as failure:
+        raise LaunchError(
+            f"`{paths.lock}` can't be written: {failure}",
+            "a run writes into its directory; choose another `run_dir`",
+        ) from failure
+    with opened as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as failure:
+        except BlockingIOError as failure:
             stream.seek(0)
             holder = stream.read().strip() or "unknown"
             raise LaunchError(
                 f"`{paths.root}` is in use: another launch, process {holder}, runs in it",
                 "wait for its end, or choose another `run_dir`",
             ) from failure
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
+        except OSError as failure:
+            raise LaunchError(
+                f"`{paths.lock}` can't be locked: {failure}",
+                "choose a `run_dir` on a file system that has locks",
+            ) from failure
+        with suppress(OSError):  # a full disk: who holds it is said to people only
+            os.ftruncate(stream.fileno(), 0)
+            os.write(stream.fileno(), str(os.getpid()).encode())
         yield
 
 
