@@ -31,6 +31,11 @@ class RunPaths:
         return self.root / "worker.json"
 
     @property
+    def rewriting(self) -> Path:
+        """There while the run is given another order."""
+        return self.root / "rewriting"
+
+    @property
     def accelerate_config(self) -> Path:
         """Configuration file of `accelerate launch`."""
         return self.root / "accelerate.yaml"

@@ -231,9 +231,9 @@ def kept_document(order: WorkerOrder, paths: RunPaths, show: Show) -> dict[str, 
     """The plan document of a run; of one whose document can't be read, what its order says of it."""
     with suppress(OSError, ValueError):
         document = json.loads(paths.plan.read_text(encoding="utf-8"))
-        if isinstance(document, dict):
+        if isinstance(document, dict) and not paths.rewriting.exists():  # else it may be another order's
             return document
-    show(f"`{paths.plan}` can't be read: it is made again from `{paths.worker.name}`")
+    show(f"`{paths.plan}` can't be read, or is not its order's: it is made again from `{paths.worker.name}`")
     return ordered_document(order, library_versions(), str(paths.root))
 
 
@@ -257,6 +257,7 @@ def _start(
     cluster = order.job.launch.cluster
     if not cluster.is_elsewhere:
         return _launch(paths, document, show, discard if order.plan.num_nodes == 1 else None)
+    complete_run(paths, order, document)
     command, submitted = submit_hint(paths, order), None
     if cluster is Cluster.SLURM:
         command, submitted = shlex.join(submit_command(paths)), submit(paths)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoints import seal
-from launcher.cluster import LaunchSpec
+from launcher.cluster import Cluster, LaunchSpec
 from launcher.documents import read_document, to_json
 from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
 from launcher.hardware import DeviceKind, HardwareSpec
@@ -29,10 +30,18 @@ from launcher.memory import Category, MemoryEstimate, Phase, PhasePeak
 from launcher.plan import Plan
 from launcher.run import endings, launch, node, supervise
 from launcher.run.endings import left_nothing, log_tail, raise_for_outcome
-from launcher.run.launch import complete_run, discard_run, launch_worker, prepare_run, require_unused
+from launcher.run.launch import (
+    complete_run,
+    discard_run,
+    launch_worker,
+    prepare_run,
+    require_unused,
+    rewrite_run,
+)
 from launcher.run.lock import sole_launcher, works_on
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, Status, WorkerOrder, WorkerOutcome
+from tests.tiny_job import tiny_order
 
 DONE = WorkerOutcome(Status.DONE, "", 3, 2.0, 1.0, 4.5, 100.0, 0.5, 1)
 ORDER = WorkerOrder(
@@ -242,6 +251,65 @@ def test_what_follows_from_an_order_is_made_again(stage: Stage) -> None:
     paths.accelerate_config.write_text("num_processes: 7\n")
     complete_run(paths, ORDER, document)
     assert {file: file.read_bytes() for file in wanted} == wanted
+
+
+def test_a_rewriting_that_ends_anywhere_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file of two machines under DeepSpeed, with a rehearsal, may be the last that was written."""
+
+    def files(root: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+    network = LaunchSpec(Cluster.MANUAL, "10.0.0.1")
+    rehearsing = (
+        tiny_order(tmp_path, Engine.DEEPSPEED, 2, num_nodes=2, launch=network),
+        tiny_order(tmp_path, Engine.NONE, num_devices=1),
+    )
+    old, new = (
+        replace(order, job=replace(order.job, launch=replace(order.job.launch, rehearse=True)))
+        for order in rehearsing
+    )
+    written = launch.write_text
+    for first, second in ((old, new), (new, old)):
+        for survivor in range(20):
+            paths, left = RunPaths(tmp_path / "run"), [survivor]
+
+            def write(file: Path, text: str, left: list[int] = left) -> None:
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                written(file, text)
+
+            prepare_run(paths, first, {"of": 1})
+            monkeypatch.setattr(launch, "write_text", write)
+            try:
+                rewrite_run(paths, second, {"of": 2})
+            except KeyboardInterrupt:
+                is_over = False
+            else:
+                is_over = True
+            monkeypatch.setattr(launch, "write_text", written)
+            order = read_document(paths.worker, WorkerOrder)
+            document = {"of": 2 if order == second else 1}
+            complete_run(paths, order, document)
+            found = files(paths.root)
+            shutil.rmtree(paths.root)
+            prepare_run(paths, order, document)
+            assert found == files(paths.root), survivor
+            shutil.rmtree(paths.root)
+            if is_over:
+                break
+        assert is_over and survivor > 5
+
+
+def test_a_lock_that_can_not_be_had_is_one_message(stage: Stage) -> None:
+    """As in a folder that is read-only; this can't be written for root either."""
+    stage.paths.lock.unlink(missing_ok=True)
+    stage.paths.lock.mkdir()
+    with pytest.raises(LaunchError, match="can't be written") as caught, sole_launcher(stage.paths):
+        pass
+    assert caught.value.exit_code == 6 and str(stage.paths.lock) in caught.value.message
 
 
 def test_workers_of_a_launcher_that_is_gone_are_ended(stage: Stage) -> None:

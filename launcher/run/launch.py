@@ -180,9 +180,13 @@ def _in_use(root: Path) -> LaunchError:
 def complete_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
     """Writes anew what follows from a run's order and is not so: power may have gone while a run was rewritten.
 
+    A rewriting that was interrupted is done again, for the order that is there: the old one, or the new one.
+
     Raises:
         LaunchError: When it can't be written.
     """
+    if paths.rewriting.exists():
+        rewrite_run(paths, order, document)
     texts = {paths.plan: _document_text(document), **_configurations(paths, paths, order)}
     try:
         for file, text in texts.items():
@@ -195,19 +199,23 @@ def complete_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any
 def rewrite_run(paths: RunPaths, order: WorkerOrder, document: Mapping[str, Any]) -> None:
     """Gives a run directory another order; what was trained so far stays.
 
+    The order comes last. `paths.rewriting` is there until all is written: see `complete_run`.
+
     Raises:
         LaunchError: When it can't be written.
     """
     scripts = {paths.node_command(node): text for node, text in _scripts(paths, order).items()}
     texts = _texts(paths, paths, order, document)
     try:
+        write_text(paths.rewriting, "")
         shutil.rmtree(paths.rehearsal.root, ignore_errors=True)
-        for stale in set(paths.root.glob("command*.sh")) - set(scripts):
-            stale.unlink()
+        for stale in {paths.deepspeed_config, *paths.root.glob("command*.sh")} - {*scripts, *texts}:
+            stale.unlink(missing_ok=True)
         for file, text in {**scripts, **texts}.items():
             write_text(file, text)
         for file in scripts:
             file.chmod(_executable(file.stat().st_mode))
+        paths.rewriting.unlink()
     except OSError as failure:
         raise _unwritable(paths, failure) from failure
 
