@@ -109,7 +109,10 @@ def test_who_waits_notices_that_machine_0_is_gone(port: int, order: Path) -> Non
         other = Waiting(1, port, order)
         connection, _ = machine.accept()
         with connection.makefile("rb") as told:
-            assert [told.readline(), told.readline()] == [b"\n", b'{"waiting": 1}\n']  # first the secret: none here
+            assert [told.readline(), told.readline()] == [
+                b"\n",
+                b'{"waiting": 1}\n',
+            ]  # first the secret: none here
         connection.close()
     answer = other.wait()
     assert isinstance(answer, str) and "node 0 is gone" in answer
