@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from launcher import vision, workload
@@ -38,6 +39,7 @@ from launcher.run_paths import RunPaths
 from launcher.run_record import Status
 from launcher.worker import train
 from launcher.worker.data import load_examples
+from launcher.worker.longest import lengths_of, most_text, worst_batches
 from launcher.worker.tasks import data_of_task, fitted
 from scripts.small_vision import GEMMA3, LLAVA, PIXELS, TOKENS, rows_with_images, small_processor
 from tests.tiny_job import tiny_order
@@ -173,6 +175,27 @@ def test_examples_have_the_images_that_they_name(tmp_path: Path) -> None:
         DataError, match=r"rows\.jsonl, row 2 \(line 2\) has 1 images; data\.images_per_example=2"
     ):
         read()
+
+
+def test_the_rehearsed_batch_has_the_most_tokens_not_the_most_characters() -> None:
+    """Of images every example has as many tokens; text with few characters may have more tokens than a longer one."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    rows, processor = rows_with_images(3, 60, 1), small_processor("llava")
+    for row, text in zip(rows, ("w1234 " * 20, "w9 " * 30, "w9"), strict=True):
+        row["messages"][1]["content"] = text.strip()
+    held = Dataset.from_list([{"messages": row["messages"]} for row in rows])
+    lengths = lengths_of(held, processor.tokenizer)
+    collate = DataCollatorForVisionLanguageModeling(processor, max_length=None)
+    real = [int(collate([row])["attention_mask"].sum()) for row in rows]
+    assert (
+        [length - lengths[0] for length in lengths] == [length - real[0] for length in real] == [0, 10, -19]
+    )
+    worst = worst_batches(held, 2, 2, lengths)
+    assert worst["messages"] == [held[index]["messages"] for index in (1, 0)] * 2
+    assert most_text(held, 1, 1)["messages"][0] == rows[0]["messages"], (
+        "by characters another one comes first"
+    )
 
 
 def test_model_that_sees_is_trained_as_predicted_and_its_tower_stays(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 from datasets import Dataset
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from launcher.job import JobSpec
 from launcher.memory import MemoryMeasurement
@@ -45,32 +46,50 @@ def most_text(rows: Dataset, num_rows: int, num_tokens: int) -> Dataset:
 
 def num_characters(value: object) -> int:
     """Characters of all texts in a value."""
+    return sum(map(len, texts_in(value)))
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """All texts in a value."""
     if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(num_characters(item) for item in value.values())
-    return sum(map(num_characters, value)) if isinstance(value, list) else 0
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)
 
 
-def worst_batches(rows: Dataset, batch_size: int, num_batches: int) -> Dataset:
+def lengths_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """How long examples are, as they compare: in tokens, where the trainer's collator makes them those of their texts.
+
+    What is left out then is the same in each: its template, and its images, of which every example has as many, and each
+    is as many tokens (vision.py).
+
+    Args:
+        rows: Examples as the trainer holds them.
+        tokenizer: Of texts.
+    """
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    texts = rows.select_columns([name for name in rows.column_names if name != "images"])
+    return [sum(len(tokenizer(text)["input_ids"]) for text in texts_in(row)) for row in texts]
+
+
+def worst_batches(rows: Dataset, batch_size: int, num_batches: int, lengths: Sequence[int]) -> Dataset:
     """The batch of the longest examples, again and again; to be taken in this order.
 
     Its last example is shorter than the first if any is: then the batch is padded, and has a mask.
 
     Args:
-        rows: Examples as the trainer holds them: with token ids, or, where its collator makes these, longest first.
+        rows: Examples as the trainer holds them.
         batch_size: Examples in a batch; some of them more than once where there are fewer.
         num_batches: How many batches.
+        lengths: How long each is.
     """
-    ranked = list(range(len(rows)))
+    ranked = sorted(range(len(rows)), key=lambda index: -lengths[index])
     chosen = [ranked[number % len(ranked)] for number in range(batch_size)]
-    if "input_ids" in rows.column_names:
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        ranked.sort(key=lambda index: -lengths[index])
-        chosen = [ranked[number % len(ranked)] for number in range(batch_size)]
-        shorter = [index for index in ranked if lengths[index] < lengths[ranked[0]]]
-        if shorter and batch_size > 1 and lengths[chosen[-1]] == lengths[chosen[0]]:
-            chosen[-1] = shorter[0]
+    shorter = [index for index in ranked if lengths[index] < lengths[ranked[0]]]
+    if shorter and batch_size > 1 and lengths[chosen[-1]] == lengths[chosen[0]]:
+        chosen[-1] = shorter[0]
     return rows.select(chosen * num_batches)
 
 
@@ -87,13 +106,14 @@ def keep_longest(trainer: Trainer, job: JobSpec, plan: Plan) -> None:
     """
     held: Any = trainer
     held.args.train_sampling_strategy = "sequential"
-    held.train_dataset = worst_batches(
-        held.train_dataset, plan.micro_batch_size, num_batches_trained(job, plan)
-    )
+    tokenizer = getattr(held.processing_class, "tokenizer", held.processing_class)  # a processor has one
+
+    def worst(rows: Dataset, batch_size: int, num_batches: int) -> Dataset:
+        return worst_batches(rows, batch_size, num_batches, lengths_of(rows, tokenizer))
+
+    held.train_dataset = worst(held.train_dataset, plan.micro_batch_size, num_batches_trained(job, plan))
     if held.eval_dataset is not None and not job.evaluation.keep_logits:
-        held.eval_dataset = worst_batches(
-            held.eval_dataset, evaluation_batch_size(job, plan), plan.world_size
-        )
+        held.eval_dataset = worst(held.eval_dataset, evaluation_batch_size(job, plan), plan.world_size)
 
 
 def beyond_rehearsal(trainer: Trainer, rehearsed: MemoryMeasurement) -> tuple[str, ...]:
