@@ -199,8 +199,11 @@ def left_without_memory(order: WorkerOrder, paths: RunPaths) -> WorkerOutcome | 
     None where it ended otherwise, where `launch` itself tried the next plans, or where the job wants none.
     """
     launch = order.job.launch
-    if not launch.max_replans or not launch.cluster.is_elsewhere:
-        return None
+    return ended_without_memory(order, paths) if launch.max_replans and launch.cluster.is_elsewhere else None
+
+
+def ended_without_memory(order: WorkerOrder, paths: RunPaths) -> WorkerOutcome | None:
+    """How a run ended for want of memory, by what its machines left; None where it ended otherwise, or has not."""
     act = paths.rehearsal if _is_in_rehearsal(paths, order.plan.world_size) else paths
     decided = deciding_outcome(read_outcomes(act, order.plan.world_size), order.plan.world_size)
     if decided is not None and decided.status is Status.OUT_OF_MEMORY:

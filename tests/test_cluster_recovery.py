@@ -18,14 +18,16 @@ from launcher.cluster import Cluster, LaunchSpec
 from launcher.documents import write_document
 from launcher.errors import LaunchError, Terminated, WorkerOutOfMemory
 from launcher.job import Engine
-from launcher.memory import HostEstimate, Phase
+from launcher.memory import Category, HeldMemory, HostEstimate, Phase
 from launcher.recovery import left_without_memory
+from launcher.run import node
 from launcher.run.launch import prepare_run
 from launcher.run.ledger import read_order, read_replans
 from launcher.run.lock import sole_launcher, works_on
 from launcher.run.node import note_failure
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOutcome
+from launcher.units import format_bytes
 from tests.test_end_to_end import TIMEOUT_SECONDS, document_of, launch, started, wait_for
 from tests.test_recovery import long_job, losses
 from tests.tiny_job import PREDICTED, tiny_order
@@ -227,6 +229,35 @@ def test_a_rehearsal_that_ended_well_is_not_where_memory_ran_out(tmp_path: Path)
     paths.outcome(0).unlink()
     found = left_without_memory(order, paths)
     assert found is not None and found.phase is Phase.GENERATION
+
+
+@pytest.mark.parametrize("max_replans", [0, 1])
+def test_a_cluster_says_the_bill_when_nothing_is_tried_any_more(
+    max_replans: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Workers that ended so are played; what says the bill is the process that does so on machine 0."""
+    paths = RunPaths(tmp_path / "run")
+    order = tiny_order(Path("/models/tiny"), Engine.NONE, num_devices=1)
+    launch = LaunchSpec(Cluster.KUBERNETES, image="mine", rehearse=False, max_replans=max_replans)
+    prepare_run(paths, replace(order, job=replace(order.job, launch=launch)), {})
+
+    def full(*_: object) -> WorkerOutcome:
+        ended = WorkerOutcome(
+            Status.OUT_OF_MEMORY, "no room", 1, None, None, 0.0, None, None, rank=0, world_size=1
+        )
+        held = HeldMemory(5 << 20, None, None, None, {Category.PARAMETERS: 3 << 20})
+        write_document(paths.outcome(0), replace(ended, phase=Phase.TRAIN_STEP, held=held))
+        raise WorkerOutOfMemory("no room")
+
+    monkeypatch.setattr(node, "run_node", full)
+    on_machine = ["--rank", "0", "--address", "127.0.0.1", "--port", "29517"]
+    assert node.main(["node", str(paths.root), *on_machine]) == 4
+    said = capfd.readouterr().err
+    assert said.count("no next plan: ") == max_replans, "there is no such model to plan for"
+    assert "predicted at most in train_step: 1 B alive: inputs 1 B" in said
+    five, three, two = (format_bytes(number << 20) for number in (5, 3, 2))
+    assert f"measured after the failure: {five} in use: parameters {three}, all else {two}" in said
+    assert said.count("predicted at most") == 1 and said.index("predicted at most") < said.index("error: ")
 
 
 def test_what_ended_otherwise_keeps_its_plan(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ COMPARED: Final = ("torch", "transformers", "accelerate", "peft", "trl", "deepsp
 """Libraries that must be the same on every machine: they decide what is computed, or what is sent."""
 NEXT_PLAN_MODULE: Final = "launcher.next_plan"
 """Plans anew; it is above this folder's layer, and so a process."""
+BILL: Final = "--bill"
+"""What tells it that no more plans are tried: it says what memory was needed for."""
 STOPPED: Final = "stopped before there was a next plan"
 PATIENCE_SECONDS: Final = 300.0
 """How long a machine waits that can't read in the run directory how long to wait."""
@@ -316,6 +318,8 @@ def main(argv: Sequence[str]) -> int:
                     if replans_left and _has_next_plan(paths, order, node, show):
                         replans_left -= 1
                         continue
+                    if not replans_left and node.rank == 0:
+                        _plan_anew(paths, order, node, show, BILL)
                     failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {goes_on}", failure.rank)
                 except Interrupted as stop:  # that it was memory stays noted
                     failure = type(stop)(f"{stop.message}, after: {failure.message}", goes_on)
@@ -357,16 +361,24 @@ def _has_next_plan(paths: RunPaths, order: WorkerOrder, node: Node, show: Callab
     with _ended_by_termination(), waiting_room(node, order.plan.num_nodes) as room:
         if room.missing:
             show(f"no next plan: {room.missing}")
+            _plan_anew(paths, order, node, show, BILL)
             return False
-        command = [sys.executable, "-m", NEXT_PLAN_MODULE, str(paths.root)]
-        log, pid = paths.node_log(node.rank), paths.pid(node.rank)
-        is_slurm = order.job.launch.cluster is Cluster.SLURM
-        ending = supervise(command, os.environ, log, pid, show, TERM_GRACE_SECONDS, shields=is_slurm)
+        ending = _plan_anew(paths, order, node, show)
         if ending.interrupted:
             raise (Terminated if ending.terminated else Interrupted)(STOPPED)
         if ending.exit_code == 0:
             room.call_back(paths.worker)
         return ending.exit_code == 0
+
+
+def _plan_anew(
+    paths: RunPaths, order: WorkerOrder, node: Node, show: Callable[[str], None], *words: str
+) -> Ending:
+    """Plans, or with `BILL` says what memory was needed for; without another plan it says that by itself."""
+    command = [sys.executable, "-m", NEXT_PLAN_MODULE, str(paths.root), *words]
+    log, pid = paths.node_log(node.rank), paths.pid(node.rank)
+    is_slurm = order.job.launch.cluster is Cluster.SLURM
+    return supervise(command, os.environ, log, pid, show, TERM_GRACE_SECONDS, shields=is_slurm)
 
 
 @contextmanager
