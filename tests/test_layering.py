@@ -96,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sweep",
     },
     "history": {"nouns", "planner", "report", "run", "planning", "workflow"},
-    "next_plan": {"nouns", "run", "recovery", "workflow"},
+    "next_plan": {"nouns", "report", "run", "recovery", "workflow"},
     "cli": {
         "nouns",
         "config",

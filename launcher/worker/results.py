@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
+from launcher.checkpoints import PARTIAL
 from launcher.memory import Phase
 from launcher.merge import drop_optimizer, merge_adapters
 from launcher.worker.checkpoints import place_whole
@@ -21,7 +22,7 @@ def save_results(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     model: Path | None,
     merged: Path | None,
-    partial: Path,
+    checkpoints: Path,
     enter: Callable[[Phase], None],
 ) -> None:
     """Saves what was trained, and merges adapters if there is a place for the merged model.
@@ -33,13 +34,13 @@ def save_results(
         tokenizer: Saved beside each model.
         model: Where the trained weights or adapter go; None: nowhere.
         merged: Where the merged model goes; None: nothing is merged.
-        partial: Folder in which they are written.
+        checkpoints: Where checkpoints go; results are written beside them, and a start removes what a kill leaves there.
         enter: Called with the phase that begins.
 
     Raises:
         LaunchError: When the disk is full.
     """
-    is_main = trainer.args.should_save
+    is_main, partial = trainer.args.should_save, checkpoints / PARTIAL
 
     def write_model(folder: Path) -> None:
         trainer.save_model(str(folder))  # on all ranks: sharded weights are gathered

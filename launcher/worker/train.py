@@ -33,7 +33,7 @@ from trl import SFTConfig
 
 from launcher import workload
 from launcher.callbacks import GenerationCallback, PhaseCallback
-from launcher.checkpoints import PARTIAL, last_checkpoint
+from launcher.checkpoints import last_checkpoint
 from launcher.documents import append_lines, write_document
 from launcher.engines import engine, engine_arguments, gather_when_saving, prepare_trainer
 from launcher.errors import DataError, LauncherError
@@ -129,8 +129,9 @@ def train(
         if not progress.is_stopped:
             gather_when_saving(trainer, plan)
             merged = ingredients.merged if job.method.merge else None
-            partial = ingredients.output_dir / PARTIAL  # a start removes what a kill leaves there
-            save_results(trainer, ingredients.tokenizer, ingredients.model, merged, partial, enter)
+            save_results(
+                trainer, ingredients.tokenizer, ingredients.model, merged, ingredients.output_dir, enter
+            )
         return trainer, replace(_measured(meter, resident, progress, ingredients), leak=leaks.leak)
 
 
