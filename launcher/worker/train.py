@@ -128,10 +128,7 @@ def train(
         resident = {**weigh_residents(model, trainer.optimizer), Category.GRADIENTS: progress.gradient_bytes}
         if not progress.is_stopped:
             gather_when_saving(trainer, plan)
-            merged = ingredients.merged if job.method.merge else None
-            save_results(
-                trainer, ingredients.tokenizer, ingredients.model, merged, ingredients.output_dir, enter
-            )
+            _save(trainer, job, ingredients, enter)
         return trainer, replace(_measured(meter, resident, progress, ingredients), leak=leaks.leak)
 
 
@@ -139,6 +136,12 @@ def _run_loop(trainer: Trainer, plan: Plan, meter: Meter, resume: Path | None) -
     """Trains; engines wrap the model here, and make their buffers."""
     with swap_buffers_seen(plan, meter.receive):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+
+
+def _save(trainer: Trainer, job: JobSpec, ingredients: Ingredients, enter: Callable[[Phase], None]) -> None:
+    merged = ingredients.merged if job.method.merge else None
+    places = ingredients.model, merged, ingredients.output_dir
+    save_results(trainer, ingredients.tokenizer, *places, enter)
 
 
 def _meter_of(trainers: Sequence[Trainer]) -> Meter:
