@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -106,6 +106,8 @@ def implementations(optimizer: Optimizer) -> tuple[Optimizer, ...]:
     return next((same for same in IMPLEMENTATIONS if optimizer in same), (optimizer,))
 
 
+AUTO_SAVE_STEPS: Final = 500
+"""Steps between checkpoints where nobody says how many: transformers' own default (5.24, TrainingArguments)."""
 LOW_RANK_OPTIMIZERS = (Optimizer.GALORE_ADAMW, Optimizer.GALORE_ADAFACTOR, Optimizer.APOLLO_ADAMW)
 """Optimizers whose states belong to projected gradients."""
 
@@ -120,10 +122,11 @@ class TrainingSpec:
     """Optimizer steps; unset: `num_epochs` decides."""
     num_epochs: Annotated[float, Gt(0)] = 1.0
     """Passes over the data, when `max_steps` is unset."""
-    save_steps: Annotated[int, Ge(1)] | None = None
-    """A checkpoint every so many optimizer steps; unset: only at the end."""
+    save_steps: Annotated[int, Ge(1)] | Literal["auto"] | None = None
+    """A checkpoint every so many optimizer steps; null: none. `auto`, as every command line has it: every 500, of which
+    the newest is kept, where there may be more steps than that, and where what is saved can be resumed."""
     save_total_limit: Annotated[int, Ge(1)] | None = None
-    """Checkpoints kept, the newest; unset: all."""
+    """Checkpoints kept, the newest; unset: all, with `save_steps=auto` one."""
     learning_rate: Annotated[float, Gt(0)] | None = None
     """Peak learning rate; unset: 2e-4 with adapters, 2e-5 for full fine-tuning."""
     warmup_steps: Annotated[int, Ge(0)] = 0
@@ -149,6 +152,35 @@ class TrainingSpec:
     """Metrics every so many optimizer steps."""
     report_to: tuple[Integration, ...] = (Integration.TENSORBOARD,)
     """Where the Trainer reports metrics besides metrics.jsonl; `[]` turns it off."""
+
+    @property
+    def steps_between_saves(self) -> int | None:
+        """`save_steps`, settled.
+
+        Raises:
+            ValueError: While it is `auto`.
+        """
+        if isinstance(self.save_steps, str):
+            raise ValueError(f"training.save_steps={self.save_steps} is not settled")
+        return self.save_steps
+
+    def with_saves_settled(self, can_resume: bool) -> TrainingSpec:
+        """The same with numbers in the place of `save_steps=auto`.
+
+        A run of no more steps than there would be between two checkpoints has none. Their disk is bounded, because nobody
+        asked for them: a new one is written before the old one is removed, so there are two at most.
+
+        Args:
+            can_resume: Whether the job could go on from a checkpoint, as far as the optimizer does not decide that.
+        """
+        if self.save_steps != "auto":
+            return self
+        is_short = self.max_steps is not None and self.max_steps <= AUTO_SAVE_STEPS
+        # states of the first can't be read back, and those of the others only onto the device, which may have no room
+        unresumed = (*LOW_RANK_OPTIMIZERS, *PAGED_OPTIMIZERS)
+        if is_short or not can_resume or self.optimizer in unresumed:
+            return replace(self, save_steps=None)
+        return replace(self, save_steps=AUTO_SAVE_STEPS, save_total_limit=self.save_total_limit or 1)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from pydantic import ValidationError
 
 from launcher.documents import adapter
 from launcher.errors import ConfigError
-from launcher.job import JobSpec
+from launcher.job import JobSpec, OffloadDevice
 from launcher.job_limits import job_limits
+from launcher.optimisation import PAGED_OPTIMIZERS
 from launcher.redaction import secret_in
 
 HINT = "`launch --help` lists the groups; launcher/job.py explains every key"
@@ -94,6 +95,10 @@ def read_values(values: Mapping[str, Any], found: Iterable[str] = (), misread: I
         refused = _explained(failure.errors())
         wrong |= refused
         job = _valid_part(_without(usable, refused))
+    if job is not None:
+        pin = job.planner.pin
+        can_resume = pin.offload_device is not OffloadDevice.NVME and pin.optimizer not in PAGED_OPTIMIZERS
+        job = replace(job, training=job.training.with_saves_settled(can_resume))
     keys = frozenset([*misread, *(".".join(map(str, path)) for path in wrong)])
     reading = Reading(job, tuple(dict.fromkeys([*found, *wrong.values()])), keys)
     return reading if job is None else reading.with_mistakes(job_limits(job))

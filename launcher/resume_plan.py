@@ -225,14 +225,15 @@ def checkpoints_to_come(training: TrainingSpec, steps: Sequence[int]) -> int:
         training: How often they are saved, and how many are kept.
         steps: Steps of those that are there.
     """
-    if training.save_steps is None:
+    between = training.steps_between_saves
+    if between is None:
         return 0
     limit = training.save_total_limit
     room = None if limit is None else max(1, limit + 1 - len(steps))
     if training.max_steps is None:
         return room or 1
     done = max(steps, default=0)
-    left = -(-training.max_steps // training.save_steps) - done // training.save_steps
+    left = -(-training.max_steps // between) - done // between
     left = left if done < training.max_steps else 0
     return left if room is None else min(left, room)
 

@@ -218,6 +218,33 @@ def test_impossible_word_lists_the_legal_ones(argument: str, legal: str) -> None
     assert message.endswith(f"legal: {legal}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "saves"),
+    [
+        (["training.max_steps=null"], (500, 1)),
+        (["training.max_steps=501"], (500, 1)),
+        (["training.max_steps=500"], (None, None)),
+        (["training.max_steps=501", "training.save_total_limit=3"], (500, 3)),
+        (["training.max_steps=501", "training.save_steps=100"], (100, None)),
+        (["training.max_steps=501", "training.save_steps=null"], (None, None)),
+        (["training.max_steps=501", "training.optimizer=paged_adamw_8bit"], (None, None)),
+        (["training.max_steps=501", "planner.pin.optimizer=paged_adamw_8bit"], (None, None)),
+        (["training.max_steps=501", "method=full", "training.optimizer=galore_adamw"], (None, None)),
+        (
+            ["training.max_steps=501", "planner.pin.offload_device=nvme", "hardware.nvme_path=/nvme"],
+            (None, None),
+        ),
+    ],
+)
+def test_a_run_that_may_be_long_saves_checkpoints_where_it_can_resume(
+    arguments: list[str], saves: tuple[int | None, int | None]
+) -> None:
+    nvme = ["planner.pin.offload_optimizer=true", "hardware=a100_80g"] if "nvme" in str(arguments) else []
+    training = load_job([*arguments, *nvme]).training
+    assert (training.save_steps, training.save_total_limit) == saves
+    assert training.steps_between_saves == saves[0]
+
+
 def test_a_run_is_rehearsed_and_replanned_unless_told_otherwise() -> None:
     launch = load_job([]).launch
     assert launch.rehearse and launch.max_replans == 2

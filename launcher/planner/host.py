@@ -101,12 +101,13 @@ def checkpoints_at_once(training: TrainingSpec) -> int | None:
     The trainer saves every `save_steps` steps and after the last one, and drops the oldest when the newest is
     complete.
     """
-    if training.save_steps is None:
+    between = training.steps_between_saves
+    if between is None:
         return 0
     limit = None if training.save_total_limit is None else training.save_total_limit + 1
     if training.max_steps is None:
         return limit
-    saved = -(-training.max_steps // training.save_steps)
+    saved = -(-training.max_steps // between)
     return saved if limit is None else min(saved, limit)
 
 

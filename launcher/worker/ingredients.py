@@ -18,6 +18,7 @@ from launcher.documents import read_document
 from launcher.errors import DataError
 from launcher.hardware import DeviceKind
 from launcher.memory import MemoryMeasurement
+from launcher.optimisation import AUTO_SAVE_STEPS
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder
 from launcher.worker.exhausted import is_out_of_memory
@@ -115,8 +116,8 @@ def prepare(order: WorkerOrder, paths: RunPaths) -> Ingredients:
         tokenizer=tokenizer,
         changes={
             "use_cpu": job.hardware.kind is DeviceKind.CPU,
-            "save_strategy": "steps" if training.save_steps else "no",
-            "save_steps": training.save_steps or 500,
+            "save_strategy": "steps" if training.steps_between_saves else "no",
+            "save_steps": training.steps_between_saves or AUTO_SAVE_STEPS,
             "report_to": [integration.value for integration in training.report_to],
             "dataloader_pin_memory": job.hardware.kind is not DeviceKind.CPU,
         },

@@ -120,7 +120,7 @@ def _ingredients(
         changes={
             "use_cpu": on_cpu,
             "save_strategy": "steps" if job.save else "no",
-            "save_steps": spec.training.save_steps or 500,
+            "save_steps": spec.training.steps_between_saves or 500,
             "report_to": [],
             "dataloader_pin_memory": not on_cpu,
             "dataset_kwargs": {"skip_prepare_dataset": True},
