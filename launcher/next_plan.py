@@ -1,8 +1,8 @@
 """The next plan of a run on a cluster: `python -m launcher.next_plan <run directory>`, on machine 0.
 
 Nobody waits there who could plan. So the launcher of machine 0 starts this when its workers ran out of memory: a
-process of its own, which holds the run directory and leaves the next plan in it, or says what memory was needed for. It is
-interrupted as workers are. With `--bill`, when no more plans may be tried, it says that alone.
+process of its own, which holds the run directory and leaves the next plan in it, or says what memory was needed for. It
+is interrupted as workers are. With `--bill`, when no more plans may be tried, it says that alone.
 """
 
 from __future__ import annotations

@@ -350,14 +350,14 @@ def _has_next_plan(paths: RunPaths, order: WorkerOrder, node: Node, show: Callab
     Raises:
         Interrupted: When this process is asked to stop meanwhile.
     """
-    node = with_secret(node, paths.secret, 0.0)  # it is there: they have met
-    if node.rank:
-        try:
+    try:
+        node = with_secret(node, paths.secret, 0.0)  # it is there: they have met
+        if node.rank:
             with _ended_by_termination():
                 return is_called_back(node, paths.worker)
-        except LaunchError as failure:
-            show(f"no next plan: {failure.message}")
-            return False
+    except LaunchError as failure:
+        show(f"no next plan: {failure.message}")
+        return False
     with _ended_by_termination(), waiting_room(node, order.plan.num_nodes) as room:
         if room.missing:
             show(f"no next plan: {room.missing}")
@@ -366,9 +366,10 @@ def _has_next_plan(paths: RunPaths, order: WorkerOrder, node: Node, show: Callab
         ending = _plan_anew(paths, order, node, show)
         if ending.interrupted:
             raise (Terminated if ending.terminated else Interrupted)(STOPPED)
-        if ending.exit_code == 0:
+        is_made = ending.exit_code == 0
+        if is_made:
             room.call_back(paths.worker)
-        return ending.exit_code == 0
+        return is_made
 
 
 def _plan_anew(

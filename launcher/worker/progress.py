@@ -13,6 +13,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launcher.documents import append_lines
+from launcher.job import Engine
 from launcher.memory import Phase, StepShape
 from launcher.plan import Plan
 from launcher.units import format_bytes
@@ -70,6 +71,8 @@ class ProgressCallback(TrainerCallback):
         self._plan = plan
         self._metrics = metrics
         self._report = report
+        # an engine has gradients and counts of its own in the middle of a step: there it is finished
+        self._gives_up = plan.engine is Engine.NONE and plan.gradient_accumulation_steps > 1
         self._put_back: Callable[[], None] = lambda: None
         self._epoch_begins = False
 
@@ -99,7 +102,7 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A micro batch is done. A step may take longer than there is time to save: one that began is given up."""
-        if self._plan.world_size == 1 and self._progress.stop_asked:
+        if self._gives_up and self._progress.stop_asked:
             self._put_back()  # the checkpoint is of the step before, and what goes on from it draws for this one anew
             kwargs["model"].zero_grad()  # the plan has no gradients beside what is saved
             self._stop(state, control)
@@ -150,7 +153,7 @@ class ProgressCallback(TrainerCallback):
             self._report(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.4f}")
 
     def _remember(self) -> None:
-        if self._plan.world_size == 1 and self._plan.gradient_accumulation_steps > 1:
+        if self._gives_up:
             self._put_back = remembered_random_states()
 
     def _stop(self, state: TrainerState, control: TrainerControl) -> None:
