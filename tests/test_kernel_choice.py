@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -26,6 +26,7 @@ from launcher.optimisation import IMPLEMENTATIONS, implementations
 from launcher.plan import Plan
 from launcher.planner.communication import with_paging
 from launcher.planner.forecast import Forecaster
+from launcher.planner.relief import smallest_change
 from launcher.planner.search import search
 from launcher.planner.space import optimizers
 from launcher.planner.trace_cache import TraceCache
@@ -65,6 +66,41 @@ def test_states_are_paged_only_where_nothing_fits_without() -> None:
     )
     assert choice.plan is not None and choice.plan.uses_pages
     assert "least memory" in choice.reason and "short" not in choice.reason and "because" not in choice.reason
+
+
+@dataclass
+class ResumedForecaster(FakeForecaster):
+    """Beside what the law says a resumed run has paged states on the device."""
+
+    law: Law
+    more_bytes: int
+
+    def __post_init__(self) -> None:
+        super().__init__(self.law)
+
+    def estimate(self, plan: Plan, *, exact: bool = False) -> MemoryEstimate:
+        price = self.law.price(plan)
+        more = price.peak.allocated_bytes + self.more_bytes
+        return replace(
+            price, phases=(*price.phases, PhasePeak(Phase.RESUME, more, {Category.PARAMETERS: more}))
+        )
+
+
+def test_a_job_that_fits_but_for_its_resume_is_told_so() -> None:
+    law = Law(parameters=3_000_000)
+    choice = search(paging_job(1), FakeForecaster(law))
+    assert choice.nearest is not None and choice.nearest.plan.uses_pages
+    needed = law.price(choice.nearest.plan).peak_device_bytes
+    key, plain = "training.save_steps=null", paging_job(1)
+    saving = replace(plain, training=replace(plain.training, save_steps=500))
+    for job, capacity, more, is_told in (
+        (saving, needed, 1, True),
+        (saving, needed - 1, 1, False),
+        (saving, needed, 0, False),
+        (plain, needed, 1, False),
+    ):
+        found = replace(choice, capacity_bytes=capacity, headroom_bytes=0)
+        assert (key in smallest_change(job, found, ResumedForecaster(law, more))) is is_told, (capacity, more)
 
 
 def test_foreach_and_pages_can_be_pinned() -> None:

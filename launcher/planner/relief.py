@@ -8,6 +8,7 @@ from dataclasses import replace
 from launcher.engine_limits import engine_limits
 from launcher.errors import LauncherError
 from launcher.job import Checkpointing, Engine, JobSpec, Loss
+from launcher.memory import Phase
 from launcher.plan import Plan, PlanChoice
 from launcher.planner.forecast import Forecaster
 from launcher.planner.space import batch_splits, checkpointing_modes
@@ -52,6 +53,8 @@ def smallest_change(job: JobSpec, choice: PlanChoice, forecaster: Forecaster) ->
 
     freed = next((words for words, plan in _without_a_pin(job, nearest.plan) if fits(plan)), "")
     ways = [f"{freed}, which leaves the result alone"] if freed else []
+    if _fits_without_checkpoints(job, nearest.plan, forecaster, budget_bytes):
+        ways.append("training.save_steps=null, because a resumed run has paged states on the device")
     if length := _longest(nearest.plan, fits):
         ways.append(f"data.max_length={length}")
     spare = choice.capacity_bytes - nearest.peak_bytes
@@ -61,6 +64,16 @@ def smallest_change(job: JobSpec, choice: PlanChoice, forecaster: Forecaster) ->
     if on_host := [item.short_by_bytes for item in choice.rejected if item.is_host_short]:
         ways.append(f"{format_bytes(min(on_host))} or more of host memory beyond what there is")
     return f"{', or '.join(ways)}"
+
+
+def _fits_without_checkpoints(job: JobSpec, plan: Plan, forecaster: Forecaster, budget_bytes: int) -> bool:
+    """Whether a plan whose states are paged exceeds the device as a resumed run alone."""
+    if job.training.save_steps is None or not plan.uses_pages:
+        return False
+    estimate = forecaster.estimate(plan)
+    undisturbed = [peak.allocated_bytes for peak in estimate.phases if peak.phase is not Phase.RESUME]
+    freed_bytes = estimate.peak.allocated_bytes - max(undisturbed)
+    return freed_bytes > 0 and estimate.peak_device_bytes - freed_bytes <= budget_bytes
 
 
 def _without_a_pin(job: JobSpec, plan: Plan) -> Iterator[tuple[str, Plan]]:
