@@ -17,9 +17,9 @@ from launcher.errors import Interrupted, LauncherError, WorkerOutOfMemory
 from launcher.recovery import ended_without_memory, go_on_with_less, left_without_memory
 from launcher.redaction import redacted
 from launcher.report.rehearsal import bill_at_failure
+from launcher.run.another_plan import BILL
 from launcher.run.ledger import read_order
 from launcher.run.lock import sole_launcher
-from launcher.run.node import BILL
 from launcher.run_paths import RunPaths
 from launcher.run_record import WORKER_MARK, WorkerOrder
 from launcher.stored_secrets import known_secrets

@@ -114,7 +114,7 @@ def test_packing_is_worth_the_padding_that_it_saves() -> None:
         change for change in marginal_changes(back, plan, fakes, data) if change.knob == "data.packing"
     )
     assert padding.words == "true -> false"
-    assert padding.step_ratio == pytest.approx(1 / packing.step_ratio)
+    assert packing.step_ratio is not None and padding.step_ratio == pytest.approx(1 / packing.step_ratio)
 
 
 class EvaluationLaw(FakeForecaster):

@@ -22,7 +22,7 @@ import pytest
 
 from launcher.checkpoints import seal
 from launcher.cluster import Cluster, LaunchSpec
-from launcher.documents import read_document, to_json
+from launcher.documents import read_document, to_json, write_text
 from launcher.errors import DataError, Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Checkpointing, Engine, JobSpec, Loss, Method, Optimizer, Precision
@@ -270,7 +270,7 @@ def test_a_rewriting_that_ends_anywhere_is_done_again(
         replace(order, job=replace(order.job, launch=replace(order.job.launch, rehearse=True)))
         for order in rehearsing
     )
-    written = launch.write_text
+    written = write_text
     for first, second in ((old, new), (new, old)):
         for survivor in range(20):
             paths, left = RunPaths(tmp_path / "run"), [survivor]

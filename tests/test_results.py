@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,7 @@ def partial_of(place: Path) -> Path:
 
 def test_a_whole_model_has_its_place_and_a_seal(place: Path) -> None:
     for files in (WHOLE, {**WHOLE, "tokenizer.json": b"[]"}):  # the second one takes the place of the first
-        place_whole(
-            place, lambda folder, files=files: written(folder, files), partial_of(place), is_main=True
-        )
+        place_whole(place, partial(written, files=files), partial_of(place), is_main=True)
         assert contents(place) == files and damage(place) == ""
         assert not partial_of(place).exists()
 

@@ -18,7 +18,7 @@ from launcher.errors import LaunchError
 from launcher.job import Engine
 from launcher.run import waiting_room as module
 from launcher.run.channel import call
-from launcher.run.meeting import Hello, MainMeeting, NodeMeeting, NotOfThisRun
+from launcher.run.meeting import Hello, MainMeeting, Meeting, NodeMeeting, NotOfThisRun
 from launcher.run.waiting_room import is_called_back, waiting_room
 from launcher.run_paths import RunPaths
 from tests.tiny_job import tiny_order
@@ -139,7 +139,7 @@ def main_meeting(port: int, num_nodes: int) -> tuple[threading.Thread, list[Main
     hello = Hello(0, "a", {}, "x")
     main = threading.Thread(target=lambda: found.append(MainMeeting(node, num_nodes, hello, 20.0)))
     main.start()
-    call("127.0.0.1", port + 1, "a test", 20.0).close()  # its port is open; who says nothing is nobody
+    call(node, "a test", 20.0).close()  # its port is open; who says nothing is nobody
     return main, found
 
 
@@ -219,9 +219,9 @@ def test_a_second_process_for_a_node_is_sent_away_and_the_others_meet(
     others.append(node_meeting(port, 2, "d"))
     main.join()
     first.join()
-    parts = found[0], *others
-    side_by_side(*(lambda part=part: part.gather_again(20.0) for part in parts))  # type: ignore[misc]
-    side_by_side(*(lambda part=part: part.leave("", False) for part in parts))  # type: ignore[misc]
+    parts: tuple[Meeting, ...] = (found[0], *others)
+    side_by_side(*(lambda part=part: part.gather_again(20.0) for part in parts))
+    side_by_side(*(lambda part=part: part.leave("", False) for part in parts))
     assert [part.reason_to_stop() for part in parts] == ["", "", ""]
 
 

@@ -11,11 +11,10 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -25,18 +24,18 @@ import psutil
 from launcher.checkpoints import set_torn_aside
 from launcher.cluster import Cluster, Node
 from launcher.documents import read_document, write_document
-from launcher.errors import Interrupted, LauncherError, LaunchError, Terminated, WorkerOutOfMemory
+from launcher.errors import Interrupted, LauncherError, LaunchError, WorkerOutOfMemory
 from launcher.plan import Plan
 from launcher.redaction import redacted
+from launcher.run.another_plan import BILL, has_another_plan, plan_anew
 from launcher.run.endings import raise_for_outcome, read_outcome
 from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting, NotOfThisRun, order_digest
 from launcher.run.ranks import redact_rank_logs
 from launcher.run.rehearse import MARK, discard_results, is_due
 from launcher.run.render import worker_command, worker_environment
 from launcher.run.secret import with_secret
-from launcher.run.supervise import SAVE_GRACE_SECONDS, TERM_GRACE_SECONDS, Ending, supervise
+from launcher.run.supervise import SAVE_GRACE_SECONDS, Ending, supervise
 from launcher.run.swap import remove_swapped, require_drive, require_swapping
-from launcher.run.waiting_room import is_called_back, waiting_room
 from launcher.run_paths import RunPaths
 from launcher.run_record import Status, WorkerOrder, WorkerOutcome
 from launcher.run_status import NodeFailure
@@ -44,11 +43,6 @@ from launcher.stored_secrets import known_secrets
 
 COMPARED: Final = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes")
 """Libraries that must be the same on every machine: they decide what is computed, or what is sent."""
-NEXT_PLAN_MODULE: Final = "launcher.next_plan"
-"""Plans anew; it is above this folder's layer, and so a process."""
-BILL: Final = "--bill"
-"""What tells it that no more plans are tried: it says what memory was needed for."""
-STOPPED: Final = "stopped before there was a next plan"
 PATIENCE_SECONDS: Final = 300.0
 """How long a machine waits that can't read in the run directory how long to wait."""
 
@@ -315,11 +309,11 @@ def main(argv: Sequence[str]) -> int:
             if isinstance(failure, WorkerOutOfMemory):
                 goes_on = f"`launch resume={paths.root}` goes on, with a smaller plan if there is one"
                 try:
-                    if replans_left and _has_next_plan(paths, order, node, show):
+                    if replans_left and has_another_plan(paths, order, node, show):
                         replans_left -= 1
                         continue
                     if not replans_left and node.rank == 0:
-                        _plan_anew(paths, order, node, show, BILL)
+                        plan_anew(paths, order, node, show, BILL)
                     failure = WorkerOutOfMemory(failure.message, f"{failure.hint}; {goes_on}", failure.rank)
                 except Interrupted as stop:  # that it was memory stays noted
                     failure = type(stop)(f"{stop.message}, after: {failure.message}", goes_on)
@@ -342,62 +336,6 @@ def _order_of(paths: RunPaths, node: Node) -> WorkerOrder:
             "the run directory must lie in a folder that all nodes share under one name",
         )
     return read_document(paths.worker, WorkerOrder)
-
-
-def _has_next_plan(paths: RunPaths, order: WorkerOrder, node: Node, show: Callable[[str], None]) -> bool:
-    """Whether a run that ended for want of memory has another plan now: machine 0 makes it, the others wait for it.
-
-    Raises:
-        Interrupted: When this process is asked to stop meanwhile.
-    """
-    try:
-        node = with_secret(node, paths.secret, 0.0)  # it is there: they have met
-        if node.rank:
-            with _ended_by_termination():
-                return is_called_back(node, paths.worker)
-    except LaunchError as failure:
-        show(f"no next plan: {failure.message}")
-        return False
-    with _ended_by_termination(), waiting_room(node, order.plan.num_nodes) as room:
-        if room.missing:
-            show(f"no next plan: {room.missing}")
-            _plan_anew(paths, order, node, show, BILL)
-            return False
-        ending = _plan_anew(paths, order, node, show)
-        if ending.interrupted:
-            raise (Terminated if ending.terminated else Interrupted)(STOPPED)
-        is_made = ending.exit_code == 0
-        if is_made:
-            room.call_back(paths.worker)
-        return is_made
-
-
-def _plan_anew(
-    paths: RunPaths, order: WorkerOrder, node: Node, show: Callable[[str], None], *words: str
-) -> Ending:
-    """Plans, or with `BILL` says what memory was needed for; without another plan it says that by itself."""
-    command = [sys.executable, "-m", NEXT_PLAN_MODULE, str(paths.root), *words]
-    log, pid = paths.node_log(node.rank), paths.pid(node.rank)
-    is_slurm = order.job.launch.cluster is Cluster.SLURM
-    return supervise(command, os.environ, log, pid, show, TERM_GRACE_SECONDS, shields=is_slurm)
-
-
-@contextmanager
-def _ended_by_termination() -> Iterator[None]:
-    """While this process waits, SIGTERM ends it in words.
-
-    Raises:
-        Terminated: When it comes.
-    """
-
-    def end(number: int, frame: object) -> None:
-        raise Terminated(STOPPED)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
