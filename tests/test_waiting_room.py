@@ -132,10 +132,10 @@ def test_one_machine_waits_for_nobody(order: Path) -> None:
         room.call_back(order)
 
 
-def main_meeting(port: int, num_nodes: int) -> tuple[threading.Thread, list[MainMeeting]]:
+def main_meeting(port: int, num_nodes: int, secret: str = "") -> tuple[threading.Thread, list[MainMeeting]]:
     """Machine 0, which waits for the others, and where its meeting will be."""
     found: list[MainMeeting] = []
-    node = Node(0, "127.0.0.1", port)
+    node = Node(0, "127.0.0.1", port, secret)
     hello = Hello(0, "a", {}, "x")
     main = threading.Thread(target=lambda: found.append(MainMeeting(node, num_nodes, hello, 20.0)))
     main.start()
@@ -143,15 +143,15 @@ def main_meeting(port: int, num_nodes: int) -> tuple[threading.Thread, list[Main
     return main, found
 
 
-def node_meeting(port: int, number: int, host: str) -> NodeMeeting:
+def node_meeting(port: int, number: int, host: str, secret: str = "") -> NodeMeeting:
     """Another machine, once all are there."""
-    return NodeMeeting(Node(number, "127.0.0.1", port), Hello(number, host, {}, "x"), 20.0)
+    return NodeMeeting(Node(number, "127.0.0.1", port, secret), Hello(number, host, {}, "x"), 20.0)
 
 
-def meetings(port: int) -> tuple[MainMeeting, NodeMeeting]:
+def meetings(port: int, secret: str = "") -> tuple[MainMeeting, NodeMeeting]:
     """Two machines that have met."""
-    main, found = main_meeting(port, 2)
-    other = node_meeting(port, 1, "b")
+    main, found = main_meeting(port, 2, secret)
+    other = node_meeting(port, 1, "b", secret)
     main.join()
     return found[0], other
 
@@ -229,8 +229,9 @@ def test_a_node_that_is_started_twice_leaves_nothing_in_the_run_directory(port: 
     """The command itself: how its process ends would else be read as the end of the node that works."""
     paths = RunPaths(tmp_path)
     write_document(paths.worker, tiny_order(tmp_path, Engine.DDP, num_devices=1, num_nodes=2))
+    paths.secret.write_text("known")
     before = set(tmp_path.iterdir())
-    first, second = meetings(port)
+    first, second = meetings(port, "known")
     command = [sys.executable, "-m", "launcher.run.node", str(tmp_path), "--rank", "1"]
     again = subprocess.run(
         [*command, "--address", "127.0.0.1", "--port", str(port)],
