@@ -307,12 +307,14 @@ def recomputes_for_nothing(plan: Plan, fitting: list[Plan]) -> bool:
     return kept != plan and kept in fitting
 
 
-def sharding_of(law: Law, method: Method, stage: int, micro: int = 1) -> str:
+def sharding_of(
+    law: Law, method: Method, stage: int, micro: int = 1, mode: Checkpointing = Checkpointing.NONE
+) -> str:
     """What is said of stages above one, on four devices."""
     job = job_on_devices(random.Random(1), DEVICES)
     job = replace(job, method=replace(job.method, name=method, rank=16))
     plan = next(semantic_plans(job))
-    plan = replace(plan, micro_batch_size=micro, gradient_accumulation_steps=2)
+    plan = replace(plan, micro_batch_size=micro, gradient_accumulation_steps=2, activation_checkpointing=mode)
     engine = Engine.DEEPSPEED if stage else Engine.DDP
     return sharding_words(job, Arrangement(engine, stage).applied_to(plan, job), RankForecaster(law))
 
@@ -322,10 +324,15 @@ def test_stages_that_would_not_help_are_named_with_the_reason() -> None:
     law = ShardedLaw(parameters=10_000_000, bucket_share=0.0)
     said = sharding_of(law, Method.LORA, 0)
     assert "Stages 1 and 2 would not help: adapters have few gradients and states" in said
-    assert "parameters are 9.54 MiB (sharded from stage 3 on)" in said
+    assert "9.54 MiB of parameters (sharded from stage 3 on)" in said
     assert sharding_of(law, Method.LORA, 2).count(" frees ") == 1
     assert "not help" not in sharding_of(law, Method.LORA, 2)
     assert "not help" not in sharding_of(law, Method.FULL, 0)
     bound_by_activations = replace(law, parameters=1_000)
-    assert "A higher stage would not help" in sharding_of(bound_by_activations, Method.FULL, 0, micro=64)
+    assert "Stages 1 and 2 and 3 would not help" in sharding_of(
+        bound_by_activations, Method.FULL, 0, micro=64
+    )
+    selective = sharding_of(law, Method.LORA, 0, mode=Checkpointing.SELECTIVE)
+    assert "stage 3 can't be with this plan: adapters under ZeRO stage 3 need reentrant" in selective
+    assert "Stages 1 and 2 would not help" in selective
     assert sharding_of(law, Method.FULL, 3) == ""

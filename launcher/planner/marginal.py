@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -174,7 +174,7 @@ def _other_arrangements(job: JobSpec, plan: Plan) -> Iterator[Turn]:
     """
     if plan.world_size == 1 and plan.method is not Method.FULL and not plan.uses_offload:
         return
-    free, possible = unpinned_arrangements(job, plan)
+    free, possible, _ = unpinned_arrangements(job, plan)
     here = arrangement_of(plan)
     alike = [item for item in possible if item.small_buckets is here.small_buckets]
     for item in neighbours(alike, here):
@@ -188,13 +188,16 @@ def _other_arrangements(job: JobSpec, plan: Plan) -> Iterator[Turn]:
         yield Turn("buckets", words, other.applied_to(plan, free), False)
 
 
-def unpinned_arrangements(job: JobSpec, plan: Plan) -> tuple[JobSpec, tuple[Arrangement, ...]]:
-    """The job without pins of its engine, and the arrangements that could carry out its plan then, simplest first."""
+def unpinned_arrangements(
+    job: JobSpec, plan: Plan
+) -> tuple[JobSpec, tuple[Arrangement, ...], Mapping[Arrangement, str]]:
+    """The job without pins of its engine, the arrangements that could carry out its plan then, simplest first, and those
+    that could not, with the reason."""
     pin = replace(
         job.planner.pin, engine=None, zero_stage=None, offload_optimizer=None, offload_parameters=None
     )
     free = replace(job, planner=replace(job.planner, pin=pin))
-    return free, arrangements(free, plan, tuple(chain.from_iterable(rounds(free))))[0]
+    return free, *arrangements(free, plan, tuple(chain.from_iterable(rounds(free))))
 
 
 def _of_the_job(job: JobSpec, plan: Plan) -> Iterator[Turn]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.job import Engine, JobSpec, Method
 from launcher.memory import Category, MemoryEstimate
 from launcher.plan import Plan
-from launcher.planner.arrangements import arrangement_of
+from launcher.planner.arrangements import Arrangement, arrangement_of
 from launcher.planner.forecast import Forecaster
 from launcher.planner.marginal import unpinned_arrangements
 from launcher.units import format_bytes
@@ -29,17 +29,11 @@ def sharding_words(job: JobSpec, plan: Plan, forecaster: Forecaster) -> str:
     """
     if plan.world_size == 1 or plan.uses_offload:
         return ""
-    free, possible = unpinned_arrangements(job, plan)
+    free, possible, refused = unpinned_arrangements(job, plan)
     here = arrangement_of(plan)
-    higher = [
-        item
-        for item in possible
-        if item.engine is Engine.DEEPSPEED
-        and not item.offloads
-        and item.zero_stage > here.zero_stage
-        and not item.small_buckets
-    ]
-    if not higher:
+    higher = [item for item in possible if _is_higher(item, here) and not item.small_buckets]
+    impossible = {item.zero_stage: reason for item, reason in refused.items() if _is_higher(item, here)}
+    if not higher and not impossible:
         return ""
     base = forecaster.estimate(plan)
     forecaster.prepare([item.applied_to(plan, free) for item in higher])
@@ -48,12 +42,19 @@ def sharding_words(job: JobSpec, plan: Plan, forecaster: Forecaster) -> str:
         - forecaster.estimate(item.applied_to(plan, free)).peak_device_bytes
         for item in higher
     }
+    said = [f"stage {stage} {_change(size)}" for stage, size in saved.items()]
+    said += [f"stage {stage} can't be with this plan: {reason}" for stage, reason in impossible.items()]
+    words = f"of {format_bytes(base.peak_device_bytes)} on a device ZeRO {', '.join(said)}; {_parts(base)}"
     useless = [stage for stage, size in saved.items() if size < WORTH * base.peak_device_bytes]
-    freed = ", ".join(f"stage {stage} {_change(size)}" for stage, size in saved.items())
-    words = f"of {format_bytes(base.peak_device_bytes)} on a device ZeRO {freed}; {_parts(base)}"
     if not useless:
         return words
-    return f"{words}. {_names(useless, all_of_them=len(useless) == len(saved))} not help: {_why(plan, base, useless)}"
+    name = f"Stage{'s' if len(useless) > 1 else ''} {' and '.join(map(str, useless))}"
+    return f"{words}. {name} would not help: {_why(plan, base, useless)}"
+
+
+def _is_higher(item: Arrangement, here: Arrangement) -> bool:
+    """Whether a stage of DeepSpeed shards more, on the devices alone."""
+    return item.engine is Engine.DEEPSPEED and not item.offloads and item.zero_stage > here.zero_stage
 
 
 def _change(saved_bytes: int) -> str:
@@ -66,18 +67,11 @@ def _parts(base: MemoryEstimate) -> str:
     """What the highest moment is made of, by what a stage could shard."""
     amounts = base.peak.by_category_bytes
     parts = [
-        f"{name.value} are {format_bytes(amounts.get(name, 0))} (sharded from stage {stage} on)"
+        f"{format_bytes(amounts.get(name, 0))} of {name.value.replace('_', ' ')} (sharded from stage {stage} on)"
         for name, stage in SHARDED.items()
     ]
     rest = base.peak_device_bytes - sum(amounts.get(name, 0) for name in SHARDED)
-    words = ", ".join(parts).replace("_", " ")
-    return f"in {base.peak.phase.value} {words}, and {format_bytes(rest)} are each device's own"
-
-
-def _names(stages: list[int], *, all_of_them: bool) -> str:
-    if all_of_them:
-        return "A higher stage would"
-    return f"Stage{'s' if len(stages) > 1 else ''} {' and '.join(map(str, stages))} would"
+    return f"in {base.peak.phase.value} it holds {', '.join(parts)}, and {format_bytes(rest)} of its own"
 
 
 def _why(plan: Plan, base: MemoryEstimate, useless: list[int]) -> str:
@@ -85,8 +79,6 @@ def _why(plan: Plan, base: MemoryEstimate, useless: list[int]) -> str:
     amounts = base.peak.by_category_bytes
     below = sum(amounts.get(name, 0) for name, stage in SHARDED.items() if stage <= max(useless))
     if below < WORTH * base.peak_device_bytes:
-        trained = (
-            "adapters have few gradients and states" if plan.method is not Method.FULL else "they are few"
-        )
-        return f"{trained}, and what each device computes of its own batch no stage shards"
+        few = "adapters have few gradients and states" if plan.method is not Method.FULL else "that is little"
+        return f"{few}, and what each device computes of its own batch no stage shards"
     return "what they shard is not what fills the device at its highest moment, or their buckets take as much"
