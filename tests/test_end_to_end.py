@@ -131,7 +131,9 @@ def test_a_run_on_two_processes_shows_every_rank_beside_its_prediction(
     job: list[str], tmp_path: Path
 ) -> None:
     paths = RunPaths(tmp_path / "run")
-    result = launch([*job, "hardware.num_devices=2", f"run_dir={paths.root}"], tmp_path)
+    pins = "engine=ddp", "micro_batch_size=2", "activation_checkpointing=none"  # the search is others' affair
+    words = ["hardware.num_devices=2", f"run_dir={paths.root}", *(f"planner.pin.{pin}" for pin in pins)]
+    result = launch([*job, *words], tmp_path)
     assert result.returncode == 0, result.stderr
     record = read_document(paths.record, RunRecord)
     assert (record.plan.world_size, record.plan.engine) == (2, Engine.DDP)
