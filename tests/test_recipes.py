@@ -139,6 +139,50 @@ def test_recipe_plans_on_the_device_of_its_command(
         check_stated_peak(document, header(recipe)["Peak"])
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("words", "engine", "stage"),
+    [
+        (
+            ["hardware.num_devices=8"],
+            "deepspeed",
+            1,
+        ),  # states of one device, shared, leave room for a sequence
+        # among so many nodes the exchange decides: once per step, and as little as can be
+        (
+            ["hardware.num_devices=8", "hardware.num_nodes=128", "training.global_batch_size=2048"],
+            "ddp",
+            0,
+        ),
+    ],
+    ids=["8 devices", "1024 devices"],
+)
+def test_a_model_of_8_billion_weights_is_planned_on_many_devices(
+    words: list[str],
+    engine: str,
+    stage: int,
+    tracers: Callable[[Sequence[str]], Tracer],
+    tmp_cwd: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workflow, "Tracer", lambda needed: nullcontext(tracers(needed)))
+    arguments = ["recipe=llama_full", "hardware=a100_80g", *words]
+    _, _, answer = workflow.planned(load_job([*arguments, "action=plan"]))
+    assert answer.failure is None
+    document: dict[str, Any] = json.loads(to_json(answer.document))
+    plan = document["plan"]
+    assert (plan["engine"], plan["zero_stage"]) == (engine, stage)
+    assert not plan["offload_optimizer"] and not plan["offload_parameters"]
+    check_figures(document)
+    check_against_job(document, arguments)
+    # two bytes a weight: AdamW's two states as many; DeepSpeed's in fp32, with a copy of the weights, and a part of them
+    sizes, ranks = document["predicted"]["by_category_bytes"], plan["num_devices"] * plan["num_nodes"]
+    states = 6 * sizes["parameters"] / ranks if stage else 2 * sizes["parameters"]
+    assert sizes["optimizer_state"] == pytest.approx(states, rel=0.001)
+    weighed = {(item["plan"]["engine"], item["plan"]["zero_stage"]) for item in document["rejected"]}
+    assert weighed >= {("ddp", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)}
+
+
 def check_stated_peak(document: dict[str, Any], stated: str) -> None:
     """A recipe's header says what its plan takes of which device."""
     match = re.match(r"(\d+\.\d) of (\d+\.\d) GiB, planned 20\d\d-\d\d-\d\d: ", stated)
