@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoints import PARTIAL, last_checkpoint, step_of, whole_checkpoints
+from launcher.checkpoints import last_checkpoint, step_of
 from launcher.config import with_changes
 from launcher.errors import ConfigError, LaunchError
 from launcher.job import ChoicesSpec, JobSpec, PinSpec
-from launcher.memory import DiskEstimate
-from launcher.optimisation import TrainingSpec
 from launcher.plan import PlanChoice
 from launcher.planning import plan_job, resolve
 from launcher.recovery import difference
@@ -199,44 +197,3 @@ def give_order(
         step = 0 if checkpoint is None else step_of(checkpoint)
         replan = Replan(None, asked, False, before.plan, after.plan, change, step, by_user=True)
         note_replan(paths, replan)
-
-
-def still_written_bytes(paths: RunPaths, training: TrainingSpec, disk: DiskEstimate | None) -> int:
-    """Bytes that a run which goes on will take on disk beside what lies there already.
-
-    Args:
-        paths: The run directory.
-        training: How often it saves, and how much it keeps.
-        disk: What the whole run leaves; None, of an old run: nothing is known.
-    """
-    if disk is None:
-        return 0
-    steps = [step_of(path) for path in whole_checkpoints(paths.checkpoints)]
-    checkpoints = checkpoints_to_come(training, steps) * disk.checkpoint_bytes
-    results = [(paths.model, disk.model_bytes), (paths.merged, disk.merged_bytes)]
-    more = sum(max(0, num_bytes - _bytes_in(folder)) for folder, num_bytes in results)
-    return max(0, checkpoints + more - _bytes_in(paths.checkpoints / PARTIAL))  # which a start removes
-
-
-def checkpoints_to_come(training: TrainingSpec, steps: Sequence[int]) -> int:
-    """How many more checkpoints than there are will lie on disk at once; of an unknown number, one.
-
-    Args:
-        training: How often they are saved, and how many are kept.
-        steps: Steps of those that are there.
-    """
-    between = training.steps_between_saves
-    if between is None:
-        return 0
-    limit = training.save_total_limit
-    room = None if limit is None else max(1, limit + 1 - len(steps))
-    if training.max_steps is None:
-        return room or 1
-    done = max(steps, default=0)
-    left = -(-training.max_steps // between) - done // between
-    left = left if done < training.max_steps else 0
-    return left if room is None else min(left, room)
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

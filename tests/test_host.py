@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from launcher.checkpoints import seal
 from launcher.errors import LaunchError
 from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import (
@@ -29,7 +31,8 @@ from launcher.plan import Plan
 from launcher.planner import trace
 from launcher.planner.estimate import read_estimate
 from launcher.planner.host import checkpoints_at_once
-from launcher.run.launch import require_disk
+from launcher.run.disk import bytes_in, rehearsed_bytes, require_disk
+from launcher.run_paths import RunPaths
 from launcher.workload import model_config
 
 LAYERS, WIDTH, VOCABULARY, BATCH, LENGTH = 4, 512, 2048, 2, 384
@@ -165,3 +168,18 @@ def test_a_run_does_not_start_where_its_disk_is_too_small(tmp_path: Path) -> Non
     with pytest.raises(LaunchError, match=rf"needs {free * 2} bytes .* has \d+ bytes") as caught:
         require_disk(tmp_path / "not" / "there yet", free * 2)
     assert caught.value.exit_code == 6 and str(tmp_path) in str(caught.value)
+
+
+def test_what_a_rehearsal_wrote_says_what_the_run_will_write(tmp_path: Path) -> None:
+    """A checkpoint of 1,000 bytes (and its seal), of which two are there at once, and a model of 200."""
+    paths = RunPaths(tmp_path)
+    for folder, size in ((paths.checkpoints / "checkpoint-2", 1000), (paths.model, 200)):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(bytes(size))
+    training = TrainingSpec(save_steps=500, save_total_limit=1)
+    assert rehearsed_bytes(paths, training) == 200, "torn: it has no seal"
+    seal(paths.checkpoints / "checkpoint-2")
+    sealed = bytes_in(paths.checkpoints / "checkpoint-2")
+    assert 1000 < sealed < 2000
+    assert rehearsed_bytes(paths, training) == 2 * sealed + 200
+    assert rehearsed_bytes(paths, replace(training, save_steps=None)) == 200

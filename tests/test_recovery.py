@@ -419,3 +419,28 @@ def test_a_disk_that_fills_while_saving_costs_no_checkpoint(
     result = launch([f"resume={run_dir}", "output=json"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert document_of(result)["outcome"]["steps"] == 4
+
+
+@pytest.mark.thorough
+def test_a_disk_too_small_for_an_engine_s_checkpoints_is_known_after_the_rehearsal(
+    tiny: Path, cache: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    """What one of them takes, the rehearsal has shown; no plan says it. A thousand of them don't fit."""
+    data = write_texts(tmp_path / "rows.jsonl", [200] * 40)
+    result = launch(
+        [
+            *arguments(tiny, cache, data),
+            "data.max_length=128",
+            "hardware.num_devices=2",
+            "planner.pin.engine=ddp",
+            "training.global_batch_size=4",
+            "training.max_steps=1000",
+            "training.save_steps=1",
+            f"run_dir={small_disk / 'run'}",
+        ],
+        tmp_path,
+    )
+    assert result.returncode == 6, result.stderr
+    assert "for checkpoints and models; its file system has" in result.stderr
+    assert "rehearsal in" in result.stderr, "it was right until then"
+    assert not (small_disk / "run" / "metrics.jsonl").exists()

@@ -27,7 +27,8 @@ from launcher.planner.space import batch_splits
 from launcher.planning import resolve
 from launcher.report.rehearsal import replan_text
 from launcher.resume_limits import checkpoint_limits, checkpoint_pins, continued_pins, is_changeable, pins_of
-from launcher.resume_plan import checkpoints_to_come, give_order, resumption, still_written_bytes
+from launcher.resume_plan import give_order, resumption
+from launcher.run.disk import checkpoints_to_come, still_written_bytes
 from launcher.run.endings import raise_for_outcome
 from launcher.run.launch import launch_worker, prepare_run, rewrite_run
 from launcher.run_paths import RunPaths

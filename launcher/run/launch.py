@@ -36,7 +36,6 @@ from launcher.run.swap import swap_folder
 from launcher.run.task_files import skypilot_text, train_job_text
 from launcher.run_paths import RunPaths
 from launcher.run_record import WorkerOrder, WorkerOutcome
-from launcher.units import format_bytes
 
 PRIVATE: Final = 0o700
 """A run directory is its user's alone, and so is a folder of runs that is made for it: examples, logs, weights and the
@@ -133,29 +132,6 @@ def require_compiler(plan: Plan, kind: DeviceKind, variables: Mapping[str, str])
         raise LaunchError(
             f"the plan offloads, for which DeepSpeed compiles its CPU Adam, and there is no C++ compiler `{compiler}`",
             "install one (Debian: g++), name it in CXX, or planner.pin.offload_optimizer=false",
-        )
-
-
-def require_disk(root: Path, needed_bytes: int) -> None:
-    """Checks that the file system of a run directory has room for what the run leaves there.
-
-    Args:
-        root: The run directory; it need not exist yet.
-        needed_bytes: What the run writes.
-
-    Raises:
-        LaunchError: When it has not.
-    """
-    try:
-        existing = next(folder for folder in (root, *root.parents) if folder.exists())
-        free_bytes = shutil.disk_usage(existing).free
-    except OSError as failure:  # a name too long, a folder that may not be entered
-        raise LaunchError(f"`{root}` can't be looked for: {failure}", "choose another `run_dir`") from failure
-    if free_bytes < needed_bytes:
-        raise LaunchError(
-            f"`{root}` needs {needed_bytes} bytes ({format_bytes(needed_bytes)}) for checkpoints and models; its file "
-            f"system has {free_bytes} bytes ({format_bytes(free_bytes)}) free",
-            "another `run_dir`, a lower `training.save_total_limit`, or a higher `training.save_steps`",
         )
 
 

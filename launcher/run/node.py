@@ -28,6 +28,7 @@ from launcher.errors import Interrupted, LauncherError, LaunchError, WorkerOutOf
 from launcher.plan import Plan
 from launcher.redaction import redacted
 from launcher.run.another_plan import BILL, has_another_plan, plan_anew
+from launcher.run.disk import rehearsed_bytes, require_disk
 from launcher.run.endings import raise_for_outcome, read_outcome
 from launcher.run.meeting import Alone, Hello, MainMeeting, Meeting, NodeMeeting, NotOfThisRun, order_digest
 from launcher.run.ranks import redact_rank_logs
@@ -91,7 +92,9 @@ def run_node(
             meeting.gather_again(float(order.job.launch.connect_seconds))
             if node.rank == 0:
                 rehearsed()
+                needed_bytes = rehearsed_bytes(act, order.job.training)
                 discard_results(act)
+                require_disk(paths.root, needed_bytes)
     except LauncherError as problem:
         failure = problem
         raise
