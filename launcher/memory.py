@@ -181,7 +181,7 @@ class DiskEstimate:
     """What a run leaves on disk: files with tensors. Tokenizer, configs and logs come on top."""
 
     checkpoint_bytes: int
-    """One checkpoint: weights or adapter, and the optimizer's states; 0 when none is saved."""
+    """One checkpoint: weights or adapter, and the optimizer's states; 0 when none is saved, and under an engine."""
     num_checkpoints: int | None
     """Most checkpoints that are there at once; None when the number of steps is not known."""
     model_bytes: int

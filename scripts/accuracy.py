@@ -21,6 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,7 @@ def run_job(job: AccuracyJob) -> dict[str, Any]:
         _, measured = train(spec, plan, ingredients, Progress(), lambda line: None)
     return {
         "job": job.name,
+        "date": datetime.now(UTC).date().isoformat(),
         "predicted_bytes": {peak.phase.value: peak.allocated_bytes for peak in predicted},
         "measured_bytes": {peak.phase.value: peak.allocated_bytes for peak in measured.phases},
         "predicted_categories_bytes": {peak.phase.value: peak.by_category_bytes for peak in predicted},
@@ -276,7 +278,8 @@ def main() -> None:
         serve(sys.stdin)
         return
     if options.page is not None:
-        write_report(json.loads(options.page.read_text(encoding="utf-8"))["results"])
+        document = json.loads(options.page.read_text(encoding="utf-8"))
+        write_report([{"date": document["date"], **result} for result in document["results"]])
         return
     results: list[dict[str, Any]] = []
     failed: list[str] = []

@@ -111,6 +111,7 @@ def write_report(results: list[dict[str, Any]]) -> None:
     (ROOT / "launcher" / "planner" / "evidence" / "cpu.json").write_text(kept, encoding="utf-8")
     today = datetime.date.today().isoformat()
     versions = {name: version(name) for name in LIBRARIES}
+    dates = sorted(result["date"] for result in results)
     data = {"date": today, "machine": platform.machine(), "versions": versions, "results": results}
     target = ROOT / "docs" / "accuracy" / f"{today}-cpu.json"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,8 @@ def write_report(results: list[dict[str, Any]]) -> None:
         "The error is that of the highest peak over all phases. `load` depends on how far the threads that read",
         "weights run ahead, and varies from run to run.",
         "",
-        f"{today}, " + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"Measured {dates[0]} to {dates[-1]}, "
+        + ", ".join(f"{name} {number}" for name, number in versions.items()),
         "",
         table(results),
         "",

@@ -13,6 +13,7 @@ from launcher.hardware import DeviceKind, HardwareSpec
 from launcher.job import Attention, Checkpointing, JobSpec, Loss, Method, ModelSpec, Optimizer, Precision
 from launcher.memory import (
     Category,
+    DiskEstimate,
     MeasuredPhase,
     MemoryEstimate,
     MemoryMeasurement,
@@ -181,6 +182,26 @@ def test_plan_lists_the_nearest_and_counts_the_others() -> None:
     assert text.count("\n  - ") == REJECTED_SHOWN
     assert f"and {40 - REJECTED_SHOWN} more; `output=json` lists all" in text
     assert "not taken" not in plan_text(JOB, choice(0), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("disk", "words"),
+    [
+        (DiskEstimate(MIB, 2, 3 * MIB, 0), "5.00 MiB: model 3.00 MiB, 2 x checkpoint 1.00 MiB"),
+        (DiskEstimate(MIB, None, 0, 0), "1.00 MiB: model 0 B, as many checkpoints as are due, each 1.00 MiB"),
+        (DiskEstimate(0, 0, 3 * MIB, 0), "3.00 MiB: model 3.00 MiB per weight"),
+        (DiskEstimate(0, 2, 0, 0), "0 B: model 0 B; 2 x checkpoint of a size that only the rehearsal tells"),
+    ],
+)
+def test_the_disk_s_line_counts_checkpoints_and_says_what_nobody_knows(
+    disk: DiskEstimate, words: str
+) -> None:
+    found = choice()
+    estimate = replace(ESTIMATE, disk=disk)
+    job = replace(JOB, model=replace(JOB.model, num_parameters=GIB))
+    text = plan_text(job, replace(found, estimate=estimate), 1.0)
+    check_width(text)
+    assert f"disk {words}" in " ".join(text.split())
 
 
 def test_no_plan_says_why() -> None:

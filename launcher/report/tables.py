@@ -182,12 +182,14 @@ def _beside_the_device(estimate: MemoryEstimate) -> list[str]:
         words = f"optimizer states and gradients; {locked} of host memory locked for it"
         lines.append(wrapped("nvme     ", f"{format_bytes(estimate.nvme.file_bytes)}: {words}"))
     if disk is not None:
-        count = (
-            "as many checkpoints as are due" if disk.num_checkpoints is None else str(disk.num_checkpoints)
-        )
+        many = f"{disk.num_checkpoints} x checkpoint"
+        if disk.num_checkpoints is None:
+            many = "as many checkpoints as are due, each"
         words = f"model {format_bytes(disk.model_bytes)}"
         if disk.checkpoint_bytes:
-            words += f", {count} x checkpoint {format_bytes(disk.checkpoint_bytes)}"
+            words += f", {many} {format_bytes(disk.checkpoint_bytes)}"
+        elif disk.num_checkpoints != 0:
+            words += f"; {many} of a size that only the rehearsal tells, under an engine"
         if disk.merged_bytes:
             words += f", merged model {format_bytes(disk.merged_bytes)}"
         lines.append(wrapped("disk     ", f"{format_bytes(disk.total_bytes)}: {words}"))
