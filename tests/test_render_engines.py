@@ -171,12 +171,15 @@ def devices_of(plan: Plan) -> tuple[str, str]:
 
 
 @pytest.fixture
-def world() -> Iterator[Callable[[int], None]]:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Makes this process rank 0 of so many, for what DeepSpeed asks while it reads: torch's own stand-in."""
     import deepspeed
     from deepspeed.comm import comm
     from torch import distributed
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # what it compiles for a minute at its start, and nothing here uses (engines.py)
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", {})
 
     def join(size: int) -> None:
         distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
