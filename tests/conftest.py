@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -133,3 +134,16 @@ def limit_bytes() -> int:
         env={**os.environ, **settings},
     )
     return int(child.stdout.split()[-1]) - SPARE_BYTES
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that is free, and the next one too."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            number = int(first.getsockname()[1])
+            try:
+                with socket.create_server(("127.0.0.1", number + 1)):
+                    return number
+            except OSError:
+                continue

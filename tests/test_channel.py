@@ -23,19 +23,6 @@ from launcher.run.secret import with_secret
 SECRET = "5e" * 32
 
 
-@pytest.fixture
-def port() -> int:
-    """A port that is free, and the next one too."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            number = int(first.getsockname()[1])
-            try:
-                with socket.create_server(("127.0.0.1", number + 1)):
-                    return number
-            except OSError:
-                continue
-
-
 def heard_from(send: Callable[[socket.socket], None], port: int) -> tuple[list[Message], str]:
     """What is heard of a caller, and why its connection ended."""
     messages: list[Message] = []

@@ -25,19 +25,6 @@ from tests.tiny_job import tiny_order
 
 
 @pytest.fixture
-def port() -> int:
-    """A port that is free, and the next one too."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            number = int(first.getsockname()[1])
-            try:
-                with socket.create_server(("127.0.0.1", number + 1)):
-                    return number
-            except OSError:
-                continue
-
-
-@pytest.fixture
 def order(tmp_path: Path) -> Path:
     (tmp_path / "worker.json").write_text("the first order")
     return tmp_path / "worker.json"

@@ -15,9 +15,7 @@ from launcher.memory import TRAINING, Category, MemoryEstimate, Phase
 from launcher.plan import Grade, Plan, PlanChoice, Squeeze
 from launcher.planner.marginal import Forecasters, marginal_changes
 from launcher.planner.sharding import sharding_words
-from launcher.planner.space import (
-    semantic_plans,
-)
+from launcher.planner.space import semantic_plans
 from launcher.units import format_bytes
 
 FACTORS = (0.5, 1.0, 2.0)

@@ -18,13 +18,7 @@ from launcher.plan import Plan
 from launcher.planner.arrangements import Arrangement, arrangement_of, arrangements, rounds, short_words
 from launcher.planner.forecast import Forecaster
 from launcher.planner.lengths import SHORTEST, real_tokens_per_second
-from launcher.planner.space import (
-    attentions,
-    batch_splits,
-    checkpointing_modes,
-    headroom_bytes,
-    losses,
-)
+from launcher.planner.space import attentions, batch_splits, checkpointing_modes, headroom_bytes, losses
 
 OTHER_PRECISION = {
     (Method.LORA, Precision.BF16): Precision.BF16_AUTOCAST,
